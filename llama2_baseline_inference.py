@@ -1,0 +1,76 @@
+"""Score an untuned model, zero-shot or few-shot, on either task.
+
+    python llama2_baseline_inference.py --task_type summarization --prompt_type few-shot
+    python llama2_baseline_inference.py --pretrained_ckpt NousResearch/Llama-2-7b-chat-hf --chat_template auto
+
+Few-shot examples are chosen from the train split by --seed. It leaves eval.json and predictions.jsonl under
+experiments/baseline/<model>/<task>/<prompt type>/.
+"""
+
+from study import cli, cost, data, record, report
+
+
+def main() -> None:
+    args = cli.parse_args(None, __doc__)
+    folder = record.baseline_dir(args)
+    path = folder / "eval.json"
+    if args.dry_run:
+        return record.say_dry_run(path, args)
+
+    with record.locked(folder):
+        needs_train = args.task == "classification" or args.prompt_type == "few-shot"
+        splits = data.load(args, ["train", args.split] if needs_train else [args.split])
+        test = data.sample_eval(splits[args.split], args)
+        described = {args.split: test.describe()}
+        if needs_train:
+            train = splits["train"].keep(data.choose(len(splits["train"].examples), args.max_train_samples, args.seed))
+            described["train"] = train.describe()
+        labels = data.labels_of(splits["train"]) if args.task == "classification" else []
+        content = record.find_finished(path, args, record.BASELINE, described)
+        if content:
+            return print(f"finished   {path}\n{report.result_block(content)}")
+
+        print(f"run        {folder}\nmodel      {args.pretrained_ckpt}, {args.prompt_type}, {args.decoding} decoding")
+        print(data.say_dropped(args.split, test), flush=True)
+        with record.recording(path, args, args.prompt_type, record.BASELINE) as content:
+            content |= {"data": described, "labels": labels}
+
+            # The libraries load here, so that --help, bad input and a finished run answer at once.
+            from transformers import BitsAndBytesConfig
+
+            from prompts import prompt_sha256
+            from study import encoding, generation, metrics, model
+
+            quantization = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=model.compute_dtype(),
+            )
+            tokenizer = model.load_tokenizer(args.pretrained_ckpt)
+            base = model.load_base(args.pretrained_ckpt, quantization)
+            context = model.context_length(base, tokenizer)
+            texts = [text for text, _ in test.examples]
+            examples = []
+            if args.prompt_type == "few-shot":
+                shots = args.shots or {"classification": 1, "summarization": 2}[args.task]
+                examples = encoding.choose_shots(train.examples, args.task, shots, args.seed)
+            prompts, cut = encoding.encode_baseline(tokenizer, texts, labels, examples, context, args)
+            described[args.split]["truncated"] = cut["texts"]
+            content["few_shot"] = {"examples": len(examples), "shortened": cut["examples"], "tokens_cut": cut["example_tokens"]}
+            print(f"prompts    up to {max(map(len, prompts)):,} of {context:,} tokens; {cut['texts']:,} texts shortened; "
+                  f"{cut['examples']} of {len(examples)} examples shortened, by {cut['example_tokens']:,} tokens in all",
+                  flush=True)  # fmt: skip
+            allowed = generation.label_answers(tokenizer, labels) if args.decoding == "constrained" else None
+            answers = generation.generate(base, tokenizer, prompts, args.max_new_tokens, args.eval_batch_size, allowed)
+            scores, rows = metrics.score(args.task, answers.texts, [answer for _, answer in test.examples], labels)
+            content["eval"] = generation.describe(answers, scores, args.decoding)
+            content["prompt_sha256"] = prompt_sha256(args.task, args.prompt_type)
+            content["quantization"] = quantization.to_dict()
+            content["cost"] = cost.of_run(args, model.device_name(), content["eval"]["wall_seconds"])
+            record.write_rows(record.predictions_beside(path), rows)
+        print(report.result_block(content))
+
+
+if __name__ == "__main__":
+    cli.run_script(main)

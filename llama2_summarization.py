@@ -1,0 +1,88 @@
+"""Fine-tune a causal language model with QLoRA to summarize dialogues: by default Llama-2-7B on SAMSum.
+
+    python llama2_summarization.py --train_sample_fraction 0.1
+    python llama2_summarization.py --pretrained_ckpt FOLDER --train_file train.jsonl --test_file test.jsonl
+
+It leaves the adapter and train.json in a folder of its own (its settings are in the name); started again, it goes on where it
+was stopped, and prints what it has if it was done. Score it with llama2_summarization_inference.py and the same flags.
+"""
+
+from study import cli, cost, data, record, report
+
+TASK = "summarization"
+
+
+def main() -> None:
+    args = cli.parse_args(TASK, __doc__)
+    folder = record.experiment_dir(args)
+    path = folder / "train.json"
+    if args.dry_run:
+        return record.say_dry_run(path, args)
+
+    with record.locked(folder):
+        splits = data.load(args, ["train"], optional=["test"])
+        train = data.sample_train(splits["train"], args)
+        described = {"train": train.describe()}
+        settings = record.training_settings(args)
+        content = record.find_finished(path, args, settings, described)
+        if content:
+            return print(f"finished   {path}\n{report.result_block(content)}")
+
+        print(f"run        {folder}\nmodel      {args.pretrained_ckpt}, rank {args.lora_r}, {args.epochs} epochs")
+        print(data.say_dropped("train", train), flush=True)
+        with record.recording(path, args, "qlora", settings) as content:
+            content["data"] = described
+
+            # The libraries load here, so that --help, bad input and a finished run answer at once.
+            import torch
+            from peft import LoraConfig
+            from transformers import BitsAndBytesConfig
+
+            from prompts import prompt_sha256
+            from study import encoding, model, training
+
+            quantization = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=model.compute_dtype(),
+            )
+            lora = LoraConfig(
+                r=args.lora_r,
+                lora_alpha=args.lora_alpha,
+                lora_dropout=args.dropout,
+                target_modules="all-linear" if args.target_modules == ["all-linear"] else args.target_modules,
+                bias="none",
+                task_type="CAUSAL_LM",
+            )
+            # Learning rate, warm-up, clipping and the constant schedule are those of QLoRA (Dettmers et al., 2023, B.2).
+            schedule = training.settings(
+                folder,
+                optim="paged_adamw_32bit" if torch.cuda.is_available() else "adamw_torch",
+                learning_rate=args.learning_rate,
+                lr_scheduler_type="constant_with_warmup",
+                warmup_steps=0.03,
+                max_grad_norm=0.3,
+                weight_decay=0.0,
+                bf16=model.compute_dtype() == torch.bfloat16,
+                seed=args.seed,
+                report_to=args.report_to,
+            )
+
+            tokenizer = model.load_tokenizer(args.pretrained_ckpt)
+            examples, shortened = encoding.encode_examples(tokenizer, TASK, train.examples, args)
+            described["train"]["truncated"] = shortened
+            print(f"{'':11}{shortened:,} texts shortened to fit --max_seq_length {args.max_seq_length}", flush=True)
+            base = model.load_base(args.pretrained_ckpt, quantization, model.training_attention(args.attn_implementation))
+            model.check_length(base, tokenizer, args)
+            run = {"config": content["config"], "data": described}
+            content["train"] = training.train(base, tokenizer, lora, schedule, examples, args, folder, run)
+            content["quantization"] = quantization.to_dict()
+            content["prompt_sha256"] = prompt_sha256(TASK, "instruction")
+            content["cost"] = cost.of_run(args, model.device_name(), content["train"]["wall_seconds"])
+        training.discard_checkpoints(folder)
+        print(report.result_block(content))
+
+
+if __name__ == "__main__":
+    cli.run_script(main)

@@ -1,0 +1,54 @@
+"""Score a summarizer that llama2_summarization.py has fine-tuned, on the test split.
+
+    python llama2_summarization_inference.py --experiment_dir experiments/summarization-...
+    python llama2_summarization_inference.py --lora_r 8 --epochs 5           # the run that these training flags name
+
+Model, prompts and data settings come from the run's record; flags override those of the data and the model's place. It
+leaves eval.json and predictions.jsonl beside the adapter.
+"""
+
+from study import cli, cost, data, record, report
+
+TASK = "summarization"
+
+
+def main() -> None:
+    args = cli.parse_args(TASK, __doc__)
+    folder = record.experiment_dir(args)
+    if args.dry_run:
+        trained = record.read(folder / "train.json") or {"config": vars(args)}
+        return record.say_dry_run(folder / record.eval_name(args, trained["config"]), args)
+
+    trained = record.finished_training(folder, args)
+    path = folder / record.eval_name(args, trained["config"])
+    with record.locked(folder):
+        test = data.sample_eval(data.load(args, [args.split])[args.split], args)
+        described = {args.split: test.describe()}
+        content = record.find_finished(path, args, record.SCORED, described, trained["finished"])
+        if content:
+            return print(f"finished   {path}\n{report.result_block(content)}")
+
+        print(f"run        {folder}\nmodel      {args.pretrained_ckpt} with its adapter")
+        print(data.say_dropped(args.split, test), flush=True)
+        with record.recording(path, args, "qlora", record.SCORED) as content:
+            content |= {"data": described, "training": trained["finished"], "prompt_sha256": trained["prompt_sha256"]}
+
+            # The libraries load here, so that --help, bad input and a finished run answer at once.
+            from study import encoding, generation, metrics, model
+
+            tokenizer = model.load_tokenizer(args.pretrained_ckpt)
+            texts = [text for text, _ in test.examples]
+            prompts, described[args.split]["truncated"] = encoding.encode_prompts(tokenizer, TASK, texts, args)
+            base = model.load_base(args.pretrained_ckpt, model.quantization_from(trained["quantization"]))
+            model.check_length(base, tokenizer, args)
+            tuned = model.load_adapter(base, folder / "adapter")
+            answers = generation.generate(tuned, tokenizer, prompts, args.max_new_tokens, args.eval_batch_size)
+            scores, rows = metrics.score(TASK, answers.texts, [summary for _, summary in test.examples])
+            content["eval"] = generation.describe(answers, scores, "free")
+            content["cost"] = cost.of_run(args, model.device_name(), content["eval"]["wall_seconds"])
+            record.write_rows(record.predictions_beside(path), rows)
+        print(report.result_block(content))
+
+
+if __name__ == "__main__":
+    cli.run_script(main)

@@ -1,0 +1,1 @@
+"""What must be identical for two numbers to be comparable: flags, data, model, training, decoding, metrics, records."""

@@ -1,0 +1,191 @@
+"""The flags that the scripts share, and how a script ends: one clear line on stderr and a truthful exit status.
+
+A training script and its inference script take the same flags, so one command line serves both: the inference script finds
+the run that the training flags name, and the training script leaves the decoding flags alone.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+DEFAULTS = {  # by task; the other defaults are the same for both and stand at their flag
+    "classification": {
+        "dataset": "rungalileo/20_Newsgroups_Fixed",
+        "lora_r": 8,
+        "epochs": 5,
+        "max_new_tokens": 20,
+    },
+    "summarization": {"dataset": "knkarthick/samsum", "lora_r": 64, "epochs": 1, "max_new_tokens": 100},
+}
+
+
+class UserError(Exception):
+    """Something the user can mend; the message is one line that names the flag or file and the mend."""
+
+
+def build_parser(task: str | None, description: str) -> argparse.ArgumentParser:
+    """Every flag of a fine-tuning task, or with `task=None` those of the baselines."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    if task is None:
+        group = parser.add_argument_group("baseline")
+        add = group.add_argument
+        add("--task_type", choices=tuple(DEFAULTS), default="classification", help="task to score (%(default)s)")
+        add("--prompt_type", choices=("zero-shot", "few-shot"), default="zero-shot", help="prompt (%(default)s)")
+        add("--shots", type=positive_int, help="few-shot examples: per class in classification (1), in all in "
+            "summarization (2)")  # fmt: skip
+        add("--chat_template", choices=("none", "auto"), default="none",
+            help="auto wraps the prompt in the tokenizer's own chat template where it has one (%(default)s)")  # fmt: skip
+    add_data_flags(parser, task)
+    if task is not None:
+        add_training_flags(parser, task)
+    add_decoding_flags(parser, task)
+    add_run_flags(parser)
+    return parser
+
+
+def add_data_flags(parser: argparse.ArgumentParser, task: str | None) -> None:
+    add = parser.add_argument_group("model and data").add_argument
+    add("--pretrained_ckpt", default="NousResearch/Llama-2-7b-hf", metavar="CKPT",
+        help="hub id or local folder of a causal language model (%(default)s)")  # fmt: skip
+    shown = "%(default)s" if task else "by task: " + ", ".join(d["dataset"] for d in DEFAULTS.values())
+    add("--dataset", default=DEFAULTS[task]["dataset"] if task else None, metavar="NAME",
+        help=f"hub id, or a local folder with train, test and validation files, or one local file, which is the train "
+        f"split ({shown})")  # fmt: skip
+    for split in ("train", "test", "validation"):
+        add(f"--{split}_file", metavar="FILE",
+            help=f"the {split} split: .jsonl .json .csv or .parquet, plain or .gz (from --dataset)")  # fmt: skip
+    add("--text_column", default="text", help="column of the texts to classify (%(default)s)")
+    add("--label_column", default="label", help="column of their classes (%(default)s)")
+    add("--dialogue_column", default="dialogue", help="column of the dialogues to summarize (%(default)s)")
+    add("--summary_column", default="summary", help="column of their summaries (%(default)s)")
+    add("--drop_overlap", action="store_true", help="drop the train texts that also occur in test")
+    add("--max_train_samples", type=positive_int, metavar="N", help="use N train examples, chosen by --seed (all)")
+    add("--max_eval_samples", type=positive_int, metavar="N", help="score N examples, always the same ones (all)")
+    add("--max_seq_length", type=positive_int, default=512, metavar="TOKENS",
+        help="prompt and answer of one example; longer texts are shortened to fit (%(default)s)")  # fmt: skip
+    add("--max_new_tokens", type=positive_int, default=DEFAULTS[task]["max_new_tokens"] if task else None,
+        metavar="TOKENS", help="longest answer, and the room kept for it within --max_seq_length "
+        + ("(%(default)s)" if task else "(classification 20, summarization 100)"))  # fmt: skip
+    add("--seed", type=int, default=42, help="order, dropout, samples and few-shot examples (%(default)s)")
+
+
+def add_training_flags(parser: argparse.ArgumentParser, task: str) -> None:
+    add = parser.add_argument_group("LoRA").add_argument
+    add("--lora_r", type=positive_int, default=DEFAULTS[task]["lora_r"], metavar="RANK", help="rank (%(default)s)")
+    add("--lora_alpha", type=positive_int, default=16, metavar="ALPHA", help="scale is ALPHA / RANK (%(default)s)")
+    add("--dropout", type=probability, default=0.1, help="dropout before the adapters (%(default)s)")
+    add("--target_modules", nargs="+", default=["all-linear"], metavar="NAME",
+        help="layers with an adapter, e.g. q_proj v_proj (all-linear: all but the head)")  # fmt: skip
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=positive_int, default=DEFAULTS[task]["epochs"], help="passes over the examples (%(default)s)")
+    add("--train_sample_fraction", type=fraction, default=1.0, metavar="F",
+        help="share of the train examples in (0, 1], stratified by class; smaller ones lie inside larger ones "
+        "(%(default)s)")  # fmt: skip
+    add("--learning_rate", type=positive_float, default=2e-4, metavar="LR",
+        help="after a warm-up over 3 %% of the steps, constant (%(default)s)")  # fmt: skip
+    add("--batch_size", type=positive_int, default=16, metavar="N", help="examples per optimizer step (%(default)s)")
+    add("--max_tokens_per_batch", type=auto_int, default="auto", metavar="TOKENS",
+        help="tokens on the device at once; splits a batch to fit, changes speed and memory only (%(default)s)")  # fmt: skip
+    add("--gradient_checkpointing", choices=("auto", "on", "off"), default="auto",
+        help="recompute activations to save memory; auto turns it on where they would not fit (%(default)s)")  # fmt: skip
+    add("--loss_on", choices=("answer", "all"), default="answer",
+        help="tokens that are learned: the answer's, or the prompt's too, as published (%(default)s)")  # fmt: skip
+    add("--attn_implementation", default="auto", metavar="NAME",
+        help="auto takes flash_attention_2 if installed, else PyTorch's own kernels; or a name that transformers knows "
+        "(%(default)s)")  # fmt: skip
+    add("--report_to", default="none", help="a tracker that transformers knows, e.g. tensorboard (%(default)s)")
+
+
+def add_decoding_flags(parser: argparse.ArgumentParser, task: str | None) -> None:
+    add = parser.add_argument_group("decoding").add_argument
+    add("--split", choices=("test", "validation"), default="test", help="split to score (%(default)s)")
+    add("--eval_batch_size", type=auto_int, default="auto", metavar="N", help="examples decoded at once (%(default)s)")
+    if task != "summarization":
+        add("--decoding", choices=("free", "constrained"), default="free",
+            help="constrained lets the model choose among the class names only (%(default)s)")  # fmt: skip
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default="experiments", metavar="DIR", help="where runs are kept (%(default)s)")
+    add("--experiment_dir", metavar="DIR", help="folder of this run (a name built from the flags, in --output_dir)")
+    add("--force", action="store_true", help="redo a finished run")
+    add("--dry_run", action="store_true", help="print the run's folder and whether it is finished, and stop")
+    add("--price_per_hour", type=positive_float, metavar="USD", help="price of this machine (by GPU, study/cost.py)")
+    add("--gpu_name", metavar="NAME", help="price and record the GPU under this name (detected)")
+
+
+def parse_args(task: str | None, description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags as used. `args.given` lists the names of those that stood on the command line.
+
+    Hyphens in flag names are accepted for underscores.
+    """
+    parser = build_parser(task, description)
+    words = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
+    args = parser.parse_args(words)
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    args.given = sorted(vars(parser.parse_args(words)))
+    args.task = task or args.task_type
+    for name, value in DEFAULTS[args.task].items():
+        if getattr(args, name, 0) is None:
+            setattr(args, name, value)
+    if args.task == "summarization" and getattr(args, "decoding", "free") == "constrained":
+        parser.error("--decoding constrained chooses among classes: it goes with classification")
+    return args
+
+
+def underscored(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return name.replace("-", "_").replace("__", "--", 1) + equals + value if word.startswith("--") else word
+
+
+def positive_int(word: str) -> int:
+    number = int(word)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{word} is not 1 or more")
+    return number
+
+
+def auto_int(word: str) -> int | str:
+    return word if word == "auto" else positive_int(word)
+
+
+def positive_float(word: str) -> float:
+    number = float(word)
+    if not 0 < number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word} is not above 0")
+    return number
+
+
+def fraction(word: str) -> float:
+    number = float(word)
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{word} is not in (0, 1]")
+    return number
+
+
+def probability(word: str) -> float:
+    number = float(word)
+    if not 0 <= number < 1:
+        raise argparse.ArgumentTypeError(f"{word} is not in [0, 1)")
+    return number
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run `main` and exit: 0 done; 1 with one line on stderr for a UserError; 130 interrupted (Ctrl-C or SIGTERM)."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if os.environ.get("RANK", "0") != "0":  # a further process of a distributed launch
+        sys.stdout = open(os.devnull, "w")
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted: start it again and it goes on", file=sys.stderr)
+        sys.exit(130)

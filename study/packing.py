@@ -1,0 +1,141 @@
+"""Batches without padding: examples laid end to end in one row, kept apart by the attention, and the loss over them.
+
+Where a model can't keep packed examples apart, a probe finds out and the examples are padded instead.
+"""
+
+import contextlib
+import inspect
+import random
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from study.encoding import Example
+
+
+def plan_steps(examples: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """The examples of every optimizer step: each epoch in an order of its own, drawn from the seed."""
+    steps = []
+    for epoch in range(epochs):
+        order = list(range(examples))
+        random.Random(f"{seed} {epoch}").shuffle(order)
+        steps += [order[i : i + batch_size] for i in range(0, examples, batch_size)]
+    return steps
+
+
+def split_to_fit(indices: Sequence[int], lengths: Sequence[int], max_tokens: int, padded: bool) -> list[list[int]]:
+    """The examples of a step in few groups of at most `max_tokens` tokens, or one example where it alone exceeds that."""
+    groups: list[list[int]] = []
+    for i in sorted(indices, key=lambda i: (-lengths[i], i)):
+        for group in groups:
+            # Longest first, so a padded group is as wide as its first example.
+            tokens = lengths[group[0]] * (len(group) + 1) if padded else sum(lengths[j] for j in group) + lengths[i]
+            if tokens <= max_tokens:
+                group.append(i)
+                break
+        else:
+            groups.append([i])
+    return groups
+
+
+def learned_places(example: Example, loss_on: str) -> range:
+    """Places whose next token is learned: those before the answer's tokens and the EOS, or all ("all")."""
+    return range(example.answer_start - 1 if loss_on == "answer" and example.answer_start else 0, len(example.ids) - 1)
+
+
+def pack(examples: Sequence[Example], loss_on: str, device) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """Examples end to end: the model's inputs [1, tokens], the learned places [n] in the row, and their next tokens [n]."""
+    ids, positions, borders, places = [], [], [0], []
+    for example in examples:
+        places += [len(ids) + place for place in learned_places(example, loss_on)]
+        ids += example.ids
+        positions += range(len(example.ids))
+        borders.append(len(ids))
+    row = torch.tensor([ids, positions], device=device)
+    places = torch.tensor(places, device=device)
+    borders = torch.tensor(borders, dtype=torch.int32, device=device)
+    longest = max(len(example.ids) for example in examples)
+    inputs = {
+        "input_ids": row[:1],
+        "position_ids": row[1:],
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "logits_to_keep": places,
+    }
+    return inputs, places, row[0, places + 1]
+
+
+def pad(examples: Sequence[Example], loss_on: str, device) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """Like `pack`, one example a row, padded on the right: inputs [examples, longest], places in the flattened rows."""
+    longest = max(len(example.ids) for example in examples)
+    ids = torch.zeros(len(examples), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    places = []
+    for i, example in enumerate(examples):
+        ids[i, : len(example.ids)] = torch.tensor(example.ids)
+        mask[i, : len(example.ids)] = 1
+        places += [i * longest + place for place in learned_places(example, loss_on)]
+    places = torch.tensor(places)
+    inputs = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+    return inputs, places.to(device), ids.flatten()[places + 1].to(device)
+
+
+def loss_sum(model, examples: Sequence[Example], loss_on: str, padded: bool, device) -> torch.Tensor:
+    """Cross-entropy summed over the learned tokens of `examples`, in float32."""
+    inputs, places, targets = (pad if padded else pack)(examples, loss_on, device)
+    logits = model(**inputs, use_cache=False).logits
+    rows = logits.flatten(0, 1) if padded else logits[0]
+    if len(rows) != len(places):
+        rows = rows[places]  # padded, or a model that knows no logits_to_keep
+    return F.cross_entropy(rows.float(), targets, reduction="sum")
+
+
+def isolates(model, device, tokens: int = 24) -> bool:
+    """Whether packed examples stay apart: exchanging the first must not touch the second, which must be as if alone.
+
+    Decided by running the model, so that no list of architectures has to be kept. Alone means through sdpa.
+    """
+    generator = torch.Generator().manual_seed(0)
+    first, other, second = (
+        torch.randint(3, model.config.get_text_config().vocab_size, (tokens,), generator=generator).tolist()
+        for _ in range(3)
+    )
+
+    def logits(*rows: list[int]) -> torch.Tensor:
+        inputs, _, _ = pack([Example(row, 0) for row in rows], "all", device)
+        inputs["logits_to_keep"] = torch.arange(tokens * (len(rows) - 1), tokens * len(rows), device=device)
+        return model(**inputs, use_cache=False).logits[0, -tokens:].double()
+
+    used = model.config._attn_implementation
+    for module in model.modules():
+        # Without dropout. bitsandbytes would repack the weights of a layer in eval mode on the CPU, for good.
+        module.training = hasattr(module, "quant_state")
+    with torch.no_grad():
+        packed, exchanged = logits(first, second), logits(other, second)
+        model.set_attn_implementation("sdpa")
+        alone = model(input_ids=torch.tensor([second], device=device), use_cache=False).logits[0].double()
+        model.set_attn_implementation(used)
+    scale = alone.norm()
+    return bool((packed - exchanged).norm() <= 1e-4 * scale and (packed - alone).norm() <= 0.05 * scale)
+
+
+def choose_batching(model, wanted_attention: str, device) -> bool:
+    """Set the model's attention for training. Returns whether examples must be padded, and says so in one line."""
+    if wanted_attention == "auto" and model.config._attn_implementation == "sdpa":
+        with contextlib.suppress(ValueError):
+            model.set_attn_implementation("packed")
+    try:
+        if "logits_to_keep" in inspect.signature(model.forward).parameters and isolates(model, device):
+            return False
+        reason = "examples laid end to end would see each other"
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        if "out of memory" in str(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if model.config._attn_implementation == "packed":
+        model.set_attn_implementation("sdpa")
+    print(f"padding batches: {type(model).__name__} with {model.config._attn_implementation} can't be packed here ({reason})")
+    return True

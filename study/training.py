@@ -1,0 +1,268 @@
+"""Fine-tune an adapter with transformers' Trainer, so that a killed run goes on and ends as it would have.
+
+An optimizer step sees `batch_size` examples, in an order that depends on the seed alone. They are split into rows of at most
+`max_tokens_per_batch` tokens; the loss of the step is the sum over its learned tokens divided by their count, however it is
+split.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from study import record
+from study.encoding import Example
+from study.model import compute_dtype, peak_memory_gib
+from study.packing import choose_batching, learned_places, loss_sum, plan_steps, split_to_fit
+
+PROGRESS = "progress.json"  # stands in a checkpoint once all of it has been written
+AUTO_TOKENS = 16_384  # enough for full speed on the largest cards; more only costs memory
+
+
+def fit_memory(model, examples: Sequence[Example], args, padded: bool, device) -> tuple[int, bool]:
+    """Tokens per forward pass and whether to checkpoint: the flags', and for "auto" what the device's memory allows.
+
+    On CUDA the memory of a token is measured, without checkpointing and, where less than a few examples would fit, with.
+    """
+    tokens, checkpointing = args.max_tokens_per_batch, args.gradient_checkpointing
+    longest = max(len(example.ids) for example in examples)
+    if device.type != "cuda" or (tokens != "auto" and checkpointing != "auto"):
+        return (4096 if tokens == "auto" else tokens), checkpointing == "on"
+    need = min(AUTO_TOKENS, args.batch_size * longest) if tokens == "auto" else tokens
+    room = {}
+    for on in [checkpointing == "on"] if checkpointing != "auto" else [False, True]:
+        room[on] = tokens_that_fit(model, examples, args, padded, on, device)
+        if room[on] >= need:
+            break
+    if tokens == "auto":
+        tokens = max(longest, min(AUTO_TOKENS, room[on]))
+    return tokens, on
+
+
+def tokens_that_fit(model, examples, args, padded, checkpointing, device) -> int:
+    """How many tokens one forward and backward pass can take, from the memory that a small one takes."""
+    group = sorted(examples, key=lambda example: len(example.ids))[-4:]
+    count = sum(len(example.ids) for example in group)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    try:
+        model.train()
+        with torch.autocast("cuda", torch.bfloat16, enabled=compute_dtype() == torch.bfloat16):
+            loss_sum(model, group, args.loss_on, padded, device).backward()
+        used = torch.cuda.max_memory_allocated(device) - before
+    except torch.OutOfMemoryError:
+        used = math.inf
+    model.zero_grad(set_to_none=True)
+    if checkpointing:
+        model.gradient_checkpointing_disable()
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(device)[0] - trainable * 12  # gradients and two AdamW moments in float32
+    torch.cuda.reset_peak_memory_stats(device)
+    return int(0.85 * free / (used / count))
+
+
+class PackedTrainer(Trainer):
+    """A Trainer whose batch is one whole optimizer step, split to fit the device within `training_step`."""
+
+    def __init__(self, *, examples, steps, max_tokens, loss_on, padded, history, **options):
+        super().__init__(train_dataset=list(range(len(steps))), **options)
+        self.examples, self.steps, self.max_tokens = examples, steps, max_tokens
+        self.loss_on, self.padded, self.history = loss_on, padded, history
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Step numbers in order: every process reads all of them and takes its own share of each step's examples."""
+        return DataLoader(self.train_dataset, batch_size=1, collate_fn=lambda numbers: numbers)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """Forward and backward of one optimizer step. Returns its loss, the mean over its learned tokens."""
+        [number] = inputs
+        model.train()
+        indices = self.steps[number]
+        learned = sum(len(learned_places(self.examples[i], self.loss_on)) for i in indices)
+        rank, world = self.args.process_index, self.args.world_size
+        # A process without an example repeats the first one with weight 0, since all must take part in the exchange.
+        mine, weight = (indices[rank::world], 1) if rank < len(indices) else (indices[:1], 0)
+        groups = split_to_fit(mine, [len(example.ids) for example in self.examples], self.max_tokens, self.padded)
+        # The dropout of a step depends on seed and step only, so a resumed run draws what the first one would have.
+        torch.manual_seed(hash((self.args.seed, number, rank)) % 2**63)
+        total = torch.zeros((), device=self.args.device)
+        for i, group in enumerate(groups):
+            last = i == len(groups) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model), self.compute_loss_context_manager():
+                examples = [self.examples[j] for j in group]
+                loss = loss_sum(model, examples, self.loss_on, self.padded, self.args.device) / learned
+            self.accelerator.backward(weight * world * loss)  # world: the exchange averages over processes
+            total += weight * loss.detach()
+        total = self.accelerator.reduce(total, "sum") if world > 1 else total
+        self.history.append([number, total, learned])
+        return total
+
+
+class Progress(TrainerCallback):
+    """Print a line now and then; mark a checkpoint as whole, with what a resumed run has to know."""
+
+    def __init__(self, run: dict, history: list, tokens: list[int], spent: dict):
+        self.run, self.history, self.tokens, self.spent = run, history, tokens, spent
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began, self.first = time.time(), state.global_step
+
+    def seconds(self) -> float:
+        return self.spent["seconds"] + time.time() - self.began
+
+    def on_step_end(self, args, state, control, **kwargs):
+        every = max(1, state.max_steps // 10)
+        if state.is_world_process_zero and (state.global_step % every == 0 or state.global_step == state.max_steps):
+            done = sum(self.tokens[self.first : state.global_step])
+            speed = done / (time.time() - self.began)
+            left = sum(self.tokens[state.global_step :]) / speed
+            tqdm.write(f"step {state.global_step:>6,}/{state.max_steps:,}  loss {float(self.history[-1][1]):.4f}  "
+                  f"{speed:,.0f} tokens/s  {peak_memory_gib():.1f} GiB  {left / 60:.1f} min left")  # fmt: skip
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            seconds, wall = self.seconds(), self.spent["wall_seconds"] + record.wall_seconds()
+            peak = max(self.spent["peak_memory_gib"], peak_memory_gib())
+            spent = {"seconds": seconds, "wall_seconds": wall, "peak_memory_gib": peak}
+            history = [[step, float(loss), learned] for step, loss, learned in self.history]
+            record.write_json(folder / PROGRESS, {"schema": 1, **self.run, "spent": spent, "history": history})
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint that was written whole; others are removed."""
+    whole = None
+    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
+        if (checkpoint / PROGRESS).is_file():
+            whole = checkpoint
+        elif record.is_main_process():
+            shutil.rmtree(checkpoint)
+    return whole
+
+
+def settings(folder: Path, **chosen) -> TrainingArguments:
+    """transformers' TrainingArguments: those `chosen` by a script, and what all runs share."""
+    return TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        use_cpu=not torch.cuda.is_available(),
+        per_device_train_batch_size=1,  # one optimizer step, see PackedTrainer
+        gradient_accumulation_steps=1,
+        remove_unused_columns=False,
+        label_names=[],
+        save_total_limit=2,  # the newest may be half-written
+        logging_nan_inf_filter=False,
+        disable_tqdm=not sys.stderr.isatty(),
+        **chosen,
+    )
+
+
+def train(model, tokenizer, lora, training: TrainingArguments, examples: list[Example], args, folder: Path, run: dict) -> dict:
+    """Train an adapter on `model` (4-bit, frozen) and leave it in `folder`/adapter. Returns the record's `train`.
+
+    `run` says what is being trained ({"config", "data"}); a checkpoint of the same run is resumed, one of another refused.
+    """
+    from peft import get_peft_model
+
+    device = training.device
+    padded = choose_batching(model, args.attn_implementation, device)
+    torch.manual_seed(args.seed)
+    model = get_peft_model(model, lora)
+    max_tokens, checkpointing = fit_memory(model, examples, args, padded, device)
+    steps = plan_steps(len(examples), args.batch_size, args.epochs, args.seed)
+    tokens = [sum(len(examples[i].ids) for i in step) for step in steps]
+    training.gradient_checkpointing = checkpointing
+    training.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    training.max_steps = len(steps)
+    training.save_steps = math.ceil(len(steps) / 20)
+    training._n_gpu = min(training.n_gpu, 1)  # one process drives one GPU; several GPUs take `accelerate launch`
+
+    checkpoint, spent, history = resume(Path(training.output_dir), run, args)
+    progress = Progress(run, history, tokens, spent)
+    trainer = PackedTrainer(
+        model=model, args=training, processing_class=tokenizer, callbacks=[progress], examples=examples, steps=steps,
+        max_tokens=max_tokens, loss_on=args.loss_on, padded=padded, history=history,
+    )  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    print(f"training   {len(examples):,} examples, {len(steps):,} steps, {sum(tokens):,} tokens in rows of at most "
+          f"{max_tokens:,}; {'padded' if padded else 'packed'}, {model.config._attn_implementation} attention, "
+          f"checkpointing {'on' if checkpointing else 'off'}" + (f"; resumed from {checkpoint.name}" if checkpoint else ""),
+          flush=True)  # fmt: skip
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    seconds = progress.seconds()
+    if record.is_main_process():
+        save_adapter(model, tokenizer, folder)
+    per_epoch = len(steps) // args.epochs
+    return {
+        "loss": mean_loss(history[-per_epoch:]),
+        "examples": len(examples),
+        "steps": len(steps),
+        "tokens": sum(tokens),
+        "learned_tokens": sum(learned for _, _, learned in history),
+        "seconds": seconds,
+        "wall_seconds": spent["wall_seconds"] + record.wall_seconds(),
+        "tokens_per_second": sum(tokens) / seconds,
+        "peak_memory_gib": max(spent["peak_memory_gib"], peak_memory_gib()),
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "batching": {
+            "padded": padded,
+            "attention": model.config._attn_implementation,
+            "max_tokens_per_batch": max_tokens,
+            "gradient_checkpointing": checkpointing,
+            "processes": training.world_size,
+        },
+        "loss_history": thin([[step + 1, float(loss)] for step, loss, _ in history]),
+    }
+
+
+def resume(checkpoints: Path, run: dict, args) -> tuple[Path | None, dict, list]:
+    """The checkpoint to go on from, what the run has spent, and its losses so far."""
+    nothing = {"seconds": 0.0, "wall_seconds": 0.0, "peak_memory_gib": 0.0}
+    if args.force and record.is_main_process():
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    checkpoint = last_checkpoint(checkpoints)
+    if checkpoint is None:
+        return None, nothing, []
+    progress = json.loads((checkpoint / PROGRESS).read_text())
+    record.check_same(progress["config"], args, record.training_settings(args), checkpoint)
+    record.check_same_data(progress["data"], run["data"], checkpoint)
+    return checkpoint, progress["spent"], progress["history"]
+
+
+def discard_checkpoints(folder: Path) -> None:
+    """Remove what only an unfinished run needs."""
+    if record.is_main_process():
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def save_adapter(model, tokenizer, folder: Path) -> None:
+    """Write `folder`/adapter in one move; a reader never sees half of it."""
+    new, final = folder / f".adapter.{os.getpid()}", folder / "adapter"
+    model.save_pretrained(new, safe_serialization=True)
+    tokenizer.save_pretrained(new)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(new, final)
+
+
+def mean_loss(history: Sequence[Sequence]) -> float:
+    """Mean over the learned tokens of the steps in `history` ([step, loss, learned tokens])."""
+    return sum(float(loss) * learned for _, loss, learned in history) / sum(learned for *_, learned in history)
+
+
+def thin(history: list, most: int = 200) -> list:
+    """Every n-th entry, the last included, so that at most `most` are left."""
+    return history[:: -math.ceil(len(history) / most)][::-1]
