@@ -23,15 +23,19 @@ def main() -> None:
         test = data.sample_eval(splits[args.split], args)
         described = {args.split: test.describe()}
         if needs_train:
-            train = splits["train"].keep(data.choose(len(splits["train"].examples), args.max_train_samples, args.seed))
+            train = splits["train"].keep(
+                data.choose(len(splits["train"].examples), args.max_train_samples, args.seed)
+            )
             described["train"] = train.describe()
         labels = data.labels_of(splits["train"]) if args.task == "classification" else []
         content = record.find_finished(path, args, record.BASELINE, described)
         if content:
             return print(f"finished   {path}\n{report.result_block(content)}")
 
-        print(f"run        {folder}\nmodel      {args.pretrained_ckpt}, {args.prompt_type}, {args.decoding} decoding")
-        print(data.say_dropped(args.split, test), flush=True)
+        print(
+            f"run        {folder}\nmodel      {args.pretrained_ckpt}, {args.prompt_type}, {args.decoding} decoding"
+        )
+        print(data.say_split(args.split, splits[args.split], test), flush=True)
         with record.recording(path, args, args.prompt_type, record.BASELINE) as content:
             content |= {"data": described, "labels": labels}
 
@@ -57,13 +61,23 @@ def main() -> None:
                 examples = encoding.choose_shots(train.examples, args.task, shots, args.seed)
             prompts, cut = encoding.encode_baseline(tokenizer, texts, labels, examples, context, args)
             described[args.split]["truncated"] = cut["texts"]
-            content["few_shot"] = {"examples": len(examples), "shortened": cut["examples"], "tokens_cut": cut["example_tokens"]}
-            print(f"prompts    up to {max(map(len, prompts)):,} of {context:,} tokens; {cut['texts']:,} texts shortened; "
-                  f"{cut['examples']} of {len(examples)} examples shortened, by {cut['example_tokens']:,} tokens in all",
-                  flush=True)  # fmt: skip
+            content["few_shot"] = {
+                "examples": len(examples),
+                "shortened": cut["examples"],
+                "tokens_cut": cut["example_tokens"],
+            }
+            print(
+                f"prompts    up to {max(map(len, prompts)):,} of {context:,} tokens; {cut['texts']:,} texts shortened; "
+                f"{cut['examples']} of {len(examples)} examples shortened, by {cut['example_tokens']:,} tokens in all",
+                flush=True,
+            )
             allowed = generation.label_answers(tokenizer, labels) if args.decoding == "constrained" else None
-            answers = generation.generate(base, tokenizer, prompts, args.max_new_tokens, args.eval_batch_size, allowed)
-            scores, rows = metrics.score(args.task, answers.texts, [answer for _, answer in test.examples], labels)
+            answers = generation.generate(
+                base, tokenizer, prompts, args.max_new_tokens, args.eval_batch_size, allowed
+            )
+            scores, rows = metrics.score(
+                args.task, answers.texts, [answer for _, answer in test.examples], labels
+            )
             content["eval"] = generation.describe(answers, scores, args.decoding)
             content["prompt_sha256"] = prompt_sha256(args.task, args.prompt_type)
             content["quantization"] = quantization.to_dict()

@@ -22,30 +22,41 @@ def main() -> None:
     trained = record.finished_training(folder, args)
     path = folder / record.eval_name(args, trained["config"])
     with record.locked(folder):
-        test = data.sample_eval(data.load(args, [args.split])[args.split], args)
+        splits = data.load(args, [args.split])
+        test = data.sample_eval(splits[args.split], args)
         described = {args.split: test.describe()}
         data.check_labels(test, trained["labels"])
         content = record.find_finished(path, args, record.SCORED, described, trained["finished"])
         if content:
             return print(f"finished   {path}\n{report.result_block(content)}")
 
-        print(f"run        {folder}\nmodel      {args.pretrained_ckpt} with its adapter, {args.decoding} decoding")
-        print(data.say_dropped(args.split, test), flush=True)
+        print(
+            f"run        {folder}\nmodel      {args.pretrained_ckpt} with its adapter, {args.decoding} decoding"
+        )
+        print(data.say_split(args.split, splits[args.split], test), flush=True)
         with record.recording(path, args, "qlora", record.SCORED) as content:
-            content |= {"data": described, "training": trained["finished"], "prompt_sha256": trained["prompt_sha256"]}
+            content |= {
+                "data": described,
+                "training": trained["finished"],
+                "prompt_sha256": trained["prompt_sha256"],
+            }
 
             # The libraries load here, so that --help, bad input and a finished run answer at once.
             from study import encoding, generation, metrics, model
 
             tokenizer = model.load_tokenizer(args.pretrained_ckpt)
             texts = [text for text, _ in test.examples]
-            prompts, described[args.split]["truncated"] = encoding.encode_prompts(tokenizer, TASK, texts, args)
+            prompts, described[args.split]["truncated"] = encoding.encode_prompts(
+                tokenizer, TASK, texts, args
+            )
             base = model.load_base(args.pretrained_ckpt, model.quantization_from(trained["quantization"]))
             model.check_length(base, tokenizer, args)
             tuned = model.load_adapter(base, folder / "adapter")
             labels = trained["labels"]
             allowed = generation.label_answers(tokenizer, labels) if args.decoding == "constrained" else None
-            answers = generation.generate(tuned, tokenizer, prompts, args.max_new_tokens, args.eval_batch_size, allowed)
+            answers = generation.generate(
+                tuned, tokenizer, prompts, args.max_new_tokens, args.eval_batch_size, allowed
+            )
             scores, rows = metrics.score(TASK, answers.texts, [label for _, label in test.examples], labels)
             content["eval"] = generation.describe(answers, scores, args.decoding)
             content["cost"] = cost.of_run(args, model.device_name(), content["eval"]["wall_seconds"])

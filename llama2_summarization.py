@@ -28,8 +28,10 @@ def main() -> None:
         if content:
             return print(f"finished   {path}\n{report.result_block(content)}")
 
-        print(f"run        {folder}\nmodel      {args.pretrained_ckpt}, rank {args.lora_r}, {args.epochs} epochs")
-        print(data.say_dropped("train", train), flush=True)
+        print(
+            f"run        {folder}\nmodel      {args.pretrained_ckpt}, rank {args.lora_r}, {args.epochs} epochs"
+        )
+        print(data.say_split("train", splits["train"], train), flush=True)
         with record.recording(path, args, "qlora", settings) as content:
             content["data"] = described
 
@@ -72,8 +74,13 @@ def main() -> None:
             tokenizer = model.load_tokenizer(args.pretrained_ckpt)
             examples, shortened = encoding.encode_examples(tokenizer, TASK, train.examples, args)
             described["train"]["truncated"] = shortened
-            print(f"{'':11}{shortened:,} texts shortened to fit --max_seq_length {args.max_seq_length}", flush=True)
-            base = model.load_base(args.pretrained_ckpt, quantization, model.training_attention(args.attn_implementation))
+            print(
+                f"{'':11}{shortened:,} texts shortened to fit --max_seq_length {args.max_seq_length}",
+                flush=True,
+            )
+            base = model.load_base(
+                args.pretrained_ckpt, quantization, model.training_attention(args.attn_implementation)
+            )
             model.check_length(base, tokenizer, args)
             run = {"config": content["config"], "data": described}
             content["train"] = training.train(base, tokenizer, lora, schedule, examples, args, folder, run)

@@ -5,6 +5,7 @@ the run that the training flags name, and the training script leaves the decodin
 """
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -28,17 +29,35 @@ class UserError(Exception):
 def build_parser(task: str | None, description: str) -> argparse.ArgumentParser:
     """Every flag of a fine-tuning task, or with `task=None` those of the baselines."""
     parser = argparse.ArgumentParser(
+        usage="%(prog)s [flags] (--help lists them)",
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     if task is None:
         group = parser.add_argument_group("baseline")
         add = group.add_argument
-        add("--task_type", choices=tuple(DEFAULTS), default="classification", help="task to score (%(default)s)")
-        add("--prompt_type", choices=("zero-shot", "few-shot"), default="zero-shot", help="prompt (%(default)s)")
-        add("--shots", type=positive_int, help="few-shot examples: per class in classification (1), in all in "
-            "summarization (2)")  # fmt: skip
-        add("--chat_template", choices=("none", "auto"), default="none",
-            help="auto wraps the prompt in the tokenizer's own chat template where it has one (%(default)s)")  # fmt: skip
+        add(
+            "--task_type",
+            choices=tuple(DEFAULTS),
+            default="classification",
+            help="task to score (%(default)s)",
+        )
+        add(
+            "--prompt_type",
+            choices=("zero-shot", "few-shot"),
+            default="zero-shot",
+            help="prompt (%(default)s)",
+        )
+        add(
+            "--shots",
+            type=positive_int,
+            help="few-shot examples: per class in classification (1), in all in summarization (2)",
+        )
+        add(
+            "--chat_template",
+            choices=("none", "auto"),
+            default="none",
+            help="auto wraps the prompt in the tokenizer's own chat template where it has one (%(default)s)",
+        )
     add_data_flags(parser, task)
     if task is not None:
         add_training_flags(parser, task)
@@ -49,73 +68,182 @@ def build_parser(task: str | None, description: str) -> argparse.ArgumentParser:
 
 def add_data_flags(parser: argparse.ArgumentParser, task: str | None) -> None:
     add = parser.add_argument_group("model and data").add_argument
-    add("--pretrained_ckpt", default="NousResearch/Llama-2-7b-hf", metavar="CKPT",
-        help="hub id or local folder of a causal language model (%(default)s)")  # fmt: skip
+    add(
+        "--pretrained_ckpt",
+        default="NousResearch/Llama-2-7b-hf",
+        metavar="CKPT",
+        help="hub id or local folder of a causal language model (%(default)s)",
+    )
     shown = "%(default)s" if task else "by task: " + ", ".join(d["dataset"] for d in DEFAULTS.values())
-    add("--dataset", default=DEFAULTS[task]["dataset"] if task else None, metavar="NAME",
+    add(
+        "--dataset",
+        default=DEFAULTS[task]["dataset"] if task else None,
+        metavar="NAME",
         help=f"hub id, or a local folder with train, test and validation files, or one local file, which is the train "
-        f"split ({shown})")  # fmt: skip
+        f"split ({shown})",
+    )
     for split in ("train", "test", "validation"):
-        add(f"--{split}_file", metavar="FILE",
-            help=f"the {split} split: .jsonl .json .csv or .parquet, plain or .gz (from --dataset)")  # fmt: skip
+        add(
+            f"--{split}_file",
+            metavar="FILE",
+            help=f"the {split} split: .jsonl .json .csv or .parquet, plain or .gz (from --dataset)",
+        )
     add("--text_column", default="text", help="column of the texts to classify (%(default)s)")
     add("--label_column", default="label", help="column of their classes (%(default)s)")
     add("--dialogue_column", default="dialogue", help="column of the dialogues to summarize (%(default)s)")
     add("--summary_column", default="summary", help="column of their summaries (%(default)s)")
     add("--drop_overlap", action="store_true", help="drop the train texts that also occur in test")
-    add("--max_train_samples", type=positive_int, metavar="N", help="use N train examples, chosen by --seed (all)")
-    add("--max_eval_samples", type=positive_int, metavar="N", help="score N examples, always the same ones (all)")
-    add("--max_seq_length", type=positive_int, default=512, metavar="TOKENS",
-        help="prompt and answer of one example; longer texts are shortened to fit (%(default)s)")  # fmt: skip
-    add("--max_new_tokens", type=positive_int, default=DEFAULTS[task]["max_new_tokens"] if task else None,
-        metavar="TOKENS", help="longest answer, and the room kept for it within --max_seq_length "
-        + ("(%(default)s)" if task else "(classification 20, summarization 100)"))  # fmt: skip
+    add(
+        "--max_train_samples",
+        type=positive_int,
+        metavar="N",
+        help="use N train examples, chosen by --seed (all)",
+    )
+    add(
+        "--max_eval_samples",
+        type=positive_int,
+        metavar="N",
+        help="score N examples, always the same ones (all)",
+    )
+    add(
+        "--max_seq_length",
+        type=positive_int,
+        default=512,
+        metavar="TOKENS",
+        help="prompt and answer of one example; longer texts are shortened to fit (%(default)s)",
+    )
+    add(
+        "--max_new_tokens",
+        type=positive_int,
+        default=DEFAULTS[task]["max_new_tokens"] if task else None,
+        metavar="TOKENS",
+        help="longest answer, and the room kept for it within --max_seq_length "
+        + ("(%(default)s)" if task else "(classification 20, summarization 100)"),
+    )
     add("--seed", type=int, default=42, help="order, dropout, samples and few-shot examples (%(default)s)")
 
 
 def add_training_flags(parser: argparse.ArgumentParser, task: str) -> None:
     add = parser.add_argument_group("LoRA").add_argument
-    add("--lora_r", type=positive_int, default=DEFAULTS[task]["lora_r"], metavar="RANK", help="rank (%(default)s)")
-    add("--lora_alpha", type=positive_int, default=16, metavar="ALPHA", help="scale is ALPHA / RANK (%(default)s)")
+    add(
+        "--lora_r",
+        type=positive_int,
+        default=DEFAULTS[task]["lora_r"],
+        metavar="RANK",
+        help="rank (%(default)s)",
+    )
+    add(
+        "--lora_alpha",
+        type=positive_int,
+        default=16,
+        metavar="ALPHA",
+        help="scale is ALPHA / RANK (%(default)s)",
+    )
     add("--dropout", type=probability, default=0.1, help="dropout before the adapters (%(default)s)")
-    add("--target_modules", nargs="+", default=["all-linear"], metavar="NAME",
-        help="layers with an adapter, e.g. q_proj v_proj (all-linear: all but the head)")  # fmt: skip
+    add(
+        "--target_modules",
+        nargs="+",
+        default=["all-linear"],
+        metavar="NAME",
+        help="layers with an adapter, e.g. q_proj v_proj (all-linear: all but the head)",
+    )
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=positive_int, default=DEFAULTS[task]["epochs"], help="passes over the examples (%(default)s)")
-    add("--train_sample_fraction", type=fraction, default=1.0, metavar="F",
+    add(
+        "--epochs",
+        type=positive_int,
+        default=DEFAULTS[task]["epochs"],
+        help="passes over the examples (%(default)s)",
+    )
+    add(
+        "--train_sample_fraction",
+        type=fraction,
+        default=1.0,
+        metavar="F",
         help="share of the train examples in (0, 1], stratified by class; smaller ones lie inside larger ones "
-        "(%(default)s)")  # fmt: skip
-    add("--learning_rate", type=positive_float, default=2e-4, metavar="LR",
-        help="after a warm-up over 3 %% of the steps, constant (%(default)s)")  # fmt: skip
-    add("--batch_size", type=positive_int, default=16, metavar="N", help="examples per optimizer step (%(default)s)")
-    add("--max_tokens_per_batch", type=auto_int, default="auto", metavar="TOKENS",
-        help="tokens on the device at once; splits a batch to fit, changes speed and memory only (%(default)s)")  # fmt: skip
-    add("--gradient_checkpointing", choices=("auto", "on", "off"), default="auto",
-        help="recompute activations to save memory; auto turns it on where they would not fit (%(default)s)")  # fmt: skip
-    add("--loss_on", choices=("answer", "all"), default="answer",
-        help="tokens that are learned: the answer's, or the prompt's too, as published (%(default)s)")  # fmt: skip
-    add("--attn_implementation", default="auto", metavar="NAME",
+        "(%(default)s)",
+    )
+    add(
+        "--learning_rate",
+        type=positive_float,
+        default=2e-4,
+        metavar="LR",
+        help="after a warm-up over 3 %% of the steps, constant (%(default)s)",
+    )
+    add(
+        "--batch_size",
+        type=positive_int,
+        default=16,
+        metavar="N",
+        help="examples per optimizer step (%(default)s)",
+    )
+    add(
+        "--max_tokens_per_batch",
+        type=auto_int,
+        default="auto",
+        metavar="TOKENS",
+        help="tokens on the device at once; splits a batch to fit, changes speed and memory only (%(default)s)",
+    )
+    add(
+        "--gradient_checkpointing",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="recompute activations to save memory; auto turns it on where they would not fit (%(default)s)",
+    )
+    add(
+        "--loss_on",
+        choices=("answer", "all"),
+        default="answer",
+        help="tokens that are learned: the answer's, or the prompt's too, as published (%(default)s)",
+    )
+    add(
+        "--attn_implementation",
+        default="auto",
+        metavar="NAME",
         help="auto takes flash_attention_2 if installed, else PyTorch's own kernels; or a name that transformers knows "
-        "(%(default)s)")  # fmt: skip
-    add("--report_to", default="none", help="a tracker that transformers knows, e.g. tensorboard (%(default)s)")
+        "(%(default)s)",
+    )
+    add(
+        "--report_to",
+        default="none",
+        help="a tracker that transformers knows, e.g. tensorboard (%(default)s)",
+    )
 
 
 def add_decoding_flags(parser: argparse.ArgumentParser, task: str | None) -> None:
     add = parser.add_argument_group("decoding").add_argument
     add("--split", choices=("test", "validation"), default="test", help="split to score (%(default)s)")
-    add("--eval_batch_size", type=auto_int, default="auto", metavar="N", help="examples decoded at once (%(default)s)")
+    add(
+        "--eval_batch_size",
+        type=auto_int,
+        default="auto",
+        metavar="N",
+        help="examples decoded at once (%(default)s)",
+    )
     if task != "summarization":
-        add("--decoding", choices=("free", "constrained"), default="free",
-            help="constrained lets the model choose among the class names only (%(default)s)")  # fmt: skip
+        add(
+            "--decoding",
+            choices=("free", "constrained"),
+            default="free",
+            help="constrained lets the model choose among the class names only (%(default)s)",
+        )
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="experiments", metavar="DIR", help="where runs are kept (%(default)s)")
-    add("--experiment_dir", metavar="DIR", help="folder of this run (a name built from the flags, in --output_dir)")
+    add(
+        "--experiment_dir",
+        metavar="DIR",
+        help="folder of this run (a name built from the flags, in --output_dir)",
+    )
     add("--force", action="store_true", help="redo a finished run")
     add("--dry_run", action="store_true", help="print the run's folder and whether it is finished, and stop")
-    add("--price_per_hour", type=positive_float, metavar="USD", help="price of this machine (by GPU, study/cost.py)")
+    add(
+        "--price_per_hour",
+        type=positive_float,
+        metavar="USD",
+        help="price of this machine (by GPU, study/cost.py)",
+    )
     add("--gpu_name", metavar="NAME", help="price and record the GPU under this name (detected)")
 
 
@@ -178,6 +306,7 @@ def probability(word: str) -> float:
 
 def run_script(main: Callable[[], None]) -> None:
     """Run `main` and exit: 0 done; 1 with one line on stderr for a UserError; 130 interrupted (Ctrl-C or SIGTERM)."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on optional CPU kernels
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if os.environ.get("RANK", "0") != "0":  # a further process of a distributed launch
         sys.stdout = open(os.devnull, "w")

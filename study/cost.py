@@ -14,7 +14,12 @@ PRICES = {  # part of the GPU's name as the driver gives it -> (USD per hour, so
 def price(gpu: str, price_per_hour: float | None) -> dict:
     """The price part of a record's `cost` for the device `gpu`; an unknown device has the price None, not 0."""
     if price_per_hour is not None:
-        return {"gpu": gpu, "price_per_hour": price_per_hour, "price_source": "--price_per_hour", "price_date": None}
+        return {
+            "gpu": gpu,
+            "price_per_hour": price_per_hour,
+            "price_source": "--price_per_hour",
+            "price_date": None,
+        }
     for name, (usd, source, date) in PRICES.items():
         if name.lower() in gpu.lower():
             return {"gpu": gpu, "price_per_hour": usd, "price_source": source, "price_date": date}

@@ -47,7 +47,9 @@ class Split:
         }
 
     def keep(self, indices: Sequence[int]) -> "Split":
-        return replace(self, examples=[self.examples[i] for i in indices], numbers=[self.numbers[i] for i in indices])
+        return replace(
+            self, examples=[self.examples[i] for i in indices], numbers=[self.numbers[i] for i in indices]
+        )
 
 
 class NoSource(UserError):
@@ -86,17 +88,27 @@ def source_of(args: argparse.Namespace, split: str) -> tuple[str, Iterator[Row]]
     file = getattr(args, f"{split}_file")
     if file:
         return file, read_file(Path(file), f"--{split}_file")
-    if args.dataset == DEFAULTS[args.task]["dataset"] and (args.train_file or args.test_file or args.validation_file):
-        raise NoSource(f"--{split}_file is needed: the other split is a local file, and --dataset names no other source")
+    if args.dataset == DEFAULTS[args.task]["dataset"] and (
+        args.train_file or args.test_file or args.validation_file
+    ):
+        raise NoSource(
+            f"--{split}_file is needed: the other split is a local file, and --dataset names no other source"
+        )
     path = Path(args.dataset)
     if path.is_dir():
         file = find_in_folder(path, split)
         return str(file), read_file(file, "--dataset")
     if path.is_file():
         if split != "train":
-            raise NoSource(f"--dataset {path} is one file, the train split: name the {split} split with --{split}_file")
+            raise NoSource(
+                f"--dataset {path} is one file, the train split: name the {split} split with --{split}_file"
+            )
         return str(path), read_file(path, "--dataset")
-    if args.dataset.startswith((".", "/", "~")) or bare_suffix(path) in FORMATS or args.dataset.count("/") > 1:
+    if (
+        args.dataset.startswith((".", "/", "~"))
+        or bare_suffix(path) in FORMATS
+        or args.dataset.count("/") > 1
+    ):
         raise UserError(f"--dataset {args.dataset}: there is no such file or folder")
     return f"{args.dataset} ({split})", read_hub(args.dataset, split)
 
@@ -109,10 +121,14 @@ def find_in_folder(folder: Path, split: str) -> Path:
         if bare_suffix(file) in FORMATS and re.search(rf"(^|[-_.])({names})[-_.]", file.name)
     ]
     if not found:
-        raise NoSource(f"--dataset {folder} holds no {split} file ({split}.jsonl, say): name it with --{split}_file")
+        raise NoSource(
+            f"--dataset {folder} holds no {split} file ({split}.jsonl, say): name it with --{split}_file"
+        )
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
-        raise UserError(f"--dataset {folder} holds several {split} files ({names}): name one with --{split}_file")
+        raise UserError(
+            f"--dataset {folder} holds several {split} files ({names}): name one with --{split}_file"
+        )
     return found[0]
 
 
@@ -132,7 +148,9 @@ def read_file(path: Path, flag: str) -> Iterator[Row]:
         if path.suffix == ".gz":
             content = gzip.decompress(content)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{flag} {path} is damaged or half-written ({error}): fetch or write it again") from None
+        raise UserError(
+            f"{flag} {path} is damaged or half-written ({error}): fetch or write it again"
+        ) from None
     except OSError as error:
         raise UserError(f"{flag} {path} can't be read: {error.strerror}") from None
     where = f"{flag} {path}"
@@ -161,7 +179,9 @@ def read_json_array(text: str, where: str) -> Iterator[Row]:
         raise UserError(f"{where} is not JSON: {error}") from None
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise UserError(f'{where} row {number} is not a JSON object such as {{"text": ..., "label": ...}}')
+            raise UserError(
+                f'{where} row {number} is not a JSON object such as {{"text": ..., "label": ...}}'
+            )
         yield number, row
 
 
@@ -225,10 +245,16 @@ def clean(source: str, rows: Iterator[Row], columns: tuple[str, str], task: str)
         for column in columns:
             if column not in row:
                 have = ", ".join(str(name) for name in row) or "none"
-                flag = "_column, --".join(("--text", "label") if task == "classification" else ("--dialogue", "summary"))
-                raise UserError(f'{source} row {number} has no column "{column}" but {have}: name it by {flag}_column')
+                flag = "_column, --".join(
+                    ("--text", "label") if task == "classification" else ("--dialogue", "summary")
+                )
+                raise UserError(
+                    f'{source} row {number} has no column "{column}" but {have}: name it by {flag}_column'
+                )
             if not isinstance(row[column], str | None):
-                kind = "a number" if isinstance(row[column], int | float) else f"a {type(row[column]).__name__}"
+                kind = (
+                    "a number" if isinstance(row[column], int | float) else f"a {type(row[column]).__name__}"
+                )
                 raise UserError(
                     f'{source} row {number}: column "{column}" holds {kind}, not text; name another column or make it text'
                 )
@@ -238,7 +264,9 @@ def clean(source: str, rows: Iterator[Row], columns: tuple[str, str], task: str)
             split.dropped[reason] += 1
             continue
         if task == "classification" and "\n" in pair[1]:
-            raise UserError(f"{source} row {number}: a class is one line, this one has several: {pair[1]!r:.60}")
+            raise UserError(
+                f"{source} row {number}: a class is one line, this one has several: {pair[1]!r:.60}"
+            )
         split.examples.append((pair[0], pair[1]))
         split.numbers.append(number)
     if not split.examples:
@@ -274,7 +302,9 @@ def drop_overlap(splits: dict[str, Split], drop: bool) -> None:
     apart = [i for i, (text, _) in enumerate(train.examples) if text not in seen]
     shared = len(train.examples) - len(apart)
     if drop and not apart:
-        raise UserError(f"--drop_overlap leaves no train example: every text of {train.source} occurs in test")
+        raise UserError(
+            f"--drop_overlap leaves no train example: every text of {train.source} occurs in test"
+        )
     if drop and shared:
         splits["train"] = train.keep(apart)
         splits["train"].dropped["also in test"] += shared
@@ -320,8 +350,8 @@ def choose(count: int, limit: int | None, seed: int) -> list[int]:
     return sorted(indices[:limit])
 
 
-def say_dropped(name: str, split: Split) -> str:
-    """One line on a split: rows used, rows dropped and why."""
+def say_split(name: str, split: Split, used: Split) -> str:
+    """One line on a split: rows used, rows there are, rows dropped and why, and train texts that occur in test."""
     dropped = "".join(f", {count:,} dropped: {reason}" for reason, count in split.dropped.items())
     overlap = f", {split.overlap:,} texts occur in test too" if split.overlap else ""
-    return f"{name:<11}{len(split.examples):,} rows of {split.source}{dropped}{overlap}"
+    return f"{name:<11}{len(used.examples):,} of {len(split.examples):,} rows of {split.source}{dropped}{overlap}"

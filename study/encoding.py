@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from prompts import build_prompt, defuse
 from study.cli import UserError
 
+
 @dataclass
 class Example:
     """One sequence: prompt, answer, end of sequence. `answer_start` is the place of the answer's first token."""
@@ -32,7 +33,9 @@ def answer_ids(tokenizer, task: str, answer: str) -> list[int]:
     tokens stay what inference sees.
     """
     cue, answer = build_prompt(task, "instruction", ""), defuse(answer, tokenizer.all_special_tokens)
-    start, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (cue, f"{cue} {answer}"))
+    start, whole = (
+        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (cue, f"{cue} {answer}")
+    )
     if whole[: len(start)] != start:  # the cue's last token merged with the answer's first
         start, whole = [], tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
     return [*whole[len(start) :], tokenizer.eos_token_id]
@@ -77,7 +80,9 @@ def tuning_text(tokenizer, task: str, text: str, room: int, max_seq_length: int)
     )
 
 
-def encode_examples(tokenizer, task: str, pairs: Sequence[tuple[str, str]], args: argparse.Namespace) -> tuple[list[Example], int]:
+def encode_examples(
+    tokenizer, task: str, pairs: Sequence[tuple[str, str]], args: argparse.Namespace
+) -> tuple[list[Example], int]:
     """Training sequences of (text, answer) pairs and how many texts were shortened.
 
     The prompt keeps `--max_new_tokens` free for the answer, as inference does; only a longer answer makes it shorter.
@@ -86,15 +91,15 @@ def encode_examples(tokenizer, task: str, pairs: Sequence[tuple[str, str]], args
     for text, answer in pairs:
         ending = answer_ids(tokenizer, task, answer)
         if task == "classification" and len(ending) > args.max_new_tokens:
-            raise UserError(f'--max_new_tokens {args.max_new_tokens} is too few for class "{answer}": it has {len(ending)}')
+            raise UserError(
+                f'--max_new_tokens {args.max_new_tokens} is too few for class "{answer}": it has {len(ending)}'
+            )
         room = max(len(ending), args.max_new_tokens)
         text, cut = tuning_text(tokenizer, task, text, room, args.max_seq_length)
         ids = prompt_ids(tokenizer, build_prompt(task, "instruction", text))
         examples.append(Example(ids + ending, len(ids)))
         shortened += cut
     return examples, shortened
-
-
 
 
 def encode_prompts(
@@ -136,7 +141,9 @@ def shorten_examples(
     while most and sum(min(length, most) for length in lengths) > room:
         most -= 1
     if not most:
-        raise UserError(f"--shots: {len(examples)} examples do not fit the model's context: take fewer, or a longer context")
+        raise UserError(
+            f"--shots: {len(examples)} examples do not fit the model's context: take fewer, or a longer context"
+        )
     cut = {
         "examples": sum(length > most for length in lengths),
         "example_tokens": sum(max(0, length - most) for length in lengths),

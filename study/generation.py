@@ -39,15 +39,22 @@ def generate(
     """
     began = time.time()
     model.eval()
-    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the longest first: too large shows at once
+    order = sorted(
+        range(len(prompts)), key=lambda i: -len(prompts[i])
+    )  # the longest first: too large shows at once
     answers: list[list[int]] = [[] for _ in prompts]
     size = batch_size
     while order:
         if batch_size == "auto":
-            size = min(size if size != "auto" else AUTO_EXAMPLES, fitting(model, len(prompts[order[0]]) + max_new_tokens))
+            size = min(
+                size if size != "auto" else AUTO_EXAMPLES,
+                fitting(model, len(prompts[order[0]]) + max_new_tokens),
+            )
         batch, rest = order[:size], order[size:]
         try:
-            continuations = continue_batch(model, tokenizer, [prompts[i] for i in batch], max_new_tokens, allowed)
+            continuations = continue_batch(
+                model, tokenizer, [prompts[i] for i in batch], max_new_tokens, allowed
+            )
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
@@ -93,7 +100,9 @@ def fitting(model, tokens: int) -> int:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * heads * size * 2 * tokens
     free = torch.cuda.mem_get_info(device())[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return max(1, int(0.8 * free / (3 * cache)))  # the cache is copied as it grows; the rest is for activations
+    return max(
+        1, int(0.8 * free / (3 * cache))
+    )  # the cache is copied as it grows; the rest is for activations
 
 
 def continue_batch(model, tokenizer, prompts, max_new_tokens, allowed) -> list[list[int]]:
@@ -101,7 +110,9 @@ def continue_batch(model, tokenizer, prompts, max_new_tokens, allowed) -> list[l
     width = max(map(len, prompts))
     ends = stop_tokens(model, tokenizer)
     ids = torch.tensor([[ends[0]] * (width - len(prompt)) + prompt for prompt in prompts], device=device())
-    mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device())
+    mask = torch.tensor(
+        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device()
+    )
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=ends, pad_token_id=ends[0]
     )

@@ -17,15 +17,19 @@ def with_interval(statistic: Callable[[np.ndarray], np.ndarray], examples: int, 
     """
     value = statistic(np.ones((1, examples)))[0]
     generator = np.random.default_rng(seed)
-    values = np.concatenate([  # a hundred at a time keep the weights of a large test set small
-        statistic(generator.multinomial(examples, np.full(examples, 1 / examples), size=100))
-        for _ in range(RESAMPLES // 100)
-    ])  # fmt: skip
+    values = np.concatenate(
+        [  # a hundred at a time keep the weights of a large test set small
+            statistic(generator.multinomial(examples, np.full(examples, 1 / examples), size=100))
+            for _ in range(RESAMPLES // 100)
+        ]
+    )
     low, high = np.percentile(values, [2.5, 97.5])
     return {"value": float(100 * value), "ci95": [float(100 * low), float(100 * high)]}
 
 
-def classification_metrics(parsed: Sequence[str | None], references: Sequence[str], labels: Sequence[str]) -> dict:
+def classification_metrics(
+    parsed: Sequence[str | None], references: Sequence[str], labels: Sequence[str]
+) -> dict:
     """Accuracy, micro, macro and weighted F1, and the share of invalid answers (None), which count as wrong.
 
     Macro F1 is the mean over the classes that occur as reference or as answer, as scikit-learn has it; an invalid answer
@@ -83,21 +87,31 @@ def summarization_metrics(scores: Sequence[dict[str, float]]) -> dict:
     """The mean of each ROUGE F-measure over the pairs."""
     columns = {name: np.array([score[name] for score in scores]) / 100 for name in ROUGE}
     return {
-        name: with_interval(lambda weights, column=column: weights @ column / weights.sum(axis=1), len(scores))
+        name: with_interval(
+            lambda weights, column=column: weights @ column / weights.sum(axis=1), len(scores)
+        )
         for name, column in columns.items()
     }
 
 
-def score(task: str, answers: Sequence[str], references: Sequence[str], labels: Sequence[str] = ()) -> tuple[dict, list[dict]]:
+def score(
+    task: str, answers: Sequence[str], references: Sequence[str], labels: Sequence[str] = ()
+) -> tuple[dict, list[dict]]:
     """Read generated answers and score them: the metrics, and for each test example a row of predictions.jsonl."""
     rows = [
-        {"index": i, "prediction": answer, "parsed": parse_label(answer, labels) if labels else parse_summary(answer),
-         "reference": reference}
+        {
+            "index": i,
+            "prediction": answer,
+            "parsed": parse_label(answer, labels) if labels else parse_summary(answer),
+            "reference": reference,
+        }
         for i, (answer, reference) in enumerate(zip(answers, references, strict=True))
-    ]  # fmt: skip
+    ]
     parsed = [row["parsed"] for row in rows]
     if task == "classification":
-        extra = [{"correct": answer == reference} for answer, reference in zip(parsed, references, strict=True)]
+        extra = [
+            {"correct": answer == reference} for answer, reference in zip(parsed, references, strict=True)
+        ]
         metrics = classification_metrics(parsed, references, labels)
     else:
         extra = rouge_scores(parsed, references)

@@ -1,7 +1,6 @@
 """Load a checkpoint in 4 bits and its tokenizer, put an adapter on it, and attend within examples laid end to end."""
 
 import importlib.util
-import logging
 import os
 import platform
 import resource
@@ -10,26 +9,37 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+)
 
 from study.cli import UserError
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on optional CPU kernels
 
 GIB = 2**30
 
 
 def device() -> torch.device:
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else torch.device("cpu")
+    return (
+        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        if torch.cuda.is_available()
+        else torch.device("cpu")
+    )
 
 
 def device_name() -> str:
     """Name of the GPU, or of the processor where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(device())
-    names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    names = [
+        line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")
+    ]
     return f"CPU, {os.cpu_count()} cores ({names[0] if names else platform.machine()})"
 
 
@@ -60,7 +70,9 @@ def check_checkpoint(checkpoint: str) -> None:
     }
     for part, patterns in parts.items():
         if not any(path for pattern in patterns for path in folder.glob(pattern)):
-            raise UserError(f"--pretrained_ckpt {checkpoint} has not {part}: name a whole checkpoint folder or a hub id")
+            raise UserError(
+                f"--pretrained_ckpt {checkpoint} has not {part}: name a whole checkpoint folder or a hub id"
+            )
 
 
 def from_checkpoint(loader, checkpoint: str, **options):
@@ -117,7 +129,9 @@ def load_adapter(model, folder: Path):
 
 def context_length(model, tokenizer) -> int:
     """The most tokens that a sequence may have."""
-    length = getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
+    length = (
+        getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
+    )
     return min(length, 2**20)  # a tokenizer without a limit says 1e30
 
 
@@ -125,7 +139,9 @@ def check_length(model, tokenizer, args) -> None:
     """Raise UserError if --max_seq_length exceeds what the model can attend to."""
     most = context_length(model, tokenizer)
     if args.max_seq_length > most:
-        raise UserError(f"--max_seq_length {args.max_seq_length} exceeds the {most} tokens that {args.pretrained_ckpt} takes")
+        raise UserError(
+            f"--max_seq_length {args.max_seq_length} exceeds the {most} tokens that {args.pretrained_ckpt} takes"
+        )
 
 
 # Attention within examples laid end to end
@@ -135,14 +151,26 @@ def training_attention(wanted: str) -> str:
     """The attention to load a model with: --attn_implementation, or for "auto" the best of this machine."""
     if wanted != "auto":
         return wanted
-    flash = torch.cuda.is_available() and importlib.util.find_spec("flash_attn") and compute_dtype() == torch.bfloat16
+    flash = (
+        torch.cuda.is_available()
+        and importlib.util.find_spec("flash_attn")
+        and compute_dtype() == torch.bfloat16
+    )
     return "flash_attention_2" if flash else "sdpa"
 
 
 def packed_attention(
-    module, query, key, value, attention_mask, scaling=None, sliding_window=None, cu_seq_lens_q=None, max_length_q=None,
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    sliding_window=None,
+    cu_seq_lens_q=None,
+    max_length_q=None,
     **unused,
-):  # fmt: skip
+):
     """Causal attention of each of the sequences that lie end to end in one row, for transformers' AttentionInterface.
 
     query [1, heads, tokens, size], key and value [1, key heads, tokens, size]; cu_seq_lens_q [sequences + 1] are their
@@ -164,10 +192,14 @@ def packed_attention(
     lengths = cu_seq_lens_q.diff().tolist()
     pieces = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = [
-        F.scaled_dot_product_attention(*piece, attn_mask=window_mask(piece[0], sliding_window), scale=scaling,
-                                       is_causal=not exceeds(piece[0], sliding_window))
+        F.scaled_dot_product_attention(
+            *piece,
+            attn_mask=window_mask(piece[0], sliding_window),
+            scale=scaling,
+            is_causal=not exceeds(piece[0], sliding_window),
+        )
         for piece in pieces
-    ]  # fmt: skip
+    ]
     return torch.cat(outputs, dim=2).transpose(1, 2), None
 
 

@@ -24,13 +24,19 @@ def plan_steps(examples: int, batch_size: int, epochs: int, seed: int) -> list[l
     return steps
 
 
-def split_to_fit(indices: Sequence[int], lengths: Sequence[int], max_tokens: int, padded: bool) -> list[list[int]]:
+def split_to_fit(
+    indices: Sequence[int], lengths: Sequence[int], max_tokens: int, padded: bool
+) -> list[list[int]]:
     """The examples of a step in few groups of at most `max_tokens` tokens, or one example where it alone exceeds that."""
     groups: list[list[int]] = []
     for i in sorted(indices, key=lambda i: (-lengths[i], i)):
         for group in groups:
             # Longest first, so a padded group is as wide as its first example.
-            tokens = lengths[group[0]] * (len(group) + 1) if padded else sum(lengths[j] for j in group) + lengths[i]
+            tokens = (
+                lengths[group[0]] * (len(group) + 1)
+                if padded
+                else sum(lengths[j] for j in group) + lengths[i]
+            )
             if tokens <= max_tokens:
                 group.append(i)
                 break
@@ -41,7 +47,9 @@ def split_to_fit(indices: Sequence[int], lengths: Sequence[int], max_tokens: int
 
 def learned_places(example: Example, loss_on: str) -> range:
     """Places whose next token is learned: those before the answer's tokens and the EOS, or all ("all")."""
-    return range(example.answer_start - 1 if loss_on == "answer" and example.answer_start else 0, len(example.ids) - 1)
+    return range(
+        example.answer_start - 1 if loss_on == "answer" and example.answer_start else 0, len(example.ids) - 1
+    )
 
 
 def pack(examples: Sequence[Example], loss_on: str, device) -> tuple[dict, torch.Tensor, torch.Tensor]:
@@ -137,5 +145,7 @@ def choose_batching(model, wanted_attention: str, device) -> bool:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if model.config._attn_implementation == "packed":
         model.set_attn_implementation("sdpa")
-    print(f"padding batches: {type(model).__name__} with {model.config._attn_implementation} can't be packed here ({reason})")
+    print(
+        f"padding batches: {type(model).__name__} with {model.config._attn_implementation} can't be packed here ({reason})"
+    )
     return True

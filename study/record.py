@@ -26,15 +26,41 @@ SCHEMA = 1
 STARTED = time.time()
 NAMED = ("train_sample_fraction", "epochs", "lora_r", "dropout", "seed")  # stand in the run's name
 TRAINED = (  # also make a training what it is; all other flags change its speed, its score's data or its place
-    "pretrained_ckpt", "dataset", "train_file", "text_column", "label_column", "dialogue_column", "summary_column",
-    "drop_overlap", "max_train_samples", "max_seq_length", "max_new_tokens", "lora_alpha", "target_modules",
-    "learning_rate", "batch_size", "loss_on",
-)  # fmt: skip
+    "pretrained_ckpt",
+    "dataset",
+    "train_file",
+    "text_column",
+    "label_column",
+    "dialogue_column",
+    "summary_column",
+    "drop_overlap",
+    "max_train_samples",
+    "max_seq_length",
+    "max_new_tokens",
+    "lora_alpha",
+    "target_modules",
+    "learning_rate",
+    "batch_size",
+    "loss_on",
+)
 SCORED = (  # make an evaluation what it is, beside the training
-    "pretrained_ckpt", "dataset", "train_file", "test_file", "validation_file", "text_column", "label_column",
-    "dialogue_column", "summary_column", "drop_overlap", "max_train_samples", "max_eval_samples", "max_seq_length",
-    "max_new_tokens", "split", "decoding",
-)  # fmt: skip
+    "pretrained_ckpt",
+    "dataset",
+    "train_file",
+    "test_file",
+    "validation_file",
+    "text_column",
+    "label_column",
+    "dialogue_column",
+    "summary_column",
+    "drop_overlap",
+    "max_train_samples",
+    "max_eval_samples",
+    "max_seq_length",
+    "max_new_tokens",
+    "split",
+    "decoding",
+)
 BASELINE = (*SCORED, "prompt_type", "shots", "chat_template", "seed")
 
 
@@ -91,7 +117,7 @@ def model_name(checkpoint: str) -> str:
 
 
 def eval_name(args: argparse.Namespace, trained: dict) -> str:
-    """"eval.json"; with a short hash if the evaluation's settings differ from the training's and the defaults."""
+    """ "eval.json"; with a short hash if the evaluation's settings differ from the training's and the defaults."""
     plain = {**defaults(args.task), **trained, "max_eval_samples": None, "split": "test", "decoding": "free"}
     return f"eval{suffix(changed(args, SCORED, plain), '-')}.json"
 
@@ -123,7 +149,9 @@ def write_text(path: Path, text: str) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"{path} can't be written: {error.strerror}; make room or name another --output_dir") from None
+        raise UserError(
+            f"{path} can't be written: {error.strerror}; make room or name another --output_dir"
+        ) from None
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -148,7 +176,7 @@ def read(path: Path) -> dict | None:
 
 
 def status(path: Path) -> str:
-    """"finished", "failed", "oom", "interrupted", "unfinished" (begun, no record) or "not started"."""
+    """ "finished", "failed", "oom", "interrupted", "unfinished" (begun, no record) or "not started"."""
     content = read(path)
     if content:
         return content["status"]
@@ -174,7 +202,9 @@ def check_same_data(recorded: dict, data: dict, where: Path) -> None:
     """Raise UserError if the splits in `data` hold other examples than those `recorded`."""
     for name, split in data.items():
         if recorded[name]["sha256"] != split["sha256"]:
-            raise UserError(f"{where} was made from other {name} data than {split['source']} holds now: --force redoes it")
+            raise UserError(
+                f"{where} was made from other {name} data than {split['source']} holds now: --force redoes it"
+            )
 
 
 def check_same(config: dict, args: argparse.Namespace, settings: Iterable[str], where: Path) -> None:
@@ -185,7 +215,9 @@ def check_same(config: dict, args: argparse.Namespace, settings: Iterable[str], 
         if hasattr(args, name) and name in config and config.get(name) != getattr(args, name)
     ]
     if other:
-        raise UserError(f"{where} belongs to a run with {'; '.join(other)}: use another --experiment_dir, or --force")
+        raise UserError(
+            f"{where} belongs to a run with {'; '.join(other)}: use another --experiment_dir, or --force"
+        )
 
 
 def finished_training(folder: Path, args: argparse.Namespace) -> dict:
@@ -194,14 +226,21 @@ def finished_training(folder: Path, args: argparse.Namespace) -> dict:
     Raises UserError where there is none, or where a flag contradicts how the adapter was trained.
     """
     if not folder.is_dir():
-        raise UserError(f"--experiment_dir {folder}: there is no such run; train it first with the same flags")
+        raise UserError(
+            f"--experiment_dir {folder}: there is no such run; train it first with the same flags"
+        )
     content = read(folder / "train.json")
     if not content or content["status"] != "finished":
         state = content["status"] if content else "unfinished"
-        raise UserError(f"--experiment_dir {folder}: its training is {state}; start the training script again")
+        raise UserError(
+            f"--experiment_dir {folder}: its training is {state}; start the training script again"
+        )
     config = content["config"]
-    given = [name for name in (*NAMED, "lora_alpha", "target_modules", "learning_rate", "batch_size", "loss_on")
-             if name in args.given]  # fmt: skip
+    given = [
+        name
+        for name in (*NAMED, "lora_alpha", "target_modules", "learning_rate", "batch_size", "loss_on")
+        if name in args.given
+    ]
     check_same(config, args, given, folder)
     for name, value in config.items():
         if name in (*NAMED, *TRAINED, "test_file", "validation_file") and name not in args.given:
@@ -224,7 +263,9 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{folder} is in use by another run: wait for it, or use another --experiment_dir") from None
+            raise UserError(
+                f"{folder} is in use by another run: wait for it, or use another --experiment_dir"
+            ) from None
         yield
 
 
@@ -269,11 +310,21 @@ def describe_error(error: BaseException) -> dict:
     text = " ".join(str(error).split())
     if isinstance(error, KeyboardInterrupt):
         return {"status": "interrupted"}
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "out of memory" in text.lower():
+    if (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "out of memory" in text.lower()
+    ):
         advice = "use a smaller --max_tokens_per_batch and --gradient_checkpointing on, or a smaller --eval_batch_size"
-        return {"status": "oom", "error": {"type": type(error).__name__, "message": "out of memory", "advice": advice}}
+        return {
+            "status": "oom",
+            "error": {"type": type(error).__name__, "message": "out of memory", "advice": advice},
+        }
     if isinstance(error, UserError):
-        return {"status": "failed", "error": {"type": "UserError", "message": text, "advice": "mend it and start again"}}
+        return {
+            "status": "failed",
+            "error": {"type": "UserError", "message": text, "advice": "mend it and start again"},
+        }
     import traceback
 
     advice = "the record has the traceback"
@@ -310,7 +361,16 @@ def wall_seconds() -> float:
 def environment(seed: int | None) -> dict:
     """Versions, device, commit and seeds, as a record keeps them."""
     versions = {"python": platform.python_version()}
-    packages = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "rouge-score", "numpy")
+    packages = (
+        "torch",
+        "transformers",
+        "peft",
+        "bitsandbytes",
+        "accelerate",
+        "datasets",
+        "rouge-score",
+        "numpy",
+    )
     for package in (*packages, "flash-attn"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
@@ -332,6 +392,12 @@ def environment(seed: int | None) -> dict:
 
 
 def say_dry_run(path: Path, args: argparse.Namespace) -> None:
-    """What --dry_run prints: the record, then a line "status<TAB>folder" for programs."""
+    """What --dry_run prints: the record, then a line "status<TAB>folder" for programs.
+
+    An evaluation that has not been made is "trained" where its training is finished, and else says how that stands.
+    """
+    state = status(path)
+    if state != "finished" and path.name != "train.json" and (training := status(path.parent / "train.json")) != state:
+        state = "trained" if training == "finished" else training
     print(f"{args.task} with {args.pretrained_ckpt} -> {path}")
-    print(f"{status(path)}\t{path.parent}")
+    print(f"{state}\t{path.parent}")

@@ -8,7 +8,20 @@ from study import record
 from study.cli import run_script
 
 SCORES = {"classification": ("accuracy", "macro_f1"), "summarization": ("rouge1", "rouge2", "rougeL")}
-TITLES = {"accuracy": "accuracy", "macro_f1": "macro F1", "rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
+SETTINGS = {
+    "train_sample_fraction": "fraction",
+    "lora_r": "rank",
+    "epochs": "epochs",
+    "dropout": "dropout",
+    "seed": "seed",
+}
+TITLES = {
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+}
 
 
 def result_block(content: dict) -> str:
@@ -16,17 +29,21 @@ def result_block(content: dict) -> str:
     lines = []
     if "train" in content:
         train = content["train"]
-        lines.append(f"trained    loss {train['loss']:.4f} over the last epoch; {train['examples']:,} examples, "
-                     f"{train['steps']:,} steps, {train['tokens']:,} tokens, {train['trainable_parameters']:,} "
-                     f"trainable parameters")  # fmt: skip
+        lines.append(
+            f"trained    loss {train['loss']:.4f} over the last epoch; {train['examples']:,} examples, "
+            f"{train['steps']:,} steps, {train['tokens']:,} tokens, {train['trainable_parameters']:,} "
+            f"trainable parameters"
+        )
         lines.append(spent(train, f"{train['tokens_per_second']:,.0f} tokens/s", content["cost"]))
     if "eval" in content:
         scored = content["eval"]
         for name, metric in scored["metrics"].items():
             low, high = metric["ci95"]
             lines.append(f"{name:<16}{metric['value']:6.2f} %  (95 % interval {low:.2f} to {high:.2f})")
-        lines.append(f"scored     {scored['examples']:,} examples, {content['method']}, {scored['decoding']} decoding; "
-                     f"{scored['input_tokens']:,} tokens in, {scored['output_tokens']:,} out")  # fmt: skip
+        lines.append(
+            f"scored     {scored['examples']:,} examples, {content['method']}, {scored['decoding']} decoding; "
+            f"{scored['input_tokens']:,} tokens in, {scored['output_tokens']:,} out"
+        )
         lines.append(spent(scored, f"{scored['examples_per_second']:,.1f} examples/s", content["cost"]))
     return "\n".join(lines)
 
@@ -42,38 +59,39 @@ def money(usd: float | None) -> str:
     return "unknown price" if usd is None else f"${usd:,.4f}" if usd < 1 else f"${usd:,.2f}"
 
 
-def rows_of(folder: Path) -> list[dict]:
-    """One row for each evaluation in a run's folder, or one that says why there is none."""
+def rows_of(folder: Path) -> list[dict[str, str]]:
+    """One table row for each evaluation in a run's folder, or one that says why there is none; columns by title."""
     trained = record.read(folder / "train.json")
     evals = [record.read(path) for path in sorted(folder.glob("eval*.json"))]
-    if not evals:
-        state = record.status(folder / "train.json")
-        return [{"content": trained, "state": "not scored" if state == "finished" else state, "folder": folder}]
-    return [
-        {"content": content, "trained": trained, "folder": folder,
-         "state": None if content["status"] == "finished" else content["status"]}
-        for content in evals
-    ]  # fmt: skip
+    if evals:
+        return [scored_row(content, trained) for content in evals]
+    state = record.status(folder / "train.json")
+    if trained:
+        return [settings_row(trained) | {"state": "not scored" if state == "finished" else state}]
+    task = next((task for task in SCORES if task in str(folder)), "")
+    return [{"task": task, "method": folder.name, "state": state}]
 
 
-def cells(row: dict, scores: Sequence[str]) -> list[str]:
-    """The columns of one row, as text."""
-    content, trained = row["content"], row.get("trained")
-    if content is None:
-        return ["—", row["folder"].name, row["state"], *["—"] * (len(scores) + 5)]
+def settings_row(content: dict) -> dict[str, str]:
     config, tuned = content["config"], content["method"] == "qlora"
-    setting = [f"{config[name]:g}" if tuned else "—" for name in ("train_sample_fraction", "lora_r", "epochs", "dropout")]
-    head = [content["task"], f"{record.model_name(content['model'])}, {content['method']}", *setting, str(config["seed"])]
-    if row["state"]:
-        return [*head, row["state"], *["—"] * (len(scores) + 2)]
-    metrics = content["eval"]["metrics"]
-    values = [interval(metrics[name]) if name in metrics else "—" for name in scores]
-    parts = [content] + ([trained] if trained else [])
-    seconds = sum(part.get("train", part.get("eval"))["wall_seconds"] for part in parts)
-    peak = max(part.get("train", part.get("eval"))["peak_memory_gib"] for part in parts)
-    prices = [part["cost"]["usd"] for part in parts]
-    cost = None if None in prices else sum(prices)
-    return [*head, *values, f"{seconds:,.0f}", f"{peak:.2f}", money(cost)]
+    row = {"task": content["task"], "model": record.model_name(content["model"]), "method": content["method"]}
+    named = {SETTINGS[name]: f"{config[name]:g}" for name in SETTINGS if tuned or name == "seed"}
+    return row | named | {"decoding": config.get("decoding", "free")}
+
+
+def scored_row(content: dict, trained: dict | None) -> dict[str, str]:
+    """Scores with half their 95 % interval; seconds, memory and cost of training and evaluation together, loading included."""
+    row = settings_row(content)
+    if content["status"] != "finished":
+        return row | {"state": content["status"]}
+    parts = [content["eval"]] + ([trained["train"]] if trained else [])
+    prices = [part["cost"]["usd"] for part in (content, trained) if part]
+    return row | {
+        **{TITLES[name]: interval(content["eval"]["metrics"][name]) for name in SCORES[content["task"]]},
+        "seconds": f"{sum(part['wall_seconds'] for part in parts):,.0f}",
+        "peak GiB": f"{max(part['peak_memory_gib'] for part in parts):.2f}",
+        "cost": money(None if None in prices else sum(prices)),
+    }
 
 
 def interval(metric: dict) -> str:
@@ -82,30 +100,18 @@ def interval(metric: dict) -> str:
 
 
 def table(folders: Sequence[Path]) -> str:
-    """One aligned table a task: method and setting, scores with half their 95 % interval, seconds, memory and cost.
-
-    Seconds and cost are those of training and evaluation together, loading included.
-    """
+    """One aligned table of all runs. A column that says the same in every row is left out, but for results."""
     rows = [row for folder in folders for row in rows_of(folder)]
-    tables = []
-    for task, scores in SCORES.items():
-        mine = [row for row in rows if task_of(row) == task]
-        if mine:
-            titles = ["task", "model and method", "fraction", "rank", "epochs", "dropout", "seed"]
-            titles += [TITLES[name] for name in scores] + ["seconds", "peak GiB", "cost"]
-            tables.append(align([titles, *(cells(row, scores) for row in mine)]))
-    return "\n\n".join(tables)
-
-
-def task_of(row: dict) -> str:
-    name = str(row["folder"])
-    return row["content"]["task"] if row["content"] else "summarization" if "summarization" in name else "classification"
-
-
-def align(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    results = [*TITLES.values(), "seconds", "peak GiB", "cost"]
+    titles = [
+        title
+        for title in ("task", "model", "method", *SETTINGS.values(), "decoding", "state", *results)
+        if len({row[title] for row in rows if title in row}) > (title not in ("task", "method", "state", *results))
+    ]
+    lines = [titles, *([row.get(title, "—") for title in titles] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
 
 
 def main() -> None:

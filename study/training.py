@@ -5,7 +5,6 @@ An optimizer step sees `batch_size` examples, in an order that depends on the se
 split.
 """
 
-import argparse
 import contextlib
 import json
 import math
@@ -97,13 +96,18 @@ class PackedTrainer(Trainer):
         rank, world = self.args.process_index, self.args.world_size
         # A process without an example repeats the first one with weight 0, since all must take part in the exchange.
         mine, weight = (indices[rank::world], 1) if rank < len(indices) else (indices[:1], 0)
-        groups = split_to_fit(mine, [len(example.ids) for example in self.examples], self.max_tokens, self.padded)
+        groups = split_to_fit(
+            mine, [len(example.ids) for example in self.examples], self.max_tokens, self.padded
+        )
         # The dropout of a step depends on seed and step only, so a resumed run draws what the first one would have.
         torch.manual_seed(hash((self.args.seed, number, rank)) % 2**63)
         total = torch.zeros((), device=self.args.device)
         for i, group in enumerate(groups):
             last = i == len(groups) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model), self.compute_loss_context_manager():
+            with (
+                contextlib.nullcontext() if last else self.accelerator.no_sync(model),
+                self.compute_loss_context_manager(),
+            ):
                 examples = [self.examples[j] for j in group]
                 loss = loss_sum(model, examples, self.loss_on, self.padded, self.args.device) / learned
             self.accelerator.backward(weight * world * loss)  # world: the exchange averages over processes
@@ -127,12 +131,16 @@ class Progress(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         every = max(1, state.max_steps // 10)
-        if state.is_world_process_zero and (state.global_step % every == 0 or state.global_step == state.max_steps):
+        if state.is_world_process_zero and (
+            state.global_step % every == 0 or state.global_step == state.max_steps
+        ):
             done = sum(self.tokens[self.first : state.global_step])
             speed = done / (time.time() - self.began)
             left = sum(self.tokens[state.global_step :]) / speed
-            tqdm.write(f"step {state.global_step:>6,}/{state.max_steps:,}  loss {float(self.history[-1][1]):.4f}  "
-                  f"{speed:,.0f} tokens/s  {peak_memory_gib():.1f} GiB  {left / 60:.1f} min left")  # fmt: skip
+            tqdm.write(
+                f"step {state.global_step:>6,}/{state.max_steps:,}  loss {float(self.history[-1][1]):.4f}  "
+                f"{speed:,.0f} tokens/s  {peak_memory_gib():.1f} GiB  {left / 60:.1f} min left"
+            )
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -141,7 +149,9 @@ class Progress(TrainerCallback):
             peak = max(self.spent["peak_memory_gib"], peak_memory_gib())
             spent = {"seconds": seconds, "wall_seconds": wall, "peak_memory_gib": peak}
             history = [[step, float(loss), learned] for step, loss, learned in self.history]
-            record.write_json(folder / PROGRESS, {"schema": 1, **self.run, "spent": spent, "history": history})
+            record.write_json(
+                folder / PROGRESS, {"schema": 1, **self.run, "spent": spent, "history": history}
+            )
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -171,7 +181,16 @@ def settings(folder: Path, **chosen) -> TrainingArguments:
     )
 
 
-def train(model, tokenizer, lora, training: TrainingArguments, examples: list[Example], args, folder: Path, run: dict) -> dict:
+def train(
+    model,
+    tokenizer,
+    lora,
+    training: TrainingArguments,
+    examples: list[Example],
+    args,
+    folder: Path,
+    run: dict,
+) -> dict:
     """Train an adapter on `model` (4-bit, frozen) and leave it in `folder`/adapter. Returns the record's `train`.
 
     `run` says what is being trained ({"config", "data"}); a checkpoint of the same run is resumed, one of another refused.
@@ -189,19 +208,32 @@ def train(model, tokenizer, lora, training: TrainingArguments, examples: list[Ex
     training.gradient_checkpointing_kwargs = {"use_reentrant": False}
     training.max_steps = len(steps)
     training.save_steps = math.ceil(len(steps) / 20)
-    training._n_gpu = min(training.n_gpu, 1)  # one process drives one GPU; several GPUs take `accelerate launch`
+    training._n_gpu = min(
+        training.n_gpu, 1
+    )  # one process drives one GPU; several GPUs take `accelerate launch`
 
     checkpoint, spent, history = resume(Path(training.output_dir), run, args)
     progress = Progress(run, history, tokens, spent)
     trainer = PackedTrainer(
-        model=model, args=training, processing_class=tokenizer, callbacks=[progress], examples=examples, steps=steps,
-        max_tokens=max_tokens, loss_on=args.loss_on, padded=padded, history=history,
-    )  # fmt: skip
+        model=model,
+        args=training,
+        processing_class=tokenizer,
+        callbacks=[progress],
+        examples=examples,
+        steps=steps,
+        max_tokens=max_tokens,
+        loss_on=args.loss_on,
+        padded=padded,
+        history=history,
+    )
     trainer.remove_callback(PrinterCallback)
-    print(f"training   {len(examples):,} examples, {len(steps):,} steps, {sum(tokens):,} tokens in rows of at most "
-          f"{max_tokens:,}; {'padded' if padded else 'packed'}, {model.config._attn_implementation} attention, "
-          f"checkpointing {'on' if checkpointing else 'off'}" + (f"; resumed from {checkpoint.name}" if checkpoint else ""),
-          flush=True)  # fmt: skip
+    print(
+        f"training   {len(examples):,} examples, {len(steps):,} steps, {sum(tokens):,} tokens in rows of at most "
+        f"{max_tokens:,}; {'padded' if padded else 'packed'}, {model.config._attn_implementation} attention, "
+        f"checkpointing {'on' if checkpointing else 'off'}"
+        + (f"; resumed from {checkpoint.name}" if checkpoint else ""),
+        flush=True,
+    )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = progress.seconds()
     if record.is_main_process():
@@ -260,7 +292,9 @@ def save_adapter(model, tokenizer, folder: Path) -> None:
 
 def mean_loss(history: Sequence[Sequence]) -> float:
     """Mean over the learned tokens of the steps in `history` ([step, loss, learned tokens])."""
-    return sum(float(loss) * learned for _, loss, learned in history) / sum(learned for *_, learned in history)
+    return sum(float(loss) * learned for _, loss, learned in history) / sum(
+        learned for *_, learned in history
+    )
 
 
 def thin(history: list, most: int = 200) -> list:

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# One command on a fresh machine: set up .venv, then run the linters and every test. Arguments go to pytest.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+# shellcheck source=study/setup.sh
+source study/setup.sh
+set_up requirements.txt tests/requirements.txt
+
+ruff check .
+ruff format --check .
+shellcheck ./*.sh study/*.sh .ci/run
+python -m pytest "$@"

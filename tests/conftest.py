@@ -1,0 +1,43 @@
+"""What several tests need: the scripts as commands, the demo checkpoint, and small random ones of other architectures."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO_MODEL = ROOT / "demo" / "model"
+DEMO_DATA = ROOT / "demo" / "data"
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder with real data sets and the Llama-2 tokenizer, named by REAL_DATA_DIR."""
+    folder = os.environ.get("REAL_DATA_DIR")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("REAL_DATA_DIR does not name a folder with real data")
+    return Path(folder)
+
+
+def run_script(script: str, *flags: object, **options) -> subprocess.CompletedProcess:
+    """Run a script of this project as its user would, from anywhere."""
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **options.pop("env", {})}
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=False, **options)
+
+
+def error_line(done: subprocess.CompletedProcess) -> str:
+    """The one line on stderr of a script that refused, which it must have done with exit status 1 or 2."""
+    assert done.returncode in {1, 2}, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert "Traceback" not in done.stderr, done.stderr
+    assert len([line for line in lines if not line.startswith("usage:")]) == 1, done.stderr
+    return lines[-1]
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
