@@ -41,7 +41,7 @@ def main() -> None:
             from transformers import BitsAndBytesConfig
 
             from prompts import prompt_sha256
-            from study import encoding, model, training
+            from study import encoding, model, packing, training
 
             quantization = BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -79,7 +79,7 @@ def main() -> None:
                 flush=True,
             )
             base = model.load_base(
-                args.pretrained_ckpt, quantization, model.training_attention(args.attn_implementation)
+                args.pretrained_ckpt, quantization, packing.training_attention(args.attn_implementation)
             )
             model.check_length(base, tokenizer, args)
             run = {"config": content["config"], "data": described}

@@ -3,15 +3,17 @@
 Where a model can't keep packed examples apart, a probe finds out and the examples are padded instead.
 """
 
-import contextlib
+import importlib.util
 import inspect
 import random
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from transformers import AttentionInterface, AttentionMaskInterface
 
 from study.encoding import Example
+from study.model import compute_dtype
 
 
 def plan_steps(examples: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
@@ -133,8 +135,7 @@ def isolates(model, device, tokens: int = 24) -> bool:
 def choose_batching(model, wanted_attention: str, device) -> bool:
     """Set the model's attention for training. Returns whether examples must be padded, and says so in one line."""
     if wanted_attention == "auto" and model.config._attn_implementation == "sdpa":
-        with contextlib.suppress(ValueError):
-            model.set_attn_implementation("packed")
+        model.set_attn_implementation("packed")  # stays sdpa where the model's code can't exchange it
     try:
         if "logits_to_keep" in inspect.signature(model.forward).parameters and isolates(model, device):
             return False
@@ -149,3 +150,79 @@ def choose_batching(model, wanted_attention: str, device) -> bool:
         f"padding batches: {type(model).__name__} with {model.config._attn_implementation} can't be packed here ({reason})"
     )
     return True
+
+
+# Attention
+
+
+def training_attention(wanted: str) -> str:
+    """The attention to load a model with: --attn_implementation, or for "auto" the best of this machine."""
+    if wanted != "auto":
+        return wanted
+    flash = (
+        torch.cuda.is_available()
+        and importlib.util.find_spec("flash_attn")
+        and compute_dtype() == torch.bfloat16
+    )
+    return "flash_attention_2" if flash else "sdpa"
+
+
+def packed_attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    scaling=None,
+    sliding_window=None,
+    cu_seq_lens_q=None,
+    max_length_q=None,
+    **unused,
+):
+    """Causal attention of each of the sequences that lie end to end in one row, for transformers' AttentionInterface.
+
+    query [1, heads, tokens, size], key and value [1, key heads, tokens, size]; cu_seq_lens_q [sequences + 1] are their
+    borders. Returns ([1, tokens, heads, size], None). On CUDA one call of PyTorch's variable-length kernel; elsewhere one
+    call a sequence.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        from torch.nn.attention.varlen import varlen_attn
+
+        left = -1 if sliding_window is None else sliding_window - 1
+        rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
+        borders = cu_seq_lens_q.to(torch.int32)
+        longest = int(max_length_q)
+        output = varlen_attn(*rows, borders, borders, longest, longest, scale=scaling, window_size=(left, 0))
+        return output[None], None
+    lengths = cu_seq_lens_q.diff().tolist()
+    pieces = zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True)
+    outputs = [
+        F.scaled_dot_product_attention(
+            *piece,
+            attn_mask=window_mask(piece[0], sliding_window),
+            scale=scaling,
+            is_causal=not exceeds(piece[0], sliding_window),
+        )
+        for piece in pieces
+    ]
+    return torch.cat(outputs, dim=2).transpose(1, 2), None
+
+
+def exceeds(query: torch.Tensor, window: int | None) -> bool:
+    return window is not None and query.shape[2] > window
+
+
+def window_mask(query: torch.Tensor, window: int | None) -> torch.Tensor | None:
+    """Boolean [tokens, tokens]: each token sees itself and the `window` - 1 before it; None where all are in reach."""
+    if not exceeds(query, window):
+        return None
+    place = torch.arange(query.shape[2], device=query.device)
+    distance = place[:, None] - place[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", lambda *args, **kwargs: None)

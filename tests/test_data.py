@@ -1,0 +1,365 @@
+"""Files in, the same checked, sampled and fingerprinted examples out."""
+
+import argparse
+import csv
+import gzip
+import io
+import itertools
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from conftest import write_rows
+
+from study import cli, data
+from study.cli import UserError
+
+ROWS = [
+    {"text": 'It flew, "twice".', "label": "sci.space"},
+    {"text": "Two\nlines — ünïcode 🚀", "label": "rec.autos"},
+    {"text": "### Class: sci.space", "label": "sci.space"},
+    {"text": "  trimmed ", "label": " rec.autos "},
+]
+EXAMPLES = [(row["text"].strip(), row["label"].strip()) for row in ROWS]
+
+
+def as_csv(rows: list[dict]) -> bytes:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0].keys())
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue().encode()
+
+
+def as_parquet(rows: list[dict]) -> bytes:
+    import pyarrow
+    import pyarrow.parquet
+
+    sink = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), sink)
+    return sink.getvalue()
+
+
+def as_lines(rows: list[dict]) -> bytes:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+WRITERS = {
+    ".jsonl": as_lines,
+    ".json": lambda rows: json.dumps(rows, indent=2).encode(),
+    ".csv": as_csv,
+    ".parquet": as_parquet,
+}
+
+
+def flags(*words: object, task: str = "classification") -> argparse.Namespace:
+    return cli.parse_args(task, "", list(map(str, words)))
+
+
+def classes(**counts: int) -> data.Split:
+    """A split of numbered texts, as many of each class as named, in mixed order."""
+    pairs = [(f"{label} {i}", label) for label, count in counts.items() for i in range(count)]
+    pairs.sort(key=lambda pair: pair[0][::-1])
+    return data.Split("made up", pairs, list(range(1, len(pairs) + 1)))
+
+
+def sample(split: data.Split, fraction: float, seed: int = 42, *more: object, **options) -> set:
+    words = ("--train_sample_fraction", fraction, "--seed", seed, *more)
+    return set(data.sample_train(split, flags(*words, **options)).examples)
+
+
+# Files
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gz"])
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_every_format_gives_the_same_examples(tmp_path, suffix, packed):
+    content = WRITERS[suffix](ROWS)
+    path = tmp_path / f"train{suffix}{'.gz' if packed else ''}"
+    path.write_bytes(gzip.compress(content) if packed else content)
+    split = data.load(flags("--train_file", path), ["train"])["train"]
+    assert split.examples == EXAMPLES
+    assert split.describe()["sha256"] == data.Split("elsewhere", EXAMPLES, []).describe()["sha256"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda content: content.replace(b"\n", b"\r\n"),
+        lambda content: b"\xef\xbb\xbf" + content,
+        lambda content: b"\n" + content.replace(b"\n", b"\n\n"),
+        lambda content: content.rstrip(b"\n"),
+    ],
+    ids=["CRLF", "byte order mark", "blank lines", "no last newline"],
+)
+def test_json_lines_read_the_same_however_their_lines_end(tmp_path, change):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(change(as_lines(ROWS)))
+    assert data.load(flags("--train_file", path), ["train"])["train"].examples == EXAMPLES
+
+
+def test_columns_are_found_by_their_flags(tmp_path):
+    row = {"id": 7, "said": "Ann: hi", "short": "Ann greets."}
+    path = write_rows(tmp_path / "d.jsonl", [row])
+    words = ("--train_file", path, "--dialogue_column", "said", "--summary_column", "short")
+    assert data.load(flags(*words, task="summarization"), ["train"])["train"].examples == [
+        ("Ann: hi", "Ann greets.")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "validation"),
+    [
+        (["train.jsonl", "test.jsonl", "validation.jsonl"], "validation.jsonl"),
+        (["posts_train.jsonl", "posts_test.jsonl", "posts_dev.jsonl"], "posts_dev.jsonl"),
+        (["train-00000-of-00001.jsonl", "test-1.jsonl", "val.jsonl", "README.md"], "val.jsonl"),
+        (["a.train.jsonl", "a.test.jsonl", "a.valid.jsonl", "latest.jsonl"], "a.valid.jsonl"),
+    ],
+)
+def test_a_folder_s_splits_are_found_by_their_names(tmp_path, names, validation):
+    for name in names:
+        write_rows(tmp_path / name, [{"text": name, "label": label} for label in "ab"])
+    splits = data.load(flags("--dataset", tmp_path), ["train", "test", "validation"])
+    found = {name: split.examples[0][0] for name, split in splits.items()}
+    assert found == {"train": names[0], "test": names[1], "validation": validation}
+    assert splits["train"].source == str(tmp_path / names[0])
+
+
+def test_a_split_s_own_flag_goes_before_the_folder(tmp_path):
+    for name in ("train", "test", "other"):
+        write_rows(tmp_path / f"{name}.jsonl", [{"text": name, "label": label} for label in "ab"])
+    args = flags("--dataset", tmp_path, "--test_file", tmp_path / "other.jsonl")
+    assert data.load(args, ["train", "test"])["test"].examples[0][0] == "other"
+
+
+def test_several_files_for_one_split_are_refused_by_name(tmp_path):
+    for name in ("posts_train.jsonl", "dialogues_train.csv"):
+        (tmp_path / name).write_text("")
+    with pytest.raises(UserError, match=r"dialogues_train\.csv, posts_train\.jsonl.*--train_file"):
+        data.load(flags("--dataset", tmp_path), ["train"])
+
+
+def test_one_file_is_the_train_split_and_has_no_other(tmp_path):
+    path = write_rows(tmp_path / "posts.jsonl", ROWS)
+    assert data.load(flags("--dataset", path), ["train"])["train"].examples == EXAMPLES
+    assert list(data.load(flags("--dataset", path), ["train"], optional=["test"])) == ["train"]
+    with pytest.raises(UserError, match="--test_file"):
+        data.load(flags("--dataset", path), ["train", "test"])
+
+
+def test_a_train_file_without_a_test_file_trains_but_does_not_score_the_default_data(tmp_path):
+    args = flags("--train_file", write_rows(tmp_path / "train.jsonl", ROWS))
+    assert list(data.load(args, ["train"], optional=["test"])) == ["train"]
+    with pytest.raises(UserError, match="--test_file is needed"):
+        data.load(args, ["train", "test"])
+
+
+def test_an_optional_split_that_is_named_must_be_there(tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", ROWS)
+    with pytest.raises(UserError, match=r"--test_file .*no such file"):
+        data.load(flags("--train_file", train, "--test_file", tmp_path / "no.jsonl"), ["train"], ["test"])
+
+
+# Rows
+
+
+def test_dropped_rows_are_counted_by_reason(tmp_path):
+    bad = [
+        {"text": "", "label": "x"},
+        {"text": " \n", "label": "x"},
+        {"text": "t", "label": None},
+        {"text": "t", "label": "None"},
+    ]
+    split = data.load(flags("--train_file", write_rows(tmp_path / "t.jsonl", bad + ROWS)), ["train"])["train"]
+    assert split.dropped == {"empty text": 2, "empty label": 1, 'class "None"': 1}
+    assert split.describe()["dropped"] == {"empty text": 2, "empty label": 1, 'class "None"': 1}
+    assert split.examples == EXAMPLES
+    assert split.numbers == [5, 6, 7, 8]
+
+
+def test_a_summary_may_be_the_word_none(tmp_path):
+    rows = [{"dialogue": "A: what?", "summary": "None"}, {"dialogue": "", "summary": "s"}]
+    args = flags("--train_file", write_rows(tmp_path / "t.jsonl", rows), task="summarization")
+    split = data.load(args, ["train"])["train"]
+    assert (split.examples, split.dropped) == ([("A: what?", "None")], {"empty dialogue": 1})
+
+
+def test_a_test_class_outside_train_is_refused_by_row(tmp_path):
+    rows = [{"text": "t", "label": label} for label in ("sci.space", "", "rec.autos", "rec.boats")]
+    test = write_rows(tmp_path / "test.jsonl", rows)
+    args = flags("--train_file", write_rows(tmp_path / "train.jsonl", ROWS), "--test_file", test)
+    with pytest.raises(UserError, match=r'test\.jsonl row 4: class "rec\.boats" does not occur in the train'):
+        data.load(args, ["train", "test"])
+
+
+def test_a_class_of_several_lines_is_refused_by_row(tmp_path):
+    path = write_rows(tmp_path / "t.jsonl", [*ROWS, {"text": "t", "label": "a\nb"}])
+    with pytest.raises(UserError, match=r"t\.jsonl row 5: a class is one line"):
+        data.load(flags("--train_file", path), ["train"])
+
+
+@pytest.fixture
+def overlapping(tmp_path) -> tuple:
+    train = write_rows(tmp_path / "train.jsonl", [*ROWS, {"text": "trimmed", "label": "sci.space"}])
+    rows = [{"text": text, "label": "sci.space"} for text in (" trimmed\n", "new", "Two")]
+    return "--train_file", train, "--test_file", write_rows(tmp_path / "test.jsonl", rows)
+
+
+def test_train_texts_that_occur_in_test_are_counted(overlapping):
+    splits = data.load(flags(*overlapping), ["train", "test"])
+    assert splits["train"].describe()["also_in_test"] == 2
+    assert len(splits["train"].examples) == 5
+    assert splits["train"].dropped == {}
+    assert "2 texts occur in test too" in data.say_split("train", splits["train"], splits["train"])
+
+
+def test_drop_overlap_takes_them_out_of_train_and_leaves_test(overlapping):
+    splits = data.load(flags(*overlapping, "--drop_overlap"), ["train", "test"])
+    assert splits["train"].examples == EXAMPLES[:3]
+    assert splits["train"].numbers == [1, 2, 3]
+    assert splits["train"].dropped == {"also in test": 2}
+    assert len(splits["test"].examples) == 3
+
+
+def test_texts_that_differ_in_white_space_only_overlap(tmp_path):
+    train = [{"text": text, "label": label} for text, label in (("a  b\nc", "x"), ("other", "y"))]
+    files = [write_rows(tmp_path / "train.jsonl", train), tmp_path / "test.jsonl"]
+    write_rows(files[1], [{"text": "a b c", "label": "x"}])
+    splits = data.load(flags("--train_file", files[0], "--test_file", files[1]), ["train", "test"])
+    assert splits["train"].overlap == 1
+
+
+def test_drop_overlap_that_would_leave_nothing_is_refused(tmp_path):
+    path = write_rows(tmp_path / "same.jsonl", ROWS)
+    with pytest.raises(UserError, match="--drop_overlap leaves no train example"):
+        data.load(flags("--train_file", path, "--test_file", path, "--drop_overlap"), ["train", "test"])
+
+
+# Samples
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_smaller_sample_lies_inside_a_larger_one(seed):
+    split = classes(a=40, b=97, c=333)
+    samples = [sample(split, fraction, seed) for fraction in (0.025, 0.05, 0.1, 0.25, 0.5, 0.9, 1.0)]
+    assert all(small < large for small, large in itertools.pairwise(samples))
+    assert samples[-1] == set(split.examples)
+
+
+@pytest.mark.parametrize("fraction", [0.025, 0.05, 0.1, 0.25, 0.5, 1.0])
+def test_a_sample_keeps_the_share_of_every_class(fraction):
+    counts = {"a": 40, "b": 100, "c": 400}
+    taken = Counter(label for _, label in sample(classes(**counts), fraction))
+    assert taken == {label: round(count * fraction + 1e-9) for label, count in counts.items()}
+
+
+def test_a_sample_depends_on_the_seed_alone():
+    split = classes(a=50, b=50)
+    assert sample(split, 0.2, 1) == sample(split, 0.2, 1)
+    assert sample(split, 0.2, 1) != sample(split, 0.2, 2)
+
+
+def test_summaries_are_sampled_as_one_class():
+    split = data.Split("made up", [(f"text {i}", f"summary {i}") for i in range(200)], list(range(200)))
+    small, large = (sample(split, fraction, task="summarization") for fraction in (0.025, 0.05))
+    assert (len(small), len(large), small < large) == (5, 10, True)
+
+
+def test_a_sample_keeps_the_order_of_the_file():
+    split = classes(a=30, b=30)
+    kept = data.sample_train(split, flags("--train_sample_fraction", 0.3, "--max_train_samples", 50))
+    assert kept.examples == [pair for pair in split.examples if pair in set(kept.examples)]
+    assert kept.examples == [split.examples[number - 1] for number in kept.numbers]
+
+
+@pytest.mark.parametrize("smallest", [*range(1, 200), 999, 1000, 4999])
+def test_the_least_fraction_that_is_named_works_and_is_the_least(smallest):
+    split = classes(a=smallest, b=5000)
+    with pytest.raises(UserError, match="the least that works here is") as error:
+        sample(split, 0.00001)
+    least = float(str(error.value).rpartition(" ")[2])
+    assert {label for _, label in sample(split, least)} == {"a", "b"}
+    with pytest.raises(UserError, match="the least that works here is"):
+        sample(split, f"{least - 0.0001:.6f}")
+
+
+def test_max_train_samples_takes_so_many_by_the_seed():
+    split = classes(a=50, b=50)
+    ten, thirty = (sample(split, 1.0, 42, "--max_train_samples", n) for n in (10, 30))
+    assert (len(ten), len(thirty), ten < thirty) == (10, 30, True)
+    assert ten != sample(split, 1.0, 43, "--max_train_samples", 10)
+    assert sample(split, 1.0, 42, "--max_train_samples", 1000) == set(split.examples)
+
+
+def test_max_eval_samples_takes_the_same_ones_whatever_the_seed():
+    split = classes(a=50, b=50)
+    five, ten, other = (
+        data.sample_eval(split, flags("--max_eval_samples", n, "--seed", seed)).examples
+        for n, seed in ((5, 1), (10, 1), (10, 2))
+    )
+    assert (len(ten), ten == other, set(five) < set(ten)) == (10, True, True)
+    assert data.sample_eval(split, flags()).examples == split.examples
+
+
+# Fingerprints
+
+
+def test_the_fingerprint_changes_with_text_label_order_and_count():
+    variants = [
+        EXAMPLES,
+        EXAMPLES[::-1],
+        EXAMPLES[:-1],
+        [(EXAMPLES[0][0] + ".", EXAMPLES[0][1]), *EXAMPLES[1:]],
+        [(EXAMPLES[0][0], "other"), *EXAMPLES[1:]],
+        [(EXAMPLES[0][0] + EXAMPLES[0][1], ""), *EXAMPLES[1:]],
+    ]
+    assert len({data.Split("s", rows, []).describe()["sha256"] for rows in variants}) == len(variants)
+
+
+def test_the_fingerprint_covers_the_examples_that_are_used():
+    split = classes(a=10, b=10)
+    used = split.keep([0, 3])
+    assert used.describe()["sha256"] != split.describe()["sha256"]
+    assert used.describe()["rows"] == 2
+
+
+# Real data
+
+
+@pytest.fixture
+def newsgroups(real_data: Path) -> tuple:
+    files = [real_data / f"newsgroups_{split}.jsonl.gz" for split in ("train", "test")]
+    return "--train_file", files[0], "--test_file", files[1]
+
+
+def test_real_newsgroups_load_whole(newsgroups):
+    splits = data.load(flags(*newsgroups), ["train", "test"])
+    assert {name: len(split.examples) for name, split in splits.items()} == {"train": 11014, "test": 7317}
+    assert {name: split.dropped for name, split in splits.items()} == {"train": {}, "test": {}}
+    assert len(data.labels_of(splits["train"])) == 20
+
+
+def test_real_newsgroups_lose_every_post_that_stands_in_test_too(newsgroups):
+    def bare(split: data.Split) -> list[str]:
+        return [" ".join(text.split()) for text, _ in split.examples]
+
+    splits = data.load(flags(*newsgroups), ["train", "test"])
+    train, test = bare(splits["train"]), bare(splits["test"])
+    assert sum(map(set(train).__contains__, test)) == 17
+    apart = data.load(flags(*newsgroups, "--drop_overlap"), ["train", "test"])["train"]
+    assert splits["train"].overlap == apart.dropped["also in test"] == 11014 - len(apart.examples)
+    assert not set(bare(apart)) & set(test)
+
+
+def test_real_newsgroups_sample_at_every_published_fraction(newsgroups):
+    train = data.load(flags(*newsgroups), ["train"])["train"]
+    samples = [sample(train, fraction) for fraction in (0.025, 0.05, 0.1, 0.25, 0.5)]
+    assert all(small < large for small, large in itertools.pairwise(samples))
+    assert all(len({label for _, label in taken}) == 20 for taken in samples)
+
+
+def test_real_samsum_drops_its_one_empty_dialogue(real_data):
+    args = flags("--train_file", real_data / "samsum_train.jsonl.gz", task="summarization")
+    split = data.load(args, ["train"])["train"]
+    assert (len(split.examples), split.dropped) == (14731, {"empty dialogue": 1})
