@@ -118,40 +118,45 @@ class PackedTrainer(Trainer):
 
 
 class Progress(TrainerCallback):
-    """Print a line now and then; mark a checkpoint as whole, with what a resumed run has to know."""
+    """Print a line now and then; save checkpoints as often as costs a twentieth of the time, and mark the whole ones."""
 
     def __init__(self, run: dict, history: list, tokens: list[int], spent: dict):
         self.run, self.history, self.tokens, self.spent = run, history, tokens, spent
+        self.saving = 0.1  # seconds that a checkpoint takes: a guess until one has been written
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.began, self.first = time.time(), state.global_step
+        self.began = self.saved = time.time()
+        self.first = state.global_step
 
     def seconds(self) -> float:
         return self.spent["seconds"] + time.time() - self.began
 
     def on_step_end(self, args, state, control, **kwargs):
-        every = max(1, state.max_steps // 10)
-        if state.is_world_process_zero and (
-            state.global_step % every == 0 or state.global_step == state.max_steps
-        ):
-            done = sum(self.tokens[self.first : state.global_step])
-            speed = done / (time.time() - self.began)
-            left = sum(self.tokens[state.global_step :]) / speed
-            tqdm.write(
-                f"step {state.global_step:>6,}/{state.max_steps:,}  loss {float(self.history[-1][1]):.4f}  "
-                f"{speed:,.0f} tokens/s  {peak_memory_gib():.1f} GiB  {left / 60:.1f} min left"
-            )
+        last = state.global_step == state.max_steps
+        if state.global_step % max(1, state.max_steps // 10) == 0 or last:
+            self.say(state)
+        if time.time() - self.saved > 20 * self.saving and not last:
+            control.should_save, self.saved = True, time.time()
+
+    def say(self, state) -> None:
+        done, left = sum(self.tokens[self.first : state.global_step]), sum(self.tokens[state.global_step :])
+        speed = done / (time.time() - self.began)
+        tqdm.write(
+            f"step {state.global_step:>6,}/{state.max_steps:,}  loss {float(self.history[-1][1]):.4f}  "
+            f"{speed:,.0f} tokens/s  {peak_memory_gib():.1f} GiB  {left / speed:,.0f} s left"
+        )
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            seconds, wall = self.seconds(), self.spent["wall_seconds"] + record.wall_seconds()
-            peak = max(self.spent["peak_memory_gib"], peak_memory_gib())
-            spent = {"seconds": seconds, "wall_seconds": wall, "peak_memory_gib": peak}
+            spent = {
+                "seconds": self.seconds(),
+                "wall_seconds": self.spent["wall_seconds"] + record.wall_seconds(),
+                "peak_memory_gib": max(self.spent["peak_memory_gib"], peak_memory_gib()),
+            }
             history = [[step, float(loss), learned] for step, loss, learned in self.history]
-            record.write_json(
-                folder / PROGRESS, {"schema": 1, **self.run, "spent": spent, "history": history}
-            )
+            progress = {"schema": record.SCHEMA, **self.run, "spent": spent, "history": history}
+            record.write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / PROGRESS, progress)
+        self.saving, self.saved = time.time() - self.saved, time.time()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -174,6 +179,7 @@ def settings(folder: Path, **chosen) -> TrainingArguments:
         gradient_accumulation_steps=1,
         remove_unused_columns=False,
         label_names=[],
+        save_strategy="no",  # Progress decides
         save_total_limit=2,  # the newest may be half-written
         logging_nan_inf_filter=False,
         disable_tqdm=not sys.stderr.isatty(),
@@ -207,7 +213,6 @@ def train(
     training.gradient_checkpointing = checkpointing
     training.gradient_checkpointing_kwargs = {"use_reentrant": False}
     training.max_steps = len(steps)
-    training.save_steps = math.ceil(len(steps) / 20)
     training._n_gpu = min(
         training.n_gpu, 1
     )  # one process drives one GPU; several GPUs take `accelerate launch`

@@ -1,0 +1,525 @@
+"""Run names, records and what they survive: full disks, kills, failures, other settings."""
+
+import json
+import math
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, run_script
+
+from study import cli, record
+from study.cli import UserError
+
+CLASSIFICATION = "experiments/classification-sampleFraction-1.0_epochs-5_rank-8_dropout-0.1_seed-42"
+SUMMARIZATION = "experiments/summarization-sampleFraction-1.0_epochs-1_rank-64_dropout-0.1_seed-42"
+DATA = {"train": {"source": "t.jsonl", "sha256": "abc"}}
+
+
+def flags(*words: object, task: str | None = "classification"):
+    return cli.parse_args(task, "", list(map(str, words)))
+
+
+def run_name(*words: object, task: str = "classification") -> str:
+    return str(record.experiment_dir(flags(*words, task=task)))
+
+
+def make_record(
+    path: Path, *words: object, error: BaseException | None = None, task="classification", **more
+):
+    """Write a record as a script does, by its own flags; return it as it then stands on the disk."""
+    args = flags(*words, task=task)
+    path.parent.mkdir(exist_ok=True)
+    try:
+        with record.recording(path, args, "qlora", record.training_settings(args)) as content:
+            content |= {"data": DATA, **more}
+            if error:
+                raise error
+    except (UserError, KeyboardInterrupt):
+        assert error
+    return record.read(path)
+
+
+# Names
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "name"),
+    [
+        ("classification", [], CLASSIFICATION),
+        ("summarization", [], SUMMARIZATION),
+        (
+            "classification",
+            ["--train_sample_fraction", 0.1],
+            "experiments/classification-sampleFraction-0.1_epochs-5_rank-8_dropout-0.1_seed-42",
+        ),
+        (
+            "summarization",
+            ["--lora_r=2", "--epochs=50", "--dropout=0.5", "--seed=7", "--train_sample_fraction=0.025"],
+            "experiments/summarization-sampleFraction-0.025_epochs-50_rank-2_dropout-0.5_seed-7",
+        ),
+        ("classification", ["--experiment_dir", "my/run", "--lora_alpha", 32], "my/run"),
+    ],
+)
+def test_a_run_is_named_as_published(task, words, name):
+    assert run_name(*words, task=task) == name
+
+
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        ([], "NousResearch--Llama-2-7b-hf/classification/zero-shot"),
+        (["--prompt_type", "few-shot"], "NousResearch--Llama-2-7b-hf/classification/few-shot"),
+        (["--task_type", "summarization", "--pretrained_ckpt", "a/b"], "a--b/summarization/zero-shot"),
+        (["--pretrained_ckpt", ROOT / "study"], "study/classification/zero-shot"),
+        (
+            ["--price_per_hour", 1, "--eval_batch_size", 3],
+            "NousResearch--Llama-2-7b-hf/classification/zero-shot",
+        ),
+    ],
+)
+def test_a_baseline_is_named_by_model_task_and_prompt(words, folder):
+    assert str(record.baseline_dir(flags(*words, task=None))) == f"experiments/baseline/{folder}"
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--shots 3", "--chat_template auto", "--max_eval_samples 5", "--seed 1", "--decoding constrained"],
+)
+def test_a_baseline_with_other_settings_gets_a_short_hash(words):
+    name = record.baseline_dir(flags(*words.split(), task=None)).name
+    assert re.fullmatch("zero-shot_[0-9a-f]{8}", name)
+
+
+SETTINGS = [  # every flag that changes what a training learns
+    "--pretrained_ckpt a/b",
+    "--dataset other",
+    "--train_file t.jsonl",
+    "--text_column body",
+    "--label_column class",
+    "--dialogue_column chat",
+    "--summary_column short",
+    "--drop_overlap",
+    "--max_train_samples 9",
+    "--max_seq_length 99",
+    "--max_new_tokens 9",
+    "--lora_alpha 32",
+    "--target_modules q_proj v_proj",
+    "--learning_rate 1e-3",
+    "--batch_size 4",
+    "--loss_on all",
+]
+SPEED = [  # every flag that changes its speed, its score or its place only
+    "--test_file t.jsonl",
+    "--validation_file t.jsonl",
+    "--max_eval_samples 9",
+    "--max_tokens_per_batch 999",
+    "--gradient_checkpointing on",
+    "--attn_implementation eager",
+    "--report_to tensorboard",
+    "--split validation",
+    "--eval_batch_size 3",
+    "--decoding constrained",
+    "--force",
+    "--dry_run",
+    "--price_per_hour 2.5",
+    "--gpu_name H100",
+]
+
+
+@pytest.mark.parametrize("words", SETTINGS)
+def test_a_setting_of_the_result_adds_a_short_hash_of_its_own(words):
+    assert re.fullmatch(re.escape(CLASSIFICATION) + "_[0-9a-f]{8}", run_name(*words.split()))
+    assert len({run_name(*other.split()) for other in SETTINGS}) == len(SETTINGS)
+
+
+@pytest.mark.parametrize("words", SPEED)
+def test_a_flag_that_changes_speed_or_score_only_leaves_the_name(words):
+    assert run_name(*words.split()) == CLASSIFICATION
+    assert run_name("--batch_size", 4, *words.split()) == run_name("--batch_size", 4)
+
+
+def test_every_flag_is_known_to_change_the_result_or_not():
+    named = {f"--{name}" for name in (*record.NAMED, "output_dir", "experiment_dir", "help")}
+    known = named | {words.split()[0] for words in SETTINGS + SPEED}
+    parser = cli.build_parser("classification", "")
+    assert {action.option_strings[-1] for action in parser._actions} == known
+
+
+def test_the_same_flags_make_the_same_name_however_they_are_written():
+    names = {
+        run_name("--batch_size", 4, "--lora_alpha", 32),
+        run_name("--lora-alpha=32", "--batch-size=4", "--learning_rate", "0.0002", "--dropout", ".1"),
+        run_name("--batch_size", "4", "--lora_alpha", "32", "--max_new_tokens", "20"),
+    }
+    assert len(names) == 1
+
+
+def test_the_test_file_counts_where_training_drops_its_overlap():
+    names = [run_name("--drop_overlap", "--test_file", file) for file in ("a.jsonl", "b.jsonl")]
+    assert names[0] != names[1]
+
+
+# Files
+
+ATOMIC = """
+import json, sys
+from pathlib import Path
+from study import cli, record
+path = Path(sys.argv[1]) / "train.json"
+record.write_json(path, {"old": 1})
+try:
+    record.write_json(path, {"new": "x" * 1_000_000})
+except cli.UserError as error:
+    print(json.dumps([str(error), [file.name for file in path.parent.iterdir()], path.read_text()]))
+"""
+
+
+def write_on_full_disk(folder: Path, kind: str) -> list:
+    """Message, files left and old record's text after a write that the disk has no room for."""
+    command, options = [sys.executable, "-c", ATOMIC, str(folder)], {}
+    if kind == "full disk":  # a small file system that exists for this command only
+        mount = f'mount -t tmpfs -o size=64k none {folder} && exec "$@"'
+        command = ["unshare", "--mount", "--map-root-user", "sh", "-c", mount, "sh", *command]
+        probe = [*command[:5], f"mount -t tmpfs none {folder}"]
+        if not shutil.which("unshare") or subprocess.run(probe, capture_output=True, check=False).returncode:
+            pytest.skip("no file system of its own can be mounted here")
+    else:
+        options["preexec_fn"] = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, **options)
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"), [("full disk", "No space left on device"), ("file size limit", "File too large")]
+)
+def test_a_write_without_room_keeps_the_old_record_and_says_so(tmp_path, kind, reason):
+    message, left, text = write_on_full_disk(tmp_path, kind)
+    assert message.startswith(f"{tmp_path}/train.json can't be written: {reason}; make room")
+    assert left == ["train.json"]
+    assert json.loads(text) == {"old": 1}
+
+
+def test_a_reader_never_sees_half_a_record(tmp_path):
+    path = tmp_path / "train.json"
+    code = """if True:
+        import itertools, sys
+        from pathlib import Path
+        from study import record
+        for i in itertools.count():
+            record.write_json(Path(sys.argv[1]), {"schema": 1, "number": i, "rows": [i] * 50_000})
+            print(i, flush=True) if i == 0 else None
+    """
+    with subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT, stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        seen = set()
+        while len(seen) < 10:
+            content = record.read(path)
+            assert set(content["rows"]) == {content["number"]}
+            seen.add(content["number"])
+        writer.send_signal(signal.SIGKILL)
+    assert len(record.read(path)["rows"]) == 50_000
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_number_that_is_none_is_refused_and_the_old_record_kept(tmp_path, value):
+    path = tmp_path / "train.json"
+    record.write_json(path, {"old": 1})
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        record.write_json(path, {"loss": value})
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_text_that_can_not_be_encoded_leaves_no_temporary_file(tmp_path):
+    path = tmp_path / "predictions.jsonl"
+    with pytest.raises((UserError, UnicodeEncodeError)):
+        record.write_rows(path, [{"prediction": "half a pair: \ud83d"}])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 2}', "\x00\xff"])
+def test_a_file_that_is_no_record_is_refused_with_the_way_out(tmp_path, text):
+    path = tmp_path / "train.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=r"train\.json is not a .*record.*--force"):
+        record.read(path)
+
+
+def test_no_file_is_no_record(tmp_path):
+    assert record.read(tmp_path / "train.json") is None
+
+
+# Records
+
+
+def test_a_record_says_what_ran_with_what_and_when(tmp_path):
+    content = make_record(tmp_path / "train.json", "--batch_size", 4, train={"loss": 1.5})
+    assert (content["schema"], content["status"], content["task"]) == (1, "finished", "classification")
+    assert (content["method"], content["model"]) == ("qlora", "NousResearch/Llama-2-7b-hf")
+    assert content["config"] == {k: v for k, v in vars(flags("--batch_size", 4)).items() if k != "given"}
+    assert content["train"] == {"loss": 1.5}
+    started, finished = (datetime.fromisoformat(content[name]) for name in ("started", "finished"))
+    assert started <= finished
+    assert started.utcoffset().total_seconds() == 0
+    assert content["environment"]["versions"]["python"] == sys.version.split()[0]
+    assert content["environment"]["seeds"]["run"] == 42
+
+
+def test_the_config_hash_follows_the_settings_of_the_result_only(tmp_path):
+    words = [[], ["--price_per_hour", 3], ["--seed", 1], ["--lora_alpha", 32], ["--max_tokens_per_batch", 9]]
+    plain, price, seed, alpha, tokens = (
+        make_record(tmp_path / f"{i}.json", *more)["config_hash"] for i, more in enumerate(words)
+    )
+    assert plain == price == tokens
+    assert len({plain, seed, alpha}) == 3
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch names its own."""
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "oom", "OutOfMemoryError"),
+        (RuntimeError("CUDA error: out of memory"), "oom", "RuntimeError"),
+        (MemoryError(), "oom", "MemoryError"),
+        (ZeroDivisionError("by\nzero"), "failed", "ZeroDivisionError"),
+        (UserError("--train_file x: mend it"), "failed", "UserError"),
+    ],
+)
+def test_a_failure_is_recorded_as_what_it_was(tmp_path, error, status, kind):
+    content = make_record(tmp_path / "train.json", error=error)
+    assert (content["status"], content["error"]["type"]) == (status, kind)
+    assert content["error"]["message"]
+    assert content["error"]["advice"]
+    assert record.status(tmp_path / "train.json") == status
+
+
+@pytest.mark.parametrize("error", [OutOfMemoryError("CUDA"), RuntimeError("CUDA error: out of memory")])
+def test_out_of_memory_names_the_flags_that_mend_it(tmp_path, error):
+    with pytest.raises(UserError) as shown, record.recording(tmp_path / "train.json", flags(), "qlora", ()):
+        raise error
+    assert "smaller --max_tokens_per_batch" in str(shown.value)
+    assert "--gradient_checkpointing on" in str(shown.value)
+    assert "\n" not in str(shown.value)
+
+
+def test_an_unforeseen_error_is_shown_as_one_line_and_its_traceback_kept(tmp_path):
+    path = tmp_path / "train.json"
+    with pytest.raises(UserError) as shown, record.recording(path, flags(), "qlora", ()):
+        json.loads("first\nsecond")
+    assert str(shown.value).startswith("JSONDecodeError: Expecting value")
+    assert "\n" not in str(shown.value)
+    assert "in test_an_unforeseen_error" in record.read(path)["error"]["traceback"]
+
+
+def test_a_result_that_is_no_number_is_a_failure_in_one_line(tmp_path):
+    path = tmp_path / "train.json"
+    with (
+        pytest.raises(UserError) as shown,
+        record.recording(path, flags(), "qlora", ()) as content,
+    ):
+        content["train"] = {"loss": math.nan}
+    assert "\n" not in str(shown.value)
+    assert record.read(path)["status"] == "failed"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("--flag: mend it")])
+def test_an_interruption_and_a_known_error_pass_through_as_they_are(tmp_path, error):
+    with pytest.raises(type(error)) as shown, record.recording(tmp_path / "t.json", flags(), "qlora", ()):
+        raise error
+    assert shown.value is error
+    state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+    assert record.read(tmp_path / "t.json")["status"] == state
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), MemoryError(), UserError("x")])
+def test_a_failure_never_replaces_a_finished_record(tmp_path, error):
+    path = tmp_path / "train.json"
+    make_record(path, train={"loss": 1.0})
+    before = path.read_bytes()
+    make_record(path, error=error)
+    assert path.read_bytes() == before
+
+
+def test_a_finished_record_replaces_a_failure_an_older_one_and_a_damaged_one(tmp_path):
+    path = tmp_path / "train.json"
+    make_record(path, error=ValueError("x"))
+    for damaged, loss in ((False, 1.0), (False, 2.0), (True, 3.0)):
+        path.write_text("{") if damaged else None
+        assert make_record(path, train={"loss": loss})["train"] == {"loss": loss}
+    path.write_text("{")
+    assert make_record(path, error=ValueError("x"))["status"] == "failed"
+
+
+def test_a_run_without_a_record_is_not_started_or_unfinished(tmp_path):
+    assert record.status(tmp_path / "run" / "train.json") == "not started"
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    assert record.status(tmp_path / "run" / "train.json") == "unfinished"
+
+
+def test_further_processes_of_a_launch_leave_record_and_lock_to_the_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    with record.locked(tmp_path / "run"), record.recording(tmp_path / "t.json", flags(), "qlora", ()):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_is_held_by_one_and_free_again_when_that_one_fails(tmp_path):
+    def take_and_fail():
+        with record.locked(tmp_path):
+            with pytest.raises(UserError, match="in use by another run"), record.locked(tmp_path):
+                pass
+            raise ZeroDivisionError
+
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            take_and_fail()
+
+
+# Finding finished runs
+
+
+def find(path: Path, *words: object, data: dict = DATA, training: str | None = None):
+    args = flags(*words)
+    return record.find_finished(path, args, record.training_settings(args), data, training)
+
+
+def test_a_finished_run_is_found_and_force_redoes_it(tmp_path):
+    path = tmp_path / "train.json"
+    assert find(path) is None
+    content = make_record(path, "--target_modules", "q_proj", "v_proj")
+    assert find(path, "--target_modules", "q_proj", "v_proj", "--price_per_hour", 9) == content
+    assert find(path, "--target_modules", "q_proj", "v_proj", "--force") is None
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), MemoryError()])
+def test_an_unfinished_run_is_not_found(tmp_path, error):
+    make_record(tmp_path / "train.json", error=error)
+    assert find(tmp_path / "train.json") is None
+
+
+@pytest.mark.parametrize("words", ["--lora_r 4", "--seed 1", "--dropout 0", "--loss_on all", "--dataset x"])
+def test_a_finished_run_with_another_setting_is_refused_by_flag(tmp_path, words):
+    make_record(tmp_path / "train.json")
+    with pytest.raises(
+        UserError, match=f"belongs to a run with {words.split()[0]} .*--experiment_dir, or --force"
+    ):
+        find(tmp_path / "train.json", *words.split())
+
+
+def test_a_finished_run_on_other_data_is_refused(tmp_path):
+    make_record(tmp_path / "train.json")
+    other = {"train": {"source": "t.jsonl", "sha256": "abd"}}
+    with pytest.raises(UserError, match=r"made from other train data than t\.jsonl holds now: --force"):
+        find(tmp_path / "train.json", data=other)
+
+
+def test_a_score_of_an_older_training_is_not_found(tmp_path):
+    content = make_record(tmp_path / "eval.json", training="2024-01-01")
+    assert find(tmp_path / "eval.json", training="2024-01-01") == content
+    assert find(tmp_path / "eval.json", training="2024-01-02") is None
+
+
+# Inference
+
+
+@pytest.fixture
+def trained(tmp_path) -> dict:
+    """The record of a training whose settings are not the defaults."""
+    words = "--pretrained_ckpt small --train_file a.jsonl --test_file b.jsonl --lora_r 2 --max_seq_length 99"
+    return make_record(tmp_path / "run" / "train.json", *words.split(), "--experiment_dir", tmp_path / "run")
+
+
+def test_inference_takes_over_the_settings_of_the_training(tmp_path, trained):
+    args = flags(
+        "--experiment_dir", tmp_path / "run", "--test_file", "c.jsonl", "--pretrained_ckpt", "moved/small"
+    )
+    assert record.finished_training(tmp_path / "run", args) == trained
+    assert (args.train_file, args.lora_r, args.max_seq_length) == ("a.jsonl", 2, 99)
+    assert (args.test_file, args.pretrained_ckpt) == ("c.jsonl", "moved/small")
+    assert args.experiment_dir == str(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--lora_r 4",
+        "--epochs 9",
+        "--dropout 0.2",
+        "--seed 1",
+        "--train_sample_fraction 0.5",
+        "--lora_alpha 32",
+        "--target_modules q_proj",
+        "--learning_rate 1e-3",
+        "--batch_size 4",
+        "--loss_on all",
+    ],
+)
+def test_an_inference_flag_that_contradicts_the_training_is_refused_by_name(tmp_path, trained, words):
+    with pytest.raises(UserError, match=f"belongs to a run with {words.split()[0]} "):
+        record.finished_training(tmp_path / "run", flags(*words.split()))
+
+
+def eval_name(trained: dict, *words: object) -> str:
+    args = flags(*words)
+    for name in ("pretrained_ckpt", "train_file", "test_file", "max_seq_length"):
+        if name not in args.given:
+            setattr(args, name, trained["config"][name])
+    return record.eval_name(args, trained["config"])
+
+
+def test_a_plain_evaluation_is_eval_json_whatever_its_speed(trained):
+    assert eval_name(trained) == "eval.json"
+    assert eval_name(trained, "--eval_batch_size", 3, "--price_per_hour", 2, "--force") == "eval.json"
+    assert eval_name(trained, "--test_file", "b.jsonl", "--decoding", "free") == "eval.json"
+
+
+def test_an_evaluation_with_other_settings_has_a_name_and_predictions_of_its_own(trained):
+    words = ["--decoding constrained", "--split validation", "--max_eval_samples 9", "--test_file c.jsonl"]
+    names = {eval_name(trained, *more.split()) for more in [*words, " ".join(words)]}
+    assert len(names) == 5
+    for name in names:
+        assert re.fullmatch(r"eval-[0-9a-f]{8}\.json", name)
+        assert record.predictions_beside(Path("eval", name)) == Path("eval", f"predictions{name[4:]}l")
+    assert record.predictions_beside(Path("eval/eval.json")) == Path("eval/predictions.jsonl")
+
+
+def test_a_dry_run_by_experiment_dir_finds_the_evaluation_that_inference_wrote(tmp_path, trained):
+    args = flags("--experiment_dir", tmp_path / "run")
+    content = record.finished_training(tmp_path / "run", args)
+    name = record.eval_name(args, content["config"])
+    make_record(tmp_path / "run" / name, training=content["finished"])
+    done = run_script("llama2_classification_inference.py", "--experiment_dir", tmp_path / "run", "--dry_run")
+    assert done.stdout.splitlines()[-1] == f"finished\t{tmp_path / 'run'}"
+
+
+@pytest.mark.parametrize(
+    ("training", "state"),
+    [(None, "not started"), ({}, "trained"), ({"error": ValueError("x")}, "failed")],
+    ids=["none", "finished", "failed"],
+)
+def test_a_dry_run_of_an_evaluation_says_how_its_training_stands(tmp_path, capsys, training, state):
+    if training is not None:
+        make_record(tmp_path / "run" / "train.json", **training)
+    record.say_dry_run(tmp_path / "run" / "eval.json", flags())
+    assert capsys.readouterr().out.splitlines()[-1] == f"{state}\t{tmp_path / 'run'}"
+
+
+def test_a_dry_run_leaves_nothing_behind(tmp_path):
+    for script in (
+        "llama2_classification.py",
+        "llama2_summarization_inference.py",
+        "llama2_baseline_inference.py",
+    ):
+        done = run_script(script, "--output_dir", tmp_path / "runs", "--dry_run")
+        assert done.stdout.splitlines()[-1].startswith("not started\t")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,135 @@
+"""A training that is killed goes on and ends as it would have; how a step is split changes nothing; the record tells."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import DEMO_DATA, DEMO_MODEL, ROOT, error_line, run_script
+from safetensors.torch import load_file
+
+SCRIPT = "llama2_classification.py"
+DATA = (
+    f"--pretrained_ckpt={DEMO_MODEL}",
+    f"--train_file={DEMO_DATA / 'posts_train.jsonl'}",
+    f"--test_file={DEMO_DATA / 'posts_test.jsonl'}",
+    "--learning_rate=3e-3",
+)
+
+
+def start(folder, *flags) -> subprocess.Popen:
+    command = [sys.executable, ROOT / SCRIPT, *DATA, f"--experiment_dir={folder}", *flags]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def wait_for(done, process, seconds=120) -> None:
+    deadline = time.monotonic() + seconds
+    while not done():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        os.sched_yield()
+
+
+def kill(process) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def train(folder, *flags) -> dict:
+    done = run_script(SCRIPT, *DATA, "--experiment_dir", folder, *flags)
+    assert done.returncode == 0, done.stderr
+    return {"stdout": done.stdout, **json.loads((folder / "train.json").read_text())}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple:
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, train(folder, "--epochs=2")
+
+
+def test_killed_twice_and_started_again_it_ends_with_the_same_adapter(whole, tmp_path):
+    reference, record = whole
+    process = start(tmp_path, "--epochs=2")
+    wait_for(lambda: list(tmp_path.glob("checkpoints/checkpoint-*/progress.json")), process)
+    kill(process)
+    # The second time in the middle of a save: a folder is there and is not marked whole.
+    process = start(tmp_path, "--epochs=2")
+    seen = set(tmp_path.glob("checkpoints/checkpoint-*"))
+    wait_for(lambda: set(tmp_path.glob("checkpoints/checkpoint-*")) - seen, process)
+    kill(process)
+    assert not (tmp_path / "train.json").exists()
+
+    resumed = train(tmp_path, "--epochs=2")
+    assert "resumed from checkpoint-" in resumed["stdout"]
+    file = "adapter/adapter_model.safetensors"
+    assert (tmp_path / file).read_bytes() == (reference / file).read_bytes()
+    for name in ("loss", "tokens", "steps", "learned_tokens", "loss_history"):
+        assert resumed["train"][name] == record["train"][name]
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_checkpoint_of_other_settings_is_refused_and_kept(tmp_path):
+    process = start(tmp_path, "--epochs=2")
+    wait_for(lambda: list(tmp_path.glob("checkpoints/checkpoint-*/progress.json")), process)
+    kill(process)
+    line = error_line(run_script(SCRIPT, *DATA, "--experiment_dir", tmp_path, "--epochs=3"))
+    assert "--epochs 2, not 3" in line
+    assert list(tmp_path.glob("checkpoints/checkpoint-*/progress.json"))
+
+
+def test_ctrl_c_is_recorded_as_interrupted_and_exits_130(tmp_path):
+    process = start(tmp_path, "--epochs=50")
+    wait_for(lambda: list(tmp_path.glob("checkpoints/checkpoint-*")), process)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == 130
+    assert json.loads((tmp_path / "train.json").read_text())["status"] == "interrupted"
+
+
+def test_how_a_batch_is_split_changes_the_adapter_by_rounding_only(whole, tmp_path):
+    """Without dropout, whose masks depend on the rows; two steps, since rounding grows with every step."""
+    flags = ("--epochs=1", "--dropout=0", "--max_train_samples=32", "--gradient_checkpointing=on")
+    one = train(tmp_path / "one", *flags, "--max_tokens_per_batch=8192")
+    many = train(tmp_path / "many", *flags, "--max_tokens_per_batch=100")
+    assert many["train"]["loss"] == pytest.approx(one["train"]["loss"], rel=2e-3)
+    a, b = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "many"))
+    moved = sum(a[name].norm() ** 2 for name in a if "lora_B" in name) ** 0.5
+    apart = sum((a[name] - b[name]).norm() ** 2 for name in a if "lora_B" in name) ** 0.5
+    assert 0 < moved
+    assert apart < 0.25 * moved
+
+
+def test_the_record_says_what_was_trained_and_what_it_took(whole):
+    folder, record = whole
+    rows = len((DEMO_DATA / "posts_train.jsonl").read_text().splitlines())
+    train = record["train"]
+    assert record["status"] == "finished"
+    assert record["data"]["train"]["rows"] == train["examples"] == rows
+    assert train["steps"] == 2 * -(-rows // 16)
+    assert train["tokens_per_second"] == pytest.approx(train["tokens"] / train["seconds"])
+    assert 0 < train["seconds"] < train["wall_seconds"]
+    assert train["loss_history"][-1][1] < 0.5 * train["loss_history"][0][1]
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert set(config["target_modules"]) == {f"{n}_proj" for n in ("q", "k", "v", "o", "gate", "up", "down")}
+    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert sum(tensor.numel() for tensor in tensors.values()) == train["trainable_parameters"]
+    assert record["quantization"]["bnb_4bit_quant_type"] == "nf4"
+    assert record["quantization"]["bnb_4bit_use_double_quant"]
+    assert record["quantization"]["bnb_4bit_compute_dtype"] == "bfloat16"
+
+
+def test_a_finished_run_is_found_and_changed_data_under_it_is_not_overlooked(whole, tmp_path):
+    folder, record = whole
+    again = run_script(SCRIPT, *DATA, "--experiment_dir", folder, "--epochs=2", "--max_tokens_per_batch=64")
+    assert again.returncode == 0
+    assert again.stdout.startswith("finished")
+    file = tmp_path / "posts.jsonl"
+    file.write_text((DEMO_DATA / "posts_train.jsonl").read_text())
+    flags = (*DATA, f"--train_file={file}", f"--experiment_dir={tmp_path / 'run'}", "--epochs=1")
+    assert run_script(SCRIPT, *flags, "--max_train_samples=16").returncode == 0
+    file.write_text(file.read_text().replace(" the ", " teh "))
+    line = error_line(run_script(SCRIPT, *flags, "--max_train_samples=16"))
+    assert "--force" in line
+    assert str(file) in line
