@@ -38,7 +38,7 @@ def leave_record(folder: Path, *flags: object, task: str = "classification", err
     path = folder / "train.json"
     try:
         with record.recording(path, args, "qlora", record.training_settings(args)) as content:
-            content |= {"labels": ["a", "b"], "data": {"train": {"sha256": "0"}}}
+            content |= {"labels": ["a", "b"], "prompt_sha256": "0", "data": {"train": {"sha256": "0"}}}
             if error:
                 raise error
     except (cli.UserError, KeyboardInterrupt):
@@ -66,6 +66,7 @@ BAD_FILES = {
     "JSON line that is no object": ("t.jsonl", LINES + b'"text"\n', "line 7 is not a JSON object"),
     "JSON array cut short": ("t.json", b'[{"text": "t", "label": "a"},', "is not JSON"),
     "JSON array of strings": ("t.json", b'["text"]', "row 1 is not a JSON object"),
+    "JSON nested without end": ("t.jsonl", LINES + b'{"text": ' + b"[" * 100_000, "line 7 is not JSON"),
     "open quote in CSV": ("t.csv", b'text,label\n"never closed,a\n', "is not CSV"),
     "garbage parquet": ("t.parquet", b"PAR1garbage", "is not a Parquet file"),
     "no UTF-8": ("t.jsonl", LINES + b'{"text": "\xff\xfe"}\n', "line 7 is not UTF-8"),
@@ -177,7 +178,7 @@ def test_a_fraction_too_small_for_a_class_says_the_least_that_works(tmp_path, fi
     line = refusal("llama2_classification.py", *files, "--experiment_dir", tmp_path / "a", *fraction(0.01))
     least = line.rpartition(" ")[2]
     assert f"the least that works here is {least}" in line
-    # With that fraction the sample is drawn, and turns out to be another than the one that a finished run used.
+    # With that fraction the sample is drawn, and turns out to be another than the finished run's.
     path = leave_record(tmp_path / "run", *files, *fraction(least))
     flags = (*files, *fraction(least), "--experiment_dir", path.parent)
     assert "was made from other train data" in refusal("llama2_classification.py", *flags)
@@ -212,7 +213,7 @@ def test_help_lists_every_flag_and_loads_no_library(script):
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_an_interrupted_script_says_so_with_status_130(name):
-    code = f"import os, signal; from study import cli; cli.run_script(lambda: os.kill(os.getpid(), signal.{name}))"
+    code = f"import signal; from study import cli; cli.run_script(lambda: signal.raise_signal(signal.{name}))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "interrupted: start it again and it goes on\n")
 

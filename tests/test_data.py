@@ -161,6 +161,32 @@ def test_an_optional_split_that_is_named_must_be_there(tmp_path):
         data.load(flags("--train_file", train, "--test_file", tmp_path / "no.jsonl"), ["train"], ["test"])
 
 
+@pytest.fixture
+def hub_rows(tmp_path, monkeypatch):
+    """Rows of a data set with class numbers, read as one from the hub is, from a folder of its format."""
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    columns = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["x", "y"])}
+
+    def read(labels: list[int | None]) -> list[tuple]:
+        pairs = {"text": [f"text {i}" for i in range(len(labels))], "label": labels}
+        table = datasets.Dataset.from_dict(pairs, features=datasets.Features(columns))
+        table.to_parquet(tmp_path / "train.parquet")
+        return [(number, row["label"]) for number, row in data.read_hub(str(tmp_path), "train")]
+
+    return read
+
+
+def test_class_numbers_of_the_hub_become_their_names(hub_rows):
+    assert hub_rows([0, 1, 0]) == [(1, "x"), (2, "y"), (3, "x")]
+
+
+@pytest.mark.parametrize("label", [None, -1])  # the hub's ways to hide a label
+def test_a_row_of_the_hub_without_a_label_has_none(hub_rows, label):
+    assert hub_rows([0, label]) == [(1, "x"), (2, None)]
+
+
 # Rows
 
 
@@ -193,9 +219,17 @@ def test_a_test_class_outside_train_is_refused_by_row(tmp_path):
         data.load(args, ["train", "test"])
 
 
-def test_a_class_of_several_lines_is_refused_by_row(tmp_path):
-    path = write_rows(tmp_path / "t.jsonl", [*ROWS, {"text": "t", "label": "a\nb"}])
+@pytest.mark.parametrize("end", ["\n", "\r", "\f", "\u2028"])  # an answer is read up to any of them
+def test_a_class_of_several_lines_is_refused_by_row(tmp_path, end):
+    path = write_rows(tmp_path / "t.jsonl", [*ROWS, {"text": "t", "label": f"a{end}b"}])
     with pytest.raises(UserError, match=r"t\.jsonl row 5: a class is one line"):
+        data.load(flags("--train_file", path), ["train"])
+
+
+def test_a_csv_row_with_more_cells_than_the_header_is_refused_by_row(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("text,label\nfine,a\nhello, not quoted,b\n")
+    with pytest.raises(UserError, match=r"t\.csv (row 2|line 3)"):
         data.load(flags("--train_file", path), ["train"])
 
 

@@ -20,9 +20,8 @@ ONE_CELL = {"RANKS": "4", "EPOCHS": "2", "DROPOUTS": "0.1"}
 def loop(script: str, *flags: object, cwd: Path, **env: str) -> subprocess.CompletedProcess:
     """Run a loop from another folder, with the interpreter of these tests as its `python`."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    kept = {
-        name: value for name, value in os.environ.items() if name not in ("LAUNCH", "TASK", "TASKS", "MODELS")
-    }
+    ours = {"LAUNCH", "TASK", "TASKS", "MODELS", "RANKS", "EPOCHS", "DROPOUTS", "FRACTIONS", "SEEDS"}
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
         [str(ROOT / script), *map(str, flags)],
         cwd=cwd,
@@ -44,14 +43,13 @@ def grid(script: str, *flags: object, cwd: Path, **env: str) -> dict[str, str]:
     return cells
 
 
-def tuned(task="summarization", fraction="1.0", epochs="5", rank="8", dropout="0.1", seed="42") -> str:
+def tuned(task="summarization", *, fraction="1.0", epochs="5", rank="8", dropout="0.1", seed="42") -> str:
     return f"{task}-sampleFraction-{fraction}_epochs-{epochs}_rank-{rank}_dropout-{dropout}_seed-{seed}"
 
 
 def launcher(folder: Path, body: str) -> dict[str, str]:
-    """LAUNCH: a command that notes its arguments in `folder`/calls, one JSON list a line, then runs `body`."""
+    """LAUNCH: a command that notes its arguments in `folder`/calls, a JSON list a line, and runs `body`."""
     path = folder / "launch"
-    note = 'import json, sys; print(json.dumps(sys.argv[1:]), file=open(sys.argv.pop(1), "a"))'
     note = 'import json, sys; print(json.dumps(sys.argv[2:]), file=open(sys.argv[1], "a"))'
     path.write_text(f"#!/usr/bin/env bash\npython -c '{note}' {folder}/calls \"$@\"\n{body}\n")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -66,7 +64,9 @@ def calls(folder: Path) -> list[list[str]]:
 
 
 def test_run_lora_lists_exactly_the_72_published_cells(tmp_path):
-    cells = itertools.product("2 4 8 16".split(), "2 5 10 20 30 50".split(), "0.1 0.2 0.5".split())
+    cells = itertools.product(
+        ["2", "4", "8", "16"], ["2", "5", "10", "20", "30", "50"], ["0.1", "0.2", "0.5"]
+    )
     names = [tuned(rank=rank, epochs=epochs, dropout=dropout) for rank, epochs, dropout in cells]
     found = grid("run_lora.sh", cwd=tmp_path)
     assert len(names) == 72
@@ -175,7 +175,7 @@ def test_an_unknown_flag_ends_a_loop_before_anything_runs(tmp_path, script):
 # Failing and finished cells
 
 
-def finish_cell(folder: Path, rank: int, files: tuple) -> None:
+def finish_cell(folder: Path, rank: int, files: tuple) -> Path:
     """Leave a finished training and its evaluation in `folder`, as the scripts do but without a model."""
     words = map(str, ("--lora_r", rank, "--epochs", 2, "--dropout", 0.1, "--output_dir", folder, *files))
     args = cli.parse_args("classification", "", list(words))
@@ -200,6 +200,7 @@ def finish_cell(folder: Path, rank: int, files: tuple) -> None:
         scores, _ = metrics.score("classification", ["a", "b", "b", "b"], ["a", "b", "a", "b"], ["a", "b"])
         read = {"examples_per_second": 4.0, "input_tokens": 9, "output_tokens": 9, "decoding": "free"}
         scored["eval"] = spent | read | {"metrics": scores}
+    return path.parent
 
 
 @pytest.fixture
@@ -228,11 +229,11 @@ def test_a_failed_cell_stops_no_other_and_is_named_at_the_end(tmp_path, files):
         (TRAIN, "8"),
         (SCORE, "8"),
     ]
-    table = [line.split() for line in done.stdout.splitlines()[-3:]]
-    assert [row[:5] for row in table[::2]] == [
-        ["classification", "qlora", rank, "—", "75.00"] for rank in "28"
-    ]
-    assert table[1][:6] == ["—", tuned("classification", epochs="2", rank="4"), "—", "not", "started", "—"]
+    first, failed, last = (line.split() for line in done.stdout.splitlines()[-3:])
+    assert first[:5] == ["classification", "qlora", "2", "—", "75.00"]
+    assert last[:5] == ["classification", "qlora", "8", "—", "75.00"]
+    assert failed[1].startswith(tuned("classification", epochs="2", rank="4"))
+    assert failed[2:5] == ["—", "not", "started"]
 
 
 def test_a_dry_run_says_which_cells_are_finished_and_runs_none(tmp_path, files):
@@ -262,9 +263,7 @@ def test_an_interrupted_cell_ends_the_loop(tmp_path):
 
 
 def test_a_damaged_record_fails_its_own_cell_only(tmp_path, files):
-    for rank in (2, 8):
-        finish_cell(tmp_path / "runs", rank, files)
-    damaged = tmp_path / "runs" / tuned("classification", epochs="2", rank="2")
+    damaged, _ = [finish_cell(tmp_path / "runs", rank, files) for rank in (2, 8)]
     (damaged / "train.json").write_text('{"schema": 1, "sta')
     (damaged / "eval.json").unlink()
     env = {**ONE_CELL, "RANKS": "2 8", "TASK": "classification"}

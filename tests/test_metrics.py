@@ -172,7 +172,7 @@ def test_an_interval_narrows_with_the_root_of_the_examples():
     few, many = (np.tile([1, 1, 1, 0], count) for count in (25, 400))
     (low, high), (lower, higher) = share(few)["ci95"], share(many)["ci95"]
     assert (high - low) / (higher - lower) == pytest.approx(4, rel=0.15)
-    assert high - low == pytest.approx(100 * 2 * 1.96 * np.sqrt(0.75 * 0.25 / 100), rel=0.15)
+    assert high - low == pytest.approx(100 * 2 * 1.96 * np.sqrt(0.75 * 0.25 / 100), rel=0.1)
 
 
 def test_an_interval_of_a_certain_result_has_no_width():
