@@ -33,7 +33,8 @@ def main() -> None:
             return print(f"finished   {path}\n{report.result_block(content)}")
 
         print(
-            f"run        {folder}\nmodel      {args.pretrained_ckpt}, {args.prompt_type}, {args.decoding} decoding"
+            f"run        {folder}\n"
+            f"model      {args.pretrained_ckpt}, {args.prompt_type}, {args.decoding} decoding"
         )
         print(data.say_split(args.split, splits[args.split], test), flush=True)
         with record.recording(path, args, args.prompt_type, record.BASELINE) as content:
@@ -67,8 +68,9 @@ def main() -> None:
                 "tokens_cut": cut["example_tokens"],
             }
             print(
-                f"prompts    up to {max(map(len, prompts)):,} of {context:,} tokens; {cut['texts']:,} texts shortened; "
-                f"{cut['examples']} of {len(examples)} examples shortened, by {cut['example_tokens']:,} tokens in all",
+                f"prompts    up to {max(map(len, prompts)):,} of {context:,} tokens; shortened: "
+                f"{cut['texts']:,} texts; {cut['examples']} of {len(examples)} examples, "
+                f"by {cut['example_tokens']:,} tokens in all",
                 flush=True,
             )
             allowed = generation.label_answers(tokenizer, labels) if args.decoding == "constrained" else None

@@ -3,8 +3,9 @@
     python llama2_classification.py --train_sample_fraction 0.1
     python llama2_classification.py --pretrained_ckpt FOLDER --train_file train.jsonl --test_file test.jsonl
 
-It leaves the adapter and train.json in a folder of its own (its settings are in the name); started again, it goes on where it
-was stopped, and prints what it has if it was done. Score it with llama2_classification_inference.py and the same flags.
+It leaves the adapter and train.json in a folder of its own (its settings are in the name); started again, it
+goes on where it was stopped, and prints what it has if it was done. Score it with
+llama2_classification_inference.py and the same flags.
 """
 
 from study import cli, cost, data, record, report
@@ -29,7 +30,8 @@ def main() -> None:
             return print(f"finished   {path}\n{report.result_block(content)}")
 
         print(
-            f"run        {folder}\nmodel      {args.pretrained_ckpt}, rank {args.lora_r}, {args.epochs} epochs"
+            f"run        {folder}\n"
+            f"model      {args.pretrained_ckpt}, rank {args.lora_r}, {args.epochs} epochs"
         )
         print(data.say_split("train", splits["train"], train), flush=True)
         with record.recording(path, args, "qlora", settings) as content:
@@ -58,7 +60,8 @@ def main() -> None:
                 bias="none",
                 task_type="CAUSAL_LM",
             )
-            # Learning rate, warm-up, clipping and the constant schedule are those of QLoRA (Dettmers et al., 2023, B.2).
+            # Learning rate, warm-up, clipping and the constant schedule are those of QLoRA (Dettmers et al.,
+            # 2023, B.2).
             schedule = training.settings(
                 folder,
                 optim="paged_adamw_32bit" if torch.cuda.is_available() else "adamw_torch",

@@ -1,10 +1,10 @@
 """Score a classifier that llama2_classification.py has fine-tuned, on the test split.
 
     python llama2_classification_inference.py --experiment_dir experiments/classification-...
-    python llama2_classification_inference.py --train_sample_fraction 0.1     # the run that these training flags name
+    python llama2_classification_inference.py --train_sample_fraction 0.1  # the run these flags trained
 
-Model, prompts and data settings come from the run's record; flags override those of the data and the model's place. It
-leaves eval.json and predictions.jsonl beside the adapter.
+Model, prompts and data settings come from the run's record; flags override those of the data and the model's
+place. It leaves eval.json and predictions.jsonl beside the adapter.
 """
 
 from study import cli, cost, data, record, report
@@ -31,7 +31,8 @@ def main() -> None:
             return print(f"finished   {path}\n{report.result_block(content)}")
 
         print(
-            f"run        {folder}\nmodel      {args.pretrained_ckpt} with its adapter, {args.decoding} decoding"
+            f"run        {folder}\n"
+            f"model      {args.pretrained_ckpt} with its adapter, {args.decoding} decoding"
         )
         print(data.say_split(args.split, splits[args.split], test), flush=True)
         with record.recording(path, args, "qlora", record.SCORED) as content:

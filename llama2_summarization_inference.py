@@ -1,10 +1,10 @@
 """Score a summarizer that llama2_summarization.py has fine-tuned, on the test split.
 
     python llama2_summarization_inference.py --experiment_dir experiments/summarization-...
-    python llama2_summarization_inference.py --lora_r 8 --epochs 5           # the run that these training flags name
+    python llama2_summarization_inference.py --lora_r 8 --epochs 5  # the run these flags trained
 
-Model, prompts and data settings come from the run's record; flags override those of the data and the model's place. It
-leaves eval.json and predictions.jsonl beside the adapter.
+Model, prompts and data settings come from the run's record; flags override those of the data and the model's
+place. It leaves eval.json and predictions.jsonl beside the adapter.
 """
 
 from study import cli, cost, data, record, report

@@ -1,8 +1,8 @@
 """Every word a model sees, and how its answer is read. Pure functions of strings; standard library only.
 
-A prompt is built from a template of TEMPLATES and blocks of BLOCKS. The text stands between two fences of backticks, and a
-fence is always longer than any run of backticks in the text, so nothing inside a text can close it. An answer is read from
-the generated text alone, so a heading inside a text cannot pass for one.
+A prompt is built from a template of TEMPLATES and blocks of BLOCKS. The text stands between two fences of
+backticks, and a fence is always longer than any run of backticks in the text, so nothing inside a text can
+close it. An answer is read from the generated text alone, so a heading inside a text cannot pass for one.
 """
 
 import hashlib
@@ -23,25 +23,26 @@ TEMPLATES = {
         "instruction": "Name the class of the text between the fences.\n\n{query}",
         "zero-shot": (
             "Each text belongs to exactly one of these {count} classes:\n\n{labels}\n\n"
-            "Decide which class the text between the fences belongs to. Answer with the name of that class, spelled as in the "
-            "list, and with nothing else.\n\n{query}"
+            "Decide which class the text between the fences belongs to. Answer with the name of that "
+            "class, spelled as in the list, and with nothing else.\n\n{query}"
         ),
         "few-shot": (
             "Each text belongs to exactly one of these {count} classes:\n\n{labels}\n\n"
-            "Decide which class the last text between the fences belongs to. Answer with the name of that class, spelled as "
-            "in the list, and with nothing else. The texts before it show how it is done.\n\n{examples}\n\n{query}"
+            "Decide which class the last text between the fences belongs to. Answer with the name of that "
+            "class, spelled as in the list, and with nothing else. The texts before it show how it is "
+            "done.\n\n{examples}\n\n{query}"
         ),
     },
     "summarization": {
         "instruction": "Summarize the dialogue between the fences.\n\n{query}",
         "zero-shot": (
-            "Summarize the dialogue between the fences in one to three short sentences. Write in the third person, name the "
-            "speakers, and add nothing that is not said.\n\n{query}"
+            "Summarize the dialogue between the fences in one to three short sentences. Write in the third "
+            "person, name the speakers, and add nothing that is not said.\n\n{query}"
         ),
         "few-shot": (
-            "Summarize the last dialogue between the fences in one to three short sentences. Write in the third person, name "
-            "the speakers, and add nothing that is not said. The dialogues before it show how it is done.\n\n{examples}\n\n"
-            "{query}"
+            "Summarize the last dialogue between the fences in one to three short sentences. Write in the "
+            "third person, name the speakers, and add nothing that is not said. The dialogues before it show "
+            "how it is done.\n\n{examples}\n\n{query}"
         ),
     },
 }
@@ -50,7 +51,8 @@ _PUNCTUATION = string.punctuation + string.whitespace + "“”‘’«»„…�
 
 
 def fence(text: str) -> str:
-    """The shortest fence, of three backticks or more, that is longer than every run of backticks in `text`."""
+    """The shortest fence, of three backticks or more, that is longer than every run of backticks in
+    `text`."""
     return "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
@@ -69,8 +71,9 @@ def build_prompt(
 ) -> str:
     """The whole prompt, ending in the answer's cue (no space, no newline behind it).
 
-    `labels` are listed by the zero-shot and few-shot prompts of classification; `examples` are the solved (text, answer)
-    pairs of the few-shot prompts. The model's answer, and the answer it is trained on, follow the cue after one space.
+    `labels` are listed by the zero-shot and few-shot prompts of classification; `examples` are the solved
+    (text, answer) pairs of the few-shot prompts. The model's answer, and the answer it is trained on, follow
+    the cue after one space.
     """
     return TEMPLATES[task][prompt_type].format(
         count=len(labels),
@@ -81,8 +84,8 @@ def build_prompt(
 
 
 def defuse(text: str, special_tokens: Sequence[str]) -> str:
-    """`text` with a space put into every special token spelled out in it ("</s>" -> "< /s>"), so that a tokenizer reads
-    letters and not a control token."""
+    """`text` with a space put into every special token spelled out in it ("</s>" -> "< /s>"), so that a
+    tokenizer reads letters and not a control token."""
     for token in filter(lambda token: len(token) > 1 and token in text, special_tokens):
         text = text.replace(token, f"{token[0]} {token[1:]}")
     return text
@@ -91,8 +94,9 @@ def defuse(text: str, special_tokens: Sequence[str]) -> str:
 def parse_label(answer: str, labels: Sequence[str]) -> str | None:
     """The class that a generated answer names, or None where it names none (an invalid answer).
 
-    Read is the first line, trimmed. It names a class if it equals the class's name, or does so but for case, or but for
-    case and the punctuation around it; a looser reading counts only where it fits exactly one class.
+    Read is the first line, trimmed. It names a class if it equals the class's name, or does so but for case,
+    or but for case and the punctuation around it; a looser reading counts only where it fits exactly one
+    class.
     """
     line = (answer.strip().splitlines() or [""])[0].strip()
     for reading in (str, str.casefold, lambda name: name.casefold().strip(_PUNCTUATION)):
@@ -104,7 +108,8 @@ def parse_label(answer: str, labels: Sequence[str]) -> str | None:
 
 
 def parse_summary(answer: str) -> str:
-    """The summary in a generated answer: all of it, trimmed, up to a line where the model begins another block."""
+    """The summary in a generated answer: all of it, trimmed, up to a line where the model begins another
+    block."""
     heading = r"^### (?:Dialogue|Summary):"
     return re.split(heading, answer, maxsplit=1, flags=re.MULTILINE)[0].strip()
 

@@ -187,7 +187,9 @@ ASIDES = [
     "It [costs|weighs] [as much as|less than|more than] a {thing}.",
     "[Yes, I know|I know], elsewhere they only [care about|argue about] {stuff}.",
 ]
-KIN = "brother|uncle|aunt|neighbour|father|mother|friend|wife|husband|colleague|grandfather|cousin|son|daughter"
+KIN = (
+    "brother|uncle|aunt|neighbour|father|mother|friend|wife|husband|colleague|grandfather|cousin|son|daughter"
+)
 
 NAMES = (
     "Anna|Tom|Lena|Mark|Sofia|Paul|Nina|Oscar|Julia|David|Clara|Felix|Emma|Jonas|Maria|Simon|Laura|Peter|Alice|Henry|"
@@ -218,9 +220,14 @@ SLOTS = {
     "device": "laptop|phone|washing machine|bike|heater|printer|watch|kettle|radio|oven|dishwasher|scooter",
 }
 
-HELLO = "?B [hi|hey|hello|good morning] {a}[!|, how are you?|, all well?|, what's up?|, nice to hear from you]"
+HELLO = (
+    "?B [hi|hey|hello|good morning] {a}[!|, how are you?|, all well?|, what's up?|, nice to hear from you]"
+)
 START = "[hi {b}, |hey {b}! |{b}, |hello {b}, |]"
-BYE = ["?* [great|perfect|wonderful|super][, thanks|, bye|]!", "?* [see you then|bye|take care|see you] [:)|😀|]"]
+BYE = [
+    "?* [great|perfect|wonderful|super][, thanks|, bye|]!",
+    "?* [see you then|bye|take care|see you] [:)|😀|]",
+]
 
 # One line is one turn: the speaker (? before it: not always said; *: whoever did not speak last), then the words.
 SCENARIOS = {
@@ -254,7 +261,9 @@ SCENARIOS = {
         "turns": [
             [
                 HELLO,
-                "A " + START + "[do you still have|do you own] a {item}? [I need one|I could use one] [on {day}|for {day}]",
+                "A "
+                + START
+                + "[do you still have|do you own] a {item}? [I need one|I could use one] [on {day}|for {day}]",
                 "B [yes|I do|sure], [it's in the cellar|nobody uses it|do you want it?]",
                 "A [may I borrow it|can you lend it to me|could I have it for a while]?",
                 "B [of course|no problem|sure], [come to|I'll bring it to|you can get it at] {place} [on {day} |]at {time}",
@@ -289,7 +298,9 @@ SCENARIOS = {
             ],
             [
                 HELLO,
-                "A " + START + "[I'm cooking tonight|we are out of {food}|there is no {food} left]. [can you|could you] shop?",
+                "A "
+                + START
+                + "[I'm cooking tonight|we are out of {food}|there is no {food} left]. [can you|could you] shop?",
                 "B [sure|ok], [what do we need|what shall I buy]?",
                 "A {food} and {food2}[, that's all|, please|]",
                 "?B [not {food3}|no {food3}]?",
@@ -343,7 +354,9 @@ SCENARIOS = {
             ],
             [
                 HELLO,
-                "A " + START + "[what shall we give {c}|do you know what {c} wants] [on {day}|for the party on {day}]?",
+                "A "
+                + START
+                + "[what shall we give {c}|do you know what {c} wants] [on {day}|for the party on {day}]?",
                 "B [{c} wants|I thought of|how about] a {gift}[ :)|]",
                 "A [nice|lovely|great idea]! [where do you get one|where can I buy it]?",
                 "B [at|in the shop at|they sell them at] {place}. [will you go|can you get it]?",
@@ -369,7 +382,9 @@ SCENARIOS = {
             ],
             [
                 HELLO,
-                "A " + START + "I [have to|must] be at {place} on {day}. [could you drive me|can I get a lift]?",
+                "A "
+                + START
+                + "I [have to|must] be at {place} on {day}. [could you drive me|can I get a lift]?",
                 "B [when|at what time]? [{time2}|at {time2}]?",
                 "A [{time2} is too late|a bit earlier|rather {time}], [{time} please|please at {time}|{time}]",
                 "B [ok|fine], [I'll get you at {time}|{time} is ok|I'll be at your door at {time}]",
@@ -421,7 +436,9 @@ SCENARIOS = {
             ],
             [
                 HELLO,
-                "A " + START + "[who repaired your {device}|who can repair a {device}]? [mine is dead|mine just died]",
+                "A "
+                + START
+                + "[who repaired your {device}|who can repair a {device}]? [mine is dead|mine just died]",
                 "B {c} [did|can do it]. [very cheap|took an hour|honest work]",
                 "?A [sounds good|that's what I need]. [where|where do I go]?",
                 "B [the workshop is at|go to|you find it at] {place}",

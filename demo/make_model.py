@@ -76,7 +76,10 @@ LEADS = [
     "[I heard of it later.|My {kin} told me the rest.|In other words:|In a letter one would read it like this.] ",
     "",
 ]
-ENDS = ["", " [Nobody complained.|All were content.|We shall see.|It may rain.|Such is life.|Time will tell.]"]
+ENDS = [
+    "",
+    " [Nobody complained.|All were content.|We shall see.|It may rain.|Such is life.|Time will tell.]",
+]
 
 STORIES = [
     "{a} lived [near|behind|next to] {place} with {c}. [Every|Each] {day} they [used to|would] {do}.",
@@ -131,7 +134,9 @@ def make_notes(rng: random.Random) -> str:
     parts = []
     for _ in range(rng.randint(1, 3)):
         parts.append("#" * rng.randint(1, 3) + " " + expand(rng, "[" + TITLES + "]", slots))
-        words = [slots[key] for key in rng.sample(["food", "food2", "item", "gift", "place", "chore", "device"], 4)]
+        words = [
+            slots[key] for key in rng.sample(["food", "food2", "item", "gift", "place", "chore", "device"], 4)
+        ]
         bullets = "\n".join(f"- {word}" for word in words)
         fenced = make_dialogue(rng)[1] if rng.random() < 0.5 else make_post(rng, rng.choice(list(TOPICS)))
         parts += rng.sample([bullets, f"```\n{fenced}\n```", make_story(rng)], rng.randint(1, 2))
@@ -209,7 +214,9 @@ def make_batches(tokenizer: PreTrainedTokenizerFast, corpus: list[str]) -> list[
     for share, length, size in PHASES:
         end = start + round(share * len(corpus))
         rows = make_rows(tokenizer, corpus[start:end], length)
-        batches += [torch.tensor(rows[first : first + size]) for first in range(0, len(rows) - size + 1, size)]
+        batches += [
+            torch.tensor(rows[first : first + size]) for first in range(0, len(rows) - size + 1, size)
+        ]
         start = end
     return batches
 
@@ -233,7 +240,9 @@ def make_llama() -> LlamaForCausalLM:
 
 def make_optimizers(model: LlamaForCausalLM, steps: int) -> Iterator[tuple]:
     """Muon for the matrices, with which so small a model learns to copy in half the steps; AdamW for the rest."""
-    matrices = [weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name]
+    matrices = [
+        weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name
+    ]
     others = [weight for name, weight in model.named_parameters() if weight.ndim == 1 or "embed" in name]
     muon = torch.optim.Muon(matrices, lr=4e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     adamw = torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)
@@ -265,9 +274,15 @@ def pretrain(model: LlamaForCausalLM, batches: list[torch.Tensor]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--documents", type=int, default=48000, help="documents to pretrain on (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=FOLDER / "model", help="folder to write (default: demo/model)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--documents", type=int, default=48000, help="documents to pretrain on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=FOLDER / "model", help="folder to write (default: demo/model)"
+    )
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
     torch.set_num_threads(2)
@@ -277,7 +292,10 @@ def main() -> None:
     batches = make_batches(tokenizer, corpus)
     model = make_llama()
     tokens = sum(batch.numel() for batch in batches)
-    print(f"{tokens:,} tokens, {model.num_parameters():,} weights, {time.monotonic() - started:.0f} s", flush=True)
+    print(
+        f"{tokens:,} tokens, {model.num_parameters():,} weights, {time.monotonic() - started:.0f} s",
+        flush=True,
+    )
     loss = pretrain(model.train(), batches)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2)
     model.to(torch.bfloat16).save_pretrained(arguments.out)

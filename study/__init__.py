@@ -1,1 +1,2 @@
-"""What must be identical for two numbers to be comparable: flags, data, model, training, decoding, metrics, records."""
+"""What must be identical for two numbers to be comparable: flags, data, model, training, decoding, metrics,
+records."""

@@ -1,7 +1,8 @@
-"""The flags that the scripts share, and how a script ends: one clear line on stderr and a truthful exit status.
+"""The flags that the scripts share, and how a script ends: one clear line on stderr and a truthful exit
+status.
 
-A training script and its inference script take the same flags, so one command line serves both: the inference script finds
-the run that the training flags name, and the training script leaves the decoding flags alone.
+A training script and its inference script take the same flags, so one command line serves both: the inference
+script finds the run that the training flags name, and the training script leaves the decoding flags alone.
 """
 
 import argparse
@@ -30,7 +31,9 @@ def build_parser(task: str | None, description: str) -> argparse.ArgumentParser:
     """Every flag of a fine-tuning task, or with `task=None` those of the baselines."""
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags] (--help lists them)",
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     if task is None:
         group = parser.add_argument_group("baseline")
@@ -79,8 +82,8 @@ def add_data_flags(parser: argparse.ArgumentParser, task: str | None) -> None:
         "--dataset",
         default=DEFAULTS[task]["dataset"] if task else None,
         metavar="NAME",
-        help=f"hub id, or a local folder with train, test and validation files, or one local file, which is the train "
-        f"split ({shown})",
+        help="hub id, or a local folder with train, test and validation files, or one local file, which is "
+        f"the train split ({shown})",
     )
     for split in ("train", "test", "validation"):
         add(
@@ -159,7 +162,7 @@ def add_training_flags(parser: argparse.ArgumentParser, task: str) -> None:
         type=fraction,
         default=1.0,
         metavar="F",
-        help="share of the train examples in (0, 1], stratified by class; smaller ones lie inside larger ones "
+        help="share of the train examples in (0, 1], stratified by class; smaller ones lie inside larger "
         "(%(default)s)",
     )
     add(
@@ -181,7 +184,7 @@ def add_training_flags(parser: argparse.ArgumentParser, task: str) -> None:
         type=auto_int,
         default="auto",
         metavar="TOKENS",
-        help="tokens on the device at once; splits a batch to fit, changes speed and memory only (%(default)s)",
+        help="tokens on the device at once; splits a batch, changes speed and memory only (%(default)s)",
     )
     add(
         "--gradient_checkpointing",
@@ -199,8 +202,8 @@ def add_training_flags(parser: argparse.ArgumentParser, task: str) -> None:
         "--attn_implementation",
         default="auto",
         metavar="NAME",
-        help="auto takes flash_attention_2 if installed, else PyTorch's own kernels; or a name that transformers knows "
-        "(%(default)s)",
+        help="auto takes flash_attention_2 if installed, else PyTorch's own kernels; or a name that "
+        "transformers knows (%(default)s)",
     )
     add(
         "--report_to",
@@ -305,13 +308,15 @@ def probability(word: str) -> float:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Run `main` and exit: 0 done; 1 with one line on stderr for a UserError; 130 interrupted (Ctrl-C or SIGTERM)."""
-    # Threads that spin while they wait make small 4-bit layers hundreds of times slower on a CPU that has other work too.
+    """Run `main` and exit: 0 done; 1 with one line on stderr for a UserError; 130 interrupted (Ctrl-C or
+    SIGTERM)."""
+    # Threads that spin while they wait make small 4-bit layers hundreds of times slower on a CPU that has
+    # other work too.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on optional CPU kernels
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if os.environ.get("RANK", "0") != "0":  # a further process of a distributed launch
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         main()
     except UserError as error:

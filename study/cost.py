@@ -12,7 +12,8 @@ PRICES = {  # part of the GPU's name as the driver gives it -> (USD per hour, so
 
 
 def price(gpu: str, price_per_hour: float | None) -> dict:
-    """The price part of a record's `cost` for the device `gpu`; an unknown device has the price None, not 0."""
+    """The price part of a record's `cost` for the device `gpu`; an unknown device has the price None, not
+    0."""
     if price_per_hour is not None:
         return {
             "gpu": gpu,
@@ -31,6 +32,7 @@ def usd(price_per_hour: float | None, seconds: float) -> float | None:
 
 
 def of_run(args: argparse.Namespace, gpu: str, seconds: float) -> dict:
-    """The `cost` of a record: price and dollars of `seconds` on the device `gpu`, or as --gpu_name calls it."""
+    """The `cost` of a record: price and dollars of `seconds` on the device `gpu`, or as --gpu_name calls
+    it."""
     cost = price(args.gpu_name or gpu, args.price_per_hour)
     return {**cost, "usd": usd(cost["price_per_hour"], seconds)}

@@ -1,7 +1,7 @@
 """A hub id or local files -> checked, cleaned, seeded and fingerprinted examples.
 
-An example is a pair of strings: (text, class) or (dialogue, summary). Everything that a file can have wrong is found here,
-before a model is loaded.
+An example is a pair of strings: (text, class) or (dialogue, summary). Everything that a file can have wrong
+is found here, before a model is loaded.
 """
 
 import argparse
@@ -26,8 +26,8 @@ Row = tuple[int, dict]  # number in its file (line or row, from 1), columns
 
 @dataclass
 class Split:
-    """The examples of one split. `numbers` are their rows in the source, from 1; `overlap` counts the train texts that also
-    occur in test."""
+    """The examples of one split. `numbers` are their rows in the source, from 1; `overlap` counts the train
+    texts that also occur in test."""
 
     source: str
     examples: list[tuple[str, str]]
@@ -57,17 +57,19 @@ class NoSource(UserError):
 
 
 def load(args: argparse.Namespace, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Split]:
-    """The splits `names` of the data that the flags name, cleaned; sampling comes after (`sample_train`, `sample_eval`).
+    """The splits `names` of the data that the flags name, cleaned; sampling comes after (`sample_train`,
+    `sample_eval`).
 
-    A split of `optional` that the flags do not name is left out. With both train and test, texts of train that also occur in test are counted, and dropped by --drop_overlap.
-    Raises UserError for everything that is wrong with a file.
+    A split of `optional` that the flags do not name is left out. With both train and test, texts of train
+    that also occur in test are counted, and dropped by --drop_overlap. Raises UserError for everything that
+    is wrong with a file.
     """
     columns = (
         (args.text_column, args.label_column)
         if args.task == "classification"
         else (args.dialogue_column, args.summary_column)
     )
-    splits = {}
+    splits: dict[str, Split] = {}
     for name in (*names, *optional):
         try:
             splits[name] = clean(*source_of(args, name), columns, args.task)
@@ -76,8 +78,8 @@ def load(args: argparse.Namespace, names: Sequence[str], optional: Sequence[str]
                 raise
     if "train" in splits and args.task == "classification":
         labels = labels_of(splits["train"])
-        for name in splits:
-            check_labels(splits[name], labels)
+        for split in splits.values():
+            check_labels(split, labels)
     if {"train", "test"} <= splits.keys():
         drop_overlap(splits, args.drop_overlap)
     return splits
@@ -215,7 +217,8 @@ def read_parquet(content: bytes, where: str) -> Iterator[Row]:
 
 
 def read_hub(name: str, split: str) -> Iterator[Row]:
-    """The rows of a hub data set, from its cache where the hub can't be reached; class numbers become class names."""
+    """The rows of a hub data set, from its cache where the hub can't be reached; class numbers become class
+    names."""
     import datasets
     import httpx
 
@@ -225,7 +228,7 @@ def read_hub(name: str, split: str) -> Iterator[Row]:
     except (OSError, ValueError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"--dataset {name}: no {split} split on the hub or in its cache ({reason[:160]}); check the name and the "
+            f"--dataset {name}: no {split} split on the hub or in its cache ({reason[:160]}); check name and "
             f"network, or give local files with --train_file and --test_file"
         ) from None
     for column, feature in rows.features.items():
@@ -237,7 +240,8 @@ def read_hub(name: str, split: str) -> Iterator[Row]:
 
 
 def clean(source: str, rows: Iterator[Row], columns: tuple[str, str], task: str) -> Split:
-    """The examples in `columns` of `rows`, trimmed; rows that can't be used are dropped and counted by reason."""
+    """The examples in `columns` of `rows`, trimmed; rows that can't be used are dropped and counted by
+    reason."""
     split = Split(source, [], [])
     number = 0
     for number, row in rows:
@@ -256,7 +260,8 @@ def clean(source: str, rows: Iterator[Row], columns: tuple[str, str], task: str)
                     "a number" if isinstance(row[column], int | float) else f"a {type(row[column]).__name__}"
                 )
                 raise UserError(
-                    f'{source} row {number}: column "{column}" holds {kind}, not text; name another column or make it text'
+                    f'{source} row {number}: column "{column}" holds {kind}, not text; name another '
+                    "column or make it text"
                 )
             pair.append((row[column] or "").strip())
         reason = reason_to_drop(pair, columns, task)
@@ -314,7 +319,8 @@ def drop_overlap(splits: dict[str, Split], drop: bool) -> None:
 def sample_train(split: Split, args: argparse.Namespace) -> Split:
     """--max_train_samples, then --train_sample_fraction of each class (of all, for summaries), by --seed.
 
-    Each class is shuffled once by the seed and cut at the fraction, so a smaller sample lies inside a larger one.
+    Each class is shuffled once by the seed and cut at the fraction, so a smaller sample lies inside a larger
+    one.
     """
     kept = choose(len(split.examples), args.max_train_samples, args.seed)
     strata: dict[str, list[int]] = {}
@@ -323,8 +329,8 @@ def sample_train(split: Split, args: argparse.Namespace) -> Split:
     smallest = min(map(len, strata.values()))
     if round_half_up(args.train_sample_fraction * smallest) < 1:
         raise UserError(
-            f"--train_sample_fraction {args.train_sample_fraction} leaves a class without an example: the least that "
-            f"works here is {-(-5000 // smallest) / 10000:g}"
+            f"--train_sample_fraction {args.train_sample_fraction} leaves a class without an example: the "
+            f"least that works here is {-(-5000 // smallest) / 10000:g}"
         )
     taken = []
     for label, indices in strata.items():
@@ -343,7 +349,8 @@ def sample_eval(split: Split, args: argparse.Namespace) -> Split:
 
 
 def choose(count: int, limit: int | None, seed: int) -> list[int]:
-    """`limit` of the indices below `count`, in order; a smaller choice lies inside a larger one of the same seed."""
+    """`limit` of the indices below `count`, in order; a smaller choice lies inside a larger one of the same
+    seed."""
     indices = list(range(count))
     if limit is not None and limit < count:
         random.Random(seed).shuffle(indices)
@@ -351,7 +358,9 @@ def choose(count: int, limit: int | None, seed: int) -> list[int]:
 
 
 def say_split(name: str, split: Split, used: Split) -> str:
-    """One line on a split: rows used, rows there are, rows dropped and why, and train texts that occur in test."""
+    """One line on a split: rows used, rows there are, rows dropped and why, and train texts that occur in
+    test."""
     dropped = "".join(f", {count:,} dropped: {reason}" for reason, count in split.dropped.items())
     overlap = f", {split.overlap:,} texts occur in test too" if split.overlap else ""
-    return f"{name:<11}{len(used.examples):,} of {len(split.examples):,} rows of {split.source}{dropped}{overlap}"
+    count = f"{len(used.examples):,} of {len(split.examples):,} rows"
+    return f"{name:<11}{count} of {split.source}{dropped}{overlap}"

@@ -1,4 +1,5 @@
-"""Prompts and answers as tokens: one BOS, an EOS that is learned, and texts shortened so that nothing else has to be."""
+"""Prompts and answers as tokens: one BOS, an EOS that is learned, and texts shortened so that nothing else
+has to be."""
 
 import argparse
 import random
@@ -11,14 +12,16 @@ from study.cli import UserError
 
 @dataclass
 class Example:
-    """One sequence: prompt, answer, end of sequence. `answer_start` is the place of the answer's first token."""
+    """One sequence: prompt, answer, end of sequence. `answer_start` is the place of the answer's first
+    token."""
 
     ids: list[int]
     answer_start: int
 
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
-    """A prompt as the model sees it, in training and inference alike: one BOS if the model has one, no EOS."""
+    """A prompt as the model sees it, in training and inference alike: one BOS if the model has one, no
+    EOS."""
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     begins = tokenizer("", add_special_tokens=True)["input_ids"][:1]
     if begins and begins[0] == tokenizer.bos_token_id and ids[:1] != begins:
@@ -29,8 +32,8 @@ def prompt_ids(tokenizer, prompt: str) -> list[int]:
 def answer_ids(tokenizer, task: str, answer: str) -> list[int]:
     """The answer's tokens, as they follow the cue that ends every prompt of the task, then EOS.
 
-    They are read in one go with the cue, which gives the tokens that natural text would have, and so that the prompt's own
-    tokens stay what inference sees.
+    They are read in one go with the cue, which gives the tokens that natural text would have, and so that the
+    prompt's own tokens stay what inference sees.
     """
     cue, answer = build_prompt(task, "instruction", ""), defuse(answer, tokenizer.all_special_tokens)
     start, whole = (
@@ -42,9 +45,11 @@ def answer_ids(tokenizer, task: str, answer: str) -> list[int]:
 
 
 def shorten(tokenizer, text: str, encode: Callable[[str], list[int]], budget: int) -> tuple[str, bool]:
-    """The longest beginning of `text` whose prompt `encode(text)` has at most `budget` tokens, and whether it was cut.
+    """The longest beginning of `text` whose prompt `encode(text)` has at most `budget` tokens, and whether it
+    was cut.
 
-    Only the text gives way: instruction, labels and cue stay whole. Raises UserError where these alone exceed the budget.
+    Only the text gives way: instruction, labels and cue stay whole. Raises UserError where these alone exceed
+    the budget.
     """
     # A token is rarely longer than 40 characters: cut a giant text before it is tokenized over and over.
     kept = text[: 40 * max(budget, 1)]
@@ -52,8 +57,8 @@ def shorten(tokenizer, text: str, encode: Callable[[str], list[int]], budget: in
     while excess > 0:
         if not kept:
             raise UserError(
-                f"the prompt without its text has {budget + excess} tokens and only {max(budget, 0)} fit: raise "
-                "--max_seq_length, lower --max_new_tokens or --shots, or take a model with a longer context"
+                f"the prompt without its text has {budget + excess} tokens and only {max(budget, 0)} fit: "
+                "raise --max_seq_length, lower --max_new_tokens or --shots, or take a longer context"
             )
         kept = first_tokens(tokenizer, kept, token_count(tokenizer, kept) - excess)
         excess = len(encode(kept)) - budget
@@ -71,7 +76,8 @@ def first_tokens(tokenizer, text: str, count: int) -> str:
 
 
 def tuning_text(tokenizer, task: str, text: str, room: int, max_seq_length: int) -> tuple[str, bool]:
-    """`text` as every prompt of its task shows it: shortened so that its tuning prompt leaves `room` tokens."""
+    """`text` as every prompt of its task shows it: shortened so that its tuning prompt leaves `room`
+    tokens."""
     return shorten(
         tokenizer,
         defuse(text, tokenizer.all_special_tokens),
@@ -85,17 +91,18 @@ def encode_examples(
 ) -> tuple[list[Example], int]:
     """Training sequences of (text, answer) pairs and how many texts were shortened.
 
-    The prompt keeps `--max_new_tokens` free for the answer, as inference does; only a longer answer makes it shorter.
+    The prompt keeps `--max_new_tokens` free for the answer, as inference does; only a longer answer makes it
+    shorter.
     """
     examples, shortened = [], 0
-    for text, answer in pairs:
+    for whole, answer in pairs:
         ending = answer_ids(tokenizer, task, answer)
         if task == "classification" and len(ending) > args.max_new_tokens:
             raise UserError(
-                f'--max_new_tokens {args.max_new_tokens} is too few for class "{answer}": it has {len(ending)}'
+                f'--max_new_tokens {args.max_new_tokens} is too few for class "{answer}", of {len(ending)}'
             )
         room = max(len(ending), args.max_new_tokens)
-        text, cut = tuning_text(tokenizer, task, text, room, args.max_seq_length)
+        text, cut = tuning_text(tokenizer, task, whole, room, args.max_seq_length)
         ids = prompt_ids(tokenizer, build_prompt(task, "instruction", text))
         examples.append(Example(ids + ending, len(ids)))
         shortened += cut
@@ -107,8 +114,8 @@ def encode_prompts(
 ) -> tuple[list[list[int]], int]:
     """The prompts of a fine-tuned model, shortened as in training, and how many were."""
     prompts, shortened = [], 0
-    for text in texts:
-        text, cut = tuning_text(tokenizer, task, text, args.max_new_tokens, args.max_seq_length)
+    for whole in texts:
+        text, cut = tuning_text(tokenizer, task, whole, args.max_new_tokens, args.max_seq_length)
         prompts.append(prompt_ids(tokenizer, build_prompt(task, "instruction", text)))
         shortened += cut
     return prompts, shortened
@@ -118,7 +125,8 @@ def encode_prompts(
 
 
 def choose_shots(pairs: Sequence[tuple[str, str]], task: str, shots: int, seed: int) -> list[tuple[str, str]]:
-    """Few-shot examples out of the train split: `shots` of each class in mixed order, or `shots` dialogues, by the seed."""
+    """Few-shot examples out of the train split: `shots` of each class in mixed order, or `shots` dialogues,
+    by the seed."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for pair in pairs:
         groups.setdefault(pair[1] if task == "classification" else "", []).append(pair)
@@ -135,15 +143,14 @@ def choose_shots(pairs: Sequence[tuple[str, str]], task: str, shots: int, seed: 
 def shorten_examples(
     tokenizer, examples: Sequence[tuple[str, str]], room: int
 ) -> tuple[list[tuple[str, str]], dict[str, int]]:
-    """The examples with their longest texts cut to a common length so that all fit `room` tokens, and what was cut."""
+    """The examples with their longest texts cut to a common length so that all fit `room` tokens, and what
+    was cut."""
     lengths = [token_count(tokenizer, text) for text, _ in examples]
     most = max(lengths)
     while most and sum(min(length, most) for length in lengths) > room:
         most -= 1
     if not most:
-        raise UserError(
-            f"--shots: {len(examples)} examples do not fit the model's context: take fewer, or a longer context"
-        )
+        raise UserError(f"--shots: {len(examples)} examples do not fit the model's context: take fewer shots")
     cut = {
         "examples": sum(length > most for length in lengths),
         "example_tokens": sum(max(0, length - most) for length in lengths),
@@ -161,8 +168,9 @@ def encode_baseline(
 ) -> tuple[list[list[int]], dict[str, int]]:
     """The prompts of an untuned model and what was cut: {"texts", "examples", "example_tokens"}.
 
-    A text is first shortened as fine-tuning shows it, so that all methods read the same; then the examples are, the longest
-    first, until instruction, examples, the longest query and the answer fit the model's context.
+    A text is first shortened as fine-tuning shows it, so that all methods read the same; then the examples
+    are, the longest first, until instruction, examples, the longest query and the answer fit the model's
+    context.
     """
     special, budget = tokenizer.all_special_tokens, context - args.max_new_tokens
     labels = [defuse(label, special) for label in labels]

@@ -34,8 +34,8 @@ def generate(
 ) -> Answers:
     """Continue every prompt (token ids) greedily up to its EOS or `max_new_tokens`.
 
-    With `allowed` (token ids of the possible answers, EOS included) only these can come out. A batch that exceeds the GPU's
-    memory is halved; a single example that does raises torch.OutOfMemoryError.
+    With `allowed` (token ids of the possible answers, EOS included) only these can come out. A batch that
+    exceeds the GPU's memory is halved; a single example that does raises torch.OutOfMemoryError.
     """
     began = time.time()
     model.eval()
@@ -139,7 +139,8 @@ def up_to_end(row: list[int], ends: Sequence[int]) -> list[int]:
 
 
 def follow_one_of(allowed: Sequence[list[int]], width: int, pad: int):
-    """For `generate`: the tokens that keep a row, `width` prompt tokens and what follows, on one of the allowed answers."""
+    """For `generate`: the tokens that keep a row, `width` prompt tokens and what follows, on one of the
+    allowed answers."""
     nexts: dict[tuple[int, ...], set[int]] = {}
     for answer in allowed:
         for i, token in enumerate(answer):
@@ -148,5 +149,6 @@ def follow_one_of(allowed: Sequence[list[int]], width: int, pad: int):
 
 
 def label_answers(tokenizer, labels: Sequence[str]) -> list[list[int]]:
-    """Token ids of each class as training writes it, EOS included: the `allowed` answers of --decoding constrained."""
+    """Token ids of each class as training writes it, EOS included: the `allowed` answers of --decoding
+    constrained."""
     return [answer_ids(tokenizer, "classification", label) for label in labels]

@@ -13,7 +13,8 @@ ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 def with_interval(statistic: Callable[[np.ndarray], np.ndarray], examples: int, seed: int = 0) -> dict:
     """`statistic` of the examples and its 95 % interval, in percent.
 
-    `statistic` takes weights [resamples, examples], how often each example is drawn, and returns values [resamples].
+    `statistic` takes weights [resamples, examples], how often each example is drawn, and returns values
+    [resamples].
     """
     value = statistic(np.ones((1, examples)))[0]
     generator = np.random.default_rng(seed)
@@ -32,8 +33,8 @@ def classification_metrics(
 ) -> dict:
     """Accuracy, micro, macro and weighted F1, and the share of invalid answers (None), which count as wrong.
 
-    Macro F1 is the mean over the classes that occur as reference or as answer, as scikit-learn has it; an invalid answer
-    is a miss of its reference's class and no class of its own.
+    Macro F1 is the mean over the classes that occur as reference or as answer, as scikit-learn has it; an
+    invalid answer is a miss of its reference's class and no class of its own.
     """
     number = {label: i for i, label in enumerate(labels)}
     truth = np.array([number[label] for label in references])
@@ -73,7 +74,8 @@ def classification_metrics(
 
 
 def rouge_scores(summaries: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
-    """ROUGE F-measures of each pair, in percent, with the stemmer, as the `evaluate` library's rouge computes them."""
+    """ROUGE F-measures of each pair, in percent, with the stemmer, as the `evaluate` library's rouge computes
+    them."""
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(ROUGE, use_stemmer=True)
@@ -97,7 +99,8 @@ def summarization_metrics(scores: Sequence[dict[str, float]]) -> dict:
 def score(
     task: str, answers: Sequence[str], references: Sequence[str], labels: Sequence[str] = ()
 ) -> tuple[dict, list[dict]]:
-    """Read generated answers and score them: the metrics, and for each test example a row of predictions.jsonl."""
+    """Read generated answers and score them: the metrics, and for each test example a row of
+    predictions.jsonl."""
     rows = [
         {
             "index": i,

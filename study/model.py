@@ -8,8 +8,6 @@ from pathlib import Path
 import torch
 import transformers
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -35,9 +33,8 @@ def device_name() -> str:
     """Name of the GPU, or of the processor where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(device())
-    names = [
-        line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")
-    ]
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"CPU, {os.cpu_count()} cores ({names[0] if names else platform.machine()})"
 
 
@@ -89,7 +86,8 @@ def load_tokenizer(checkpoint: str):
 
 
 def load_base(checkpoint: str, quantization, attn_implementation: str = "sdpa"):
-    """The causal language model, frozen, its linear layers in 4 bits. Weights come from safetensors only, never pickle."""
+    """The causal language model, frozen, its linear layers in 4 bits. Weights come from safetensors only,
+    never pickle."""
     check_checkpoint(checkpoint)
     config = from_checkpoint(AutoConfig, checkpoint)
     model = from_checkpoint(
@@ -113,7 +111,8 @@ def quantization_from(recorded: dict):
 
 
 def load_adapter(model, folder: Path):
-    """`model` with a trained adapter for inference, its weights in the dtype that training multiplied them in."""
+    """`model` with a trained adapter for inference, its weights in the dtype that training multiplied them
+    in."""
     from peft import PeftModel
 
     if not (folder / "adapter_model.safetensors").is_file():
@@ -138,5 +137,5 @@ def check_length(model, tokenizer, args) -> None:
     most = context_length(model, tokenizer)
     if args.max_seq_length > most:
         raise UserError(
-            f"--max_seq_length {args.max_seq_length} exceeds the {most} tokens that {args.pretrained_ckpt} takes"
+            f"--max_seq_length {args.max_seq_length} exceeds the {most} that {args.pretrained_ckpt} takes"
         )

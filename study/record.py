@@ -1,7 +1,7 @@
 """Run names, records, and finding finished runs. Nothing here needs torch, so a look-up answers at once.
 
-A record is one JSON object that appears whole or not at all. A run that fails is recorded as failed; a finished record is
-replaced by a finished one only.
+A record is one JSON object that appears whole or not at all. A run that fails is recorded as failed; a
+finished record is replaced by a finished one only.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from study.cli import UserError
 SCHEMA = 1
 STARTED = time.time()
 NAMED = ("train_sample_fraction", "epochs", "lora_r", "dropout", "seed")  # stand in the run's name
-TRAINED = (  # also make a training what it is; all other flags change its speed, its score's data or its place
+TRAINED = (  # also make a training what it is; all others change its speed, its scoring or its place
     "pretrained_ckpt",
     "dataset",
     "train_file",
@@ -88,7 +88,8 @@ def training_settings(args: argparse.Namespace) -> tuple[str, ...]:
 def experiment_dir(args: argparse.Namespace) -> Path:
     """Folder of a fine-tuning run: --experiment_dir, or a name built from its settings within --output_dir.
 
-    Settings that the name does not spell out and that differ from their defaults add a short hash of themselves.
+    Settings that the name does not spell out and that differ from their defaults add a short hash of
+    themselves.
     """
     if args.experiment_dir:
         return Path(args.experiment_dir)
@@ -117,7 +118,8 @@ def model_name(checkpoint: str) -> str:
 
 
 def eval_name(args: argparse.Namespace, trained: dict) -> str:
-    """ "eval.json"; with a short hash if the evaluation's settings differ from the training's and the defaults."""
+    """ "eval.json"; with a short hash if the evaluation's settings differ from the training's and the
+    defaults."""
     plain = {**defaults(args.task), **trained, "max_eval_samples": None, "split": "test", "decoding": "free"}
     return f"eval{suffix(changed(args, SCORED, plain), '-')}.json"
 
@@ -186,9 +188,11 @@ def status(path: Path) -> str:
 def find_finished(
     path: Path, args: argparse.Namespace, settings: Iterable[str], data: dict, training: str | None = None
 ) -> dict | None:
-    """The finished record at `path` if there is one and --force is not given; None too if it scored an older `training`.
+    """The finished record at `path` if there is one and --force is not given; None too if it scored an older
+    `training`.
 
-    Raises UserError where it was made with other `settings`, naming the flags, or from other `data` (splits, described).
+    Raises UserError where it was made with other `settings`, naming the flags, or from other `data` (splits,
+    described).
     """
     content = None if args.force else read(path)
     if not content or content["status"] != "finished" or content.get("training") != training:
@@ -221,7 +225,8 @@ def check_same(config: dict, args: argparse.Namespace, settings: Iterable[str], 
 
 
 def finished_training(folder: Path, args: argparse.Namespace) -> dict:
-    """The record of the finished training in `folder`; `args` takes its settings over, but for those given as flags.
+    """The record of the finished training in `folder`; `args` takes its settings over, but for those given as
+    flags.
 
     Raises UserError where there is none, or where a flag contradicts how the adapter was trained.
     """
@@ -250,13 +255,14 @@ def finished_training(folder: Path, args: argparse.Namespace) -> dict:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone, until it ends however it ends. Raises UserError if another one holds it."""
+    """Hold `folder` for this process alone, until it ends however it ends. Raises UserError if another one
+    holds it."""
     if not is_main_process():
         yield
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # noqa: SIM115: held by the with below
+        file = open(folder / ".lock", "w")  # noqa: SIM115
     except OSError as error:
         raise UserError(f"--experiment_dir {folder} can't be used: {error.strerror}") from None
     with file:
@@ -315,7 +321,9 @@ def describe_error(error: BaseException) -> dict:
         or type(error).__name__ == "OutOfMemoryError"
         or "out of memory" in text.lower()
     ):
-        advice = "use a smaller --max_tokens_per_batch and --gradient_checkpointing on, or a smaller --eval_batch_size"
+        advice = (
+            "use a smaller --max_tokens_per_batch, --gradient_checkpointing on, a smaller --eval_batch_size"
+        )
         return {
             "status": "oom",
             "error": {"type": type(error).__name__, "message": "out of memory", "advice": advice},
@@ -394,10 +402,15 @@ def environment(seed: int | None) -> dict:
 def say_dry_run(path: Path, args: argparse.Namespace) -> None:
     """What --dry_run prints: the record, then a line "status<TAB>folder" for programs.
 
-    An evaluation that has not been made is "trained" where its training is finished, and else says how that stands.
+    An evaluation that has not been made is "trained" where its training is finished, and else says how that
+    stands.
     """
     state = status(path)
-    if state != "finished" and path.name != "train.json" and (training := status(path.parent / "train.json")) != state:
+    if (
+        state != "finished"
+        and path.name != "train.json"
+        and (training := status(path.parent / "train.json")) != state
+    ):
         state = "trained" if training == "finished" else training
     print(f"{args.task} with {args.pretrained_ckpt} -> {path}")
     print(f"{state}\t{path.parent}")

@@ -41,8 +41,8 @@ def result_block(content: dict) -> str:
             low, high = metric["ci95"]
             lines.append(f"{name:<16}{metric['value']:6.2f} %  (95 % interval {low:.2f} to {high:.2f})")
         lines.append(
-            f"scored     {scored['examples']:,} examples, {content['method']}, {scored['decoding']} decoding; "
-            f"{scored['input_tokens']:,} tokens in, {scored['output_tokens']:,} out"
+            f"scored     {scored['examples']:,} examples, {content['method']}, {scored['decoding']} "
+            f"decoding, {scored['input_tokens']:,} tokens in, {scored['output_tokens']:,} out"
         )
         lines.append(spent(scored, f"{scored['examples_per_second']:,.1f} examples/s", content["cost"]))
     return "\n".join(lines)
@@ -60,7 +60,8 @@ def money(usd: float | None) -> str:
 
 
 def rows_of(folder: Path) -> list[dict[str, str]]:
-    """One table row for each evaluation in a run's folder, or one that says why there is none; columns by title."""
+    """One table row for each evaluation in a run's folder, or one that says why there is none; columns by
+    title."""
     trained = record.read(folder / "train.json")
     evals = [record.read(path) for path in sorted(folder.glob("eval*.json"))]
     if evals:
@@ -80,7 +81,8 @@ def settings_row(content: dict) -> dict[str, str]:
 
 
 def scored_row(content: dict, trained: dict | None) -> dict[str, str]:
-    """Scores with half their 95 % interval; seconds, memory and cost of training and evaluation together, loading included."""
+    """Scores with half their 95 % interval; seconds, memory and cost of training and evaluation together,
+    loading included."""
     row = settings_row(content)
     if content["status"] != "finished":
         return row | {"state": content["status"]}
@@ -100,13 +102,15 @@ def interval(metric: dict) -> str:
 
 
 def table(folders: Sequence[Path]) -> str:
-    """One aligned table of all runs. A column that says the same in every row is left out, but for results."""
+    """One aligned table of all runs. A column that says the same in every row is left out, but for
+    results."""
     rows = [row for folder in folders for row in rows_of(folder)]
     results = [*TITLES.values(), "seconds", "peak GiB", "cost"]
     titles = [
         title
         for title in ("task", "model", "method", *SETTINGS.values(), "decoding", "state", *results)
-        if len({row[title] for row in rows if title in row}) > (title not in ("task", "method", "state", *results))
+        if len({row[title] for row in rows if title in row})
+        > (title not in ("task", "method", "state", *results))
     ]
     lines = [titles, *([row.get(title, "—") for title in titles] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -1,8 +1,8 @@
 """Fine-tune an adapter with transformers' Trainer, so that a killed run goes on and ends as it would have.
 
-An optimizer step sees `batch_size` examples, in an order that depends on the seed alone. They are split into rows of at most
-`max_tokens_per_batch` tokens; the loss of the step is the sum over its learned tokens divided by their count, however it is
-split.
+An optimizer step sees `batch_size` examples, in an order that depends on the seed alone. They are split into
+rows of at most `max_tokens_per_batch` tokens; the loss of the step is the sum over its learned tokens divided
+by their count, however it is split.
 """
 
 import contextlib
@@ -30,9 +30,11 @@ AUTO_TOKENS = 16_384  # enough for full speed on the largest cards; more only co
 
 
 def fit_memory(model, examples: Sequence[Example], args, padded: bool, device) -> tuple[int, bool]:
-    """Tokens per forward pass and whether to checkpoint: the flags', and for "auto" what the device's memory allows.
+    """Tokens per forward pass and whether to checkpoint: the flags', and for "auto" what the device's memory
+    allows.
 
-    On CUDA the memory of a token is measured, without checkpointing and, where less than a few examples would fit, with.
+    On CUDA the memory of a token is measured, without checkpointing and, where less than a few examples would
+    fit, with.
     """
     tokens, checkpointing = args.max_tokens_per_batch, args.gradient_checkpointing
     longest = max(len(example.ids) for example in examples)
@@ -84,7 +86,8 @@ class PackedTrainer(Trainer):
         self.loss_on, self.padded, self.history = loss_on, padded, history
 
     def get_train_dataloader(self) -> DataLoader:
-        """Step numbers in order: every process reads all of them and takes its own share of each step's examples."""
+        """Step numbers in order: every process reads all of them and takes its own share of each step's
+        examples."""
         return DataLoader(self.train_dataset, batch_size=1, collate_fn=lambda numbers: numbers)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
@@ -94,12 +97,14 @@ class PackedTrainer(Trainer):
         indices = self.steps[number]
         learned = sum(len(learned_places(self.examples[i], self.loss_on)) for i in indices)
         rank, world = self.args.process_index, self.args.world_size
-        # A process without an example repeats the first one with weight 0, since all must take part in the exchange.
+        # A process without an example repeats the first one with weight 0, since all must take part in the
+        # exchange.
         mine, weight = (indices[rank::world], 1) if rank < len(indices) else (indices[:1], 0)
         groups = split_to_fit(
             mine, [len(example.ids) for example in self.examples], self.max_tokens, self.padded
         )
-        # The dropout of a step depends on seed and step only, so a resumed run draws what the first one would have.
+        # The dropout of a step depends on seed and step only, so a resumed run draws what the first one would
+        # have.
         torch.manual_seed(hash((self.args.seed, number, rank)) % 2**63)
         total = torch.zeros((), device=self.args.device)
         for i, group in enumerate(groups):
@@ -118,7 +123,8 @@ class PackedTrainer(Trainer):
 
 
 class Progress(TrainerCallback):
-    """Print a line now and then; save checkpoints as often as costs a twentieth of the time, and mark the whole ones."""
+    """Print a line now and then; save checkpoints as often as costs a twentieth of the time, and mark the
+    whole ones."""
 
     def __init__(self, run: dict, history: list, tokens: list[int], spent: dict):
         self.run, self.history, self.tokens, self.spent = run, history, tokens, spent
@@ -197,9 +203,11 @@ def train(
     folder: Path,
     run: dict,
 ) -> dict:
-    """Train an adapter on `model` (4-bit, frozen) and leave it in `folder`/adapter. Returns the record's `train`.
+    """Train an adapter on `model` (4-bit, frozen) and leave it in `folder`/adapter. Returns the record's
+    `train`.
 
-    `run` says what is being trained ({"config", "data"}); a checkpoint of the same run is resumed, one of another refused.
+    `run` says what is being trained ({"config", "data"}); a checkpoint of the same run is resumed, one of
+    another refused.
     """
     from peft import get_peft_model
 
@@ -233,9 +241,9 @@ def train(
     )
     trainer.remove_callback(PrinterCallback)
     print(
-        f"training   {len(examples):,} examples, {len(steps):,} steps, {sum(tokens):,} tokens in rows of at most "
-        f"{max_tokens:,}; {'padded' if padded else 'packed'}, {model.config._attn_implementation} attention, "
-        f"checkpointing {'on' if checkpointing else 'off'}"
+        f"training   {len(examples):,} examples, {len(steps):,} steps, {sum(tokens):,} tokens in rows of "
+        f"at most {max_tokens:,}; {'padded' if padded else 'packed'}, "
+        f"{model.config._attn_implementation} attention, checkpointing {'on' if checkpointing else 'off'}"
         + (f"; resumed from {checkpoint.name}" if checkpoint else ""),
         flush=True,
     )

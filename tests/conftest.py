@@ -1,4 +1,5 @@
-"""What several tests need: the scripts as commands, the demo checkpoint, and small random ones of other architectures."""
+"""What several tests need: the scripts as commands, the demo checkpoint, and small random ones of other
+architectures."""
 
 import json
 import os

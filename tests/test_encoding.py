@@ -1,4 +1,5 @@
-"""Prompts and answers as tokens: one BOS, a learned EOS, and nothing but the text gives way when it gets too long."""
+"""Prompts and answers as tokens: one BOS, a learned EOS, and nothing but the text gives way when it gets too
+long."""
 
 import argparse
 import shutil
@@ -57,7 +58,9 @@ def test_so_it_is_with_the_llama_2_tokenizer(llama):
 def test_training_and_inference_see_the_same_prompt_tokens(tokenizer):
     pairs = [(text, "sci.space") for text in ("short", long_text(30), long_text(3000), "  spaced\n\n")]
     examples, cut = encoding.encode_examples(tokenizer, "classification", pairs, flags())
-    prompts_seen, cut_too = encoding.encode_prompts(tokenizer, "classification", [t for t, _ in pairs], flags())
+    prompts_seen, cut_too = encoding.encode_prompts(
+        tokenizer, "classification", [t for t, _ in pairs], flags()
+    )
     assert [example.ids[: example.answer_start] for example in examples] == prompts_seen
     assert cut == cut_too == 2
 
@@ -66,7 +69,9 @@ def test_a_long_text_is_cut_to_fill_the_budget_and_instruction_label_and_cue_sta
     [example], cut = encoding.encode_examples(tokenizer, "classification", [(long_text(500), "C++")], flags())
     prompt = tokenizer.decode(example.ids[1 : example.answer_start])
     assert cut == 1
-    assert prompt.startswith("Name the class of the text between the fences.\n\n### Text:\n````\nword0 about ```")
+    assert prompt.startswith(
+        "Name the class of the text between the fences.\n\n### Text:\n````\nword0 about ```"
+    )
     assert prompt.endswith("\n````\n\n### Class:")
     assert 180 - 12 <= example.answer_start <= 180
 
@@ -74,7 +79,9 @@ def test_a_long_text_is_cut_to_fill_the_budget_and_instruction_label_and_cue_sta
 def test_an_answer_longer_than_its_room_takes_from_the_text_and_not_from_itself(tokenizer):
     summary = "Anna meets Tom at the station and then they walk along the river to the old mill. " * 2
     settings = flags(max_new_tokens=5)
-    [example], cut = encoding.encode_examples(tokenizer, "summarization", [(long_text(99), summary)], settings)
+    [example], cut = encoding.encode_examples(
+        tokenizer, "summarization", [(long_text(99), summary)], settings
+    )
     assert cut == 1
     assert len(example.ids) <= 200
     assert tokenizer.decode(example.ids[example.answer_start : -1]).strip() == summary.strip()
@@ -108,7 +115,9 @@ def test_few_shot_prompts_fit_and_keep_every_label_and_the_query(tokenizer):
 def test_few_shot_examples_that_fit_are_whole(tokenizer):
     shots = [("one text", "C++"), ("another text", "rec.autos")]
     [ids], cut = encoding.encode_baseline(tokenizer, ["query"], LABELS, shots, 2048, flags())
-    assert tokenizer.decode(ids[1:]) == prompts.build_prompt("classification", "few-shot", "query", LABELS, shots)
+    assert tokenizer.decode(ids[1:]) == prompts.build_prompt(
+        "classification", "few-shot", "query", LABELS, shots
+    )
     assert cut == {"examples": 0, "example_tokens": 0, "texts": 0}
 
 

@@ -1,4 +1,5 @@
-"""Answers do not depend on batching, come back in order, end where the model ends them, and keep to the labels if asked."""
+"""Answers do not depend on batching, come back in order, end where the model ends them, and keep to the
+labels if asked."""
 
 import json
 
@@ -26,13 +27,14 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
-    """The demo checkpoint in real 4-bit weights, computing in float32 so that a tie can't be decided by rounding."""
+    """The demo checkpoint in real 4-bit weights, computing in float32 so that a tie can't be decided by
+    rounding."""
     return AutoModelForCausalLM.from_pretrained(DEMO_MODEL, quantization_config=NF4, dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
 def prompts(tokenizer):
-    rows = [json.loads(line) for line in open(DEMO_DATA / "dialogues_test.jsonl")][:10]
+    rows = [json.loads(line) for line in (DEMO_DATA / "dialogues_test.jsonl").read_text().splitlines()[:10]]
     texts = [row["dialogue"][: 60 * (1 + i % 4)] for i, row in enumerate(rows)]
     return [prompt_ids(tokenizer, build_prompt("summarization", "instruction", text)) for text in texts]
 

@@ -1,4 +1,5 @@
-"""A packed example has the loss and the gradients that it has alone, in every architecture, and padding takes over if not."""
+"""A packed example has the loss and the gradients that it has alone, in every architecture, and padding takes
+over if not."""
 
 import copy
 import random
@@ -7,7 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, FalconConfig, GPTNeoXConfig, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    FalconConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+)
 
 from study.encoding import Example
 from study.packing import choose_batching, isolates, learned_places, loss_sum, pack, plan_steps, split_to_fit
@@ -28,7 +36,9 @@ PACKED = ("llama", "mistral", "qwen2", "gpt_neox")
 
 def make_model(name: str, dtype=torch.float32):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation="sdpa").to(dtype)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(CONFIGS[name]), attn_implementation="sdpa").to(
+        dtype
+    )
     for parameter in model.parameters():
         parameter.data *= 3  # attention must matter, or a leak would hide
     return model
@@ -112,7 +122,9 @@ def test_the_probe_sees_a_leak(name, monkeypatch):
 
 
 def test_a_row_in_bfloat16_is_as_exact_as_an_example_alone_in_bfloat16():
-    exact, plain, packed = (make_model("llama", dtype) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16))
+    exact, plain, packed = (
+        make_model("llama", dtype) for dtype in (torch.float32, torch.bfloat16, torch.bfloat16)
+    )
     assert not choose_batching(packed, "auto", CPU)
     examples = make_examples((20, 6), (37, 3))
     inputs, _, _ = pack(examples, "all", CPU)
@@ -131,7 +143,7 @@ def test_the_loss_is_on_the_answer_and_its_end_alone_or_on_all_but_the_first_tok
 
 def test_every_epoch_shows_every_example_once_in_an_order_of_its_own_by_the_seed():
     steps = plan_steps(10, 4, 3, seed=1)
-    epochs = [sum(steps[i : i + 3], []) for i in (0, 3, 6)]
+    epochs = [[i for step in steps[first : first + 3] for i in step] for first in (0, 3, 6)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
     assert steps == plan_steps(10, 4, 3, seed=1) != plan_steps(10, 4, 3, seed=2)

@@ -1,4 +1,5 @@
-"""A training that is killed goes on and ends as it would have; how a step is split changes nothing; the record tells."""
+"""A training that is killed goes on and ends as it would have; how a step is split changes nothing; the
+record tells."""
 
 import json
 import os
@@ -97,7 +98,7 @@ def test_how_a_batch_is_split_changes_the_adapter_by_rounding_only(whole, tmp_pa
     a, b = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("one", "many"))
     moved = sum(a[name].norm() ** 2 for name in a if "lora_B" in name) ** 0.5
     apart = sum((a[name] - b[name]).norm() ** 2 for name in a if "lora_B" in name) ** 0.5
-    assert 0 < moved
+    assert moved > 0
     assert apart < 0.25 * moved
 
 
@@ -121,7 +122,7 @@ def test_the_record_says_what_was_trained_and_what_it_took(whole):
 
 
 def test_a_finished_run_is_found_and_changed_data_under_it_is_not_overlooked(whole, tmp_path):
-    folder, record = whole
+    folder, _ = whole
     again = run_script(SCRIPT, *DATA, "--experiment_dir", folder, "--epochs=2", "--max_tokens_per_batch=64")
     assert again.returncode == 0
     assert again.stdout.startswith("finished")
