@@ -16,8 +16,7 @@ def main() -> None:
     args = cli.parse_args(TASK, __doc__)
     folder = record.experiment_dir(args)
     if args.dry_run:
-        trained = record.read(folder / "train.json") or {"config": vars(args)}
-        return record.say_dry_run(folder / record.eval_name(args, trained["config"]), args)
+        return record.say_dry_run(folder / record.planned_eval(folder, args), args)
 
     trained = record.finished_training(folder, args)
     path = folder / record.eval_name(args, trained["config"])

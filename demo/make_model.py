@@ -14,6 +14,7 @@ import argparse
 import json
 import random
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 FOLDER = Path(__file__).resolve().parent
 SEED = 40
 VOCABULARY = 2048
-PHASES = ((0.92, 256, 16), (0.08, 1024, 4))  # share of the documents, tokens of a row, rows of a step
+ECHO_STEPS = 250
+ROWS = ((0.9, 256, 16), (0.1, 1024, 4))  # share of the documents, tokens of a row, rows of a step
 
 # What was agreed, told in other words than in the summaries of the data: the model learns to look facts up in a
 # dialogue, and how a summary is worded is left to fine-tuning.
@@ -154,21 +156,36 @@ def make_corpus(count: int) -> list[str]:
     """The documents of pretraining, none of which repeats a text of the data."""
     rng = random.Random(SEED)
     makers = [make_thread, make_retold, make_story, make_notes, make_groups]
-    corpus = [rng.choices(makers, [24, 56, 8, 10, 2])[0](rng) for _ in range(count)]
+    corpus = [rng.choices(makers, [30, 52, 8, 8, 2])[0](rng) for _ in range(count)]
     check_corpus(corpus)
     return corpus
 
 
+def repeated(corpus: list[str], texts: list[str]) -> Iterator[str]:
+    """Those texts that occur in a document, whatever the line breaks. They are looked up by their first six words:
+    a search for each of them would take longer than making the corpus."""
+    by_start = defaultdict(list)
+    for text in texts:
+        by_start[tuple(text.split()[:6])].append(text.split())
+    for document in corpus:
+        words = document.split()
+        for place in range(len(words)):
+            for text in by_start.get(tuple(words[place : place + 6]), ()):
+                if words[place : place + len(text)] == text:
+                    yield " ".join(text)
+
+
 def check_corpus(corpus: list[str]) -> None:
     """Stops where pretraining would show the model a text of the data, its summary, a label, or a prompt's heading."""
-    whole = "\n\n\n".join(corpus)
-    for path in sorted((FOLDER / "data").glob("*.jsonl")):
-        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            texts = [row[key] for key in ("text", "dialogue", "summary") if key in row]
-            assert not any(text in whole for text in texts), f"{path.name}: in the corpus: {row}"
-    assert not any(f"### {cue}:" in whole for cue in ("Text", "Class", "Dialogue", "Summary"))
-    with_labels = [text for text in corpus if any(label in text for label in TOPICS)]
-    assert all("group" in text.splitlines()[0].lower() for text in with_labels)
+    files = sorted((FOLDER / "data").glob("*.jsonl"))
+    rows = [json.loads(line) for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+    assert rows, "run make_data.py first"
+    texts = [row[key] for row in rows for key in ("text", "dialogue", "summary") if key in row]
+    assert not list(repeated(corpus, texts))
+    cues = [f"### {cue}:" for cue in ("Text", "Class", "Dialogue", "Summary")]
+    assert not any(cue in document for document in corpus for cue in cues)
+    with_labels = [document for document in corpus if any(label in document for label in TOPICS)]
+    assert all("group" in document.splitlines()[0].lower() for document in with_labels)
 
 
 def make_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
@@ -209,67 +226,64 @@ def make_rows(tokenizer: PreTrainedTokenizerFast, corpus: list[str], length: int
 
 
 def make_batches(tokenizer: PreTrainedTokenizerFast, corpus: list[str]) -> list[torch.Tensor]:
-    """The steps of training: first short rows, which are quick, then long ones, for prompts with examples."""
+    """The steps on text: short rows, which are quick, and among them long ones, for prompts with examples."""
     batches, start = [], 0
-    for share, length, size in PHASES:
+    for share, length, size in ROWS:
         end = start + round(share * len(corpus))
         rows = make_rows(tokenizer, corpus[start:end], length)
         batches += [
             torch.tensor(rows[first : first + size]) for first in range(0, len(rows) - size + 1, size)
         ]
         start = end
+    random.Random(SEED).shuffle(batches)
+    return batches
+
+
+def make_echoes(steps: int) -> list[torch.Tensor]:
+    """Random tokens, repeated over and over: the model learns from them within a minute to copy what stood before,
+    which ten minutes of text alone did not teach it. Short echoes come first, since they are learned first."""
+    rng = random.Random(SEED)
+    batches = []
+    for step in range(steps):
+        period = 8 if step < 0.5 * steps else rng.choice([8, 16, 32, 64])
+        echo = torch.randint(3, VOCABULARY, (2048 // (8 * period), period))
+        batches.append(echo.repeat(1, 8))
     return batches
 
 
 def make_llama() -> LlamaForCausalLM:
-    """An untrained Llama of 1.5 million weights; all widths are multiples of 64, the block size of NF4."""
+    """An untrained Llama of 1.3 million weights; all widths are multiples of 64, the block size of NF4."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=6,
+        num_hidden_layers=5,
         num_attention_heads=4,
         max_position_embeddings=2048,
         tie_word_embeddings=True,
         bos_token_id=1,
         eos_token_id=2,
-        use_cache=True,
     )
     return LlamaForCausalLM(config)
 
 
-def make_optimizers(model: LlamaForCausalLM, steps: int) -> Iterator[tuple]:
-    """Muon for the matrices, with which so small a model learns to copy in half the steps; AdamW for the rest."""
-    matrices = [
-        weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed" not in name
-    ]
-    others = [weight for name, weight in model.named_parameters() if weight.ndim == 1 or "embed" in name]
-    muon = torch.optim.Muon(matrices, lr=4e-3, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW(others, lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    for optimizer in (muon, adamw):
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / 30, 1.25 * (1 - step / steps) + 0.01)
-        )
-        yield optimizer, schedule
-
-
 def pretrain(model: LlamaForCausalLM, batches: list[torch.Tensor]) -> float:
     """One pass over the batches; the mean loss of the last 20."""
-    started, losses = time.monotonic(), []
-    optimizers = list(make_optimizers(model, len(batches)))
+    started, losses, steps = time.monotonic(), [], len(batches)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.02)
     for step, batch in enumerate(batches, start=1):
+        for group in optimizer.param_groups:
+            group["lr"] = 4e-3 * min(1, step / 20, 1.25 * (1 - step / steps) + 0.01)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = model(input_ids=batch, labels=batch, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in optimizers:
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
         losses.append(loss.item())
-        if step % 20 == 0 or step == len(batches):
-            mean, spent = sum(losses[-20:]) / len(losses[-20:]), time.monotonic() - started
-            print(f"step {step}/{len(batches)}  loss {mean:.3f}  {spent:.0f} s", flush=True)
+        if step % 25 == 0 or step == steps:
+            mean, spent = sum(losses[-25:]) / 25, time.monotonic() - started
+            print(f"step {step}/{steps}  loss {mean:.3f}  {spent:.0f} s", flush=True)
     return mean
 
 
@@ -278,7 +292,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--documents", type=int, default=48000, help="documents to pretrain on (default: %(default)s)"
+        "--documents", type=int, default=30000, help="documents to pretrain on (default: %(default)s)"
     )
     parser.add_argument(
         "--out", type=Path, default=FOLDER / "model", help="folder to write (default: demo/model)"
@@ -289,7 +303,7 @@ def main() -> None:
     started = time.monotonic()
     corpus = make_corpus(arguments.documents)
     tokenizer = make_tokenizer(corpus[:8000])
-    batches = make_batches(tokenizer, corpus)
+    batches = make_echoes(ECHO_STEPS) + make_batches(tokenizer, corpus)
     model = make_llama()
     tokens = sum(batch.numel() for batch in batches)
     print(

@@ -177,7 +177,7 @@ def read_json_lines(text: str, where: str) -> Iterator[Row]:
 def read_json_array(text: str, where: str) -> Iterator[Row]:
     try:
         rows = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}") from None
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
@@ -190,7 +190,7 @@ def read_json_array(text: str, where: str) -> Iterator[Row]:
 def json_object(line: str, where: str) -> dict:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}") from None
     if not isinstance(row, dict):
         raise UserError(f'{where} is not a JSON object such as {{"text": ..., "label": ...}}')
@@ -200,7 +200,12 @@ def json_object(line: str, where: str) -> dict:
 def read_csv(text: str, where: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     try:
-        yield from enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True), 1)
+        for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True), 1):
+            if None in row:
+                raise UserError(
+                    f"{where} row {number} has more cells than the header: quote texts with commas"
+                )
+            yield number, row
     except csv.Error as error:
         raise UserError(f"{where} is not CSV: {error}") from None
 
@@ -233,10 +238,14 @@ def read_hub(name: str, split: str) -> Iterator[Row]:
         ) from None
     for column, feature in rows.features.items():
         if isinstance(feature, datasets.ClassLabel):
-            rows = rows.cast_column(column, datasets.Value("string")).map(
-                lambda row, column=column, feature=feature: {column: feature.int2str(int(row[column]))}
-            )
+            names = [named_label(feature.names, number) for number in rows[column]]
+            rows = rows.remove_columns(column).add_column(column, names)
     yield from enumerate(rows, 1)
+
+
+def named_label(names: Sequence[str], number: int | None) -> str | None:
+    """The class that a hub data set has as a number; -1 stands for none."""
+    return None if number is None or number < 0 else names[number]
 
 
 def clean(source: str, rows: Iterator[Row], columns: tuple[str, str], task: str) -> Split:
@@ -263,12 +272,13 @@ def clean(source: str, rows: Iterator[Row], columns: tuple[str, str], task: str)
                     f'{source} row {number}: column "{column}" holds {kind}, not text; name another '
                     "column or make it text"
                 )
-            pair.append((row[column] or "").strip())
+            # Half of a surrogate pair, which JSON can spell, is no character.
+            pair.append((row[column] or "").encode("utf-8", "replace").decode().strip())
         reason = reason_to_drop(pair, columns, task)
         if reason:
             split.dropped[reason] += 1
             continue
-        if task == "classification" and "\n" in pair[1]:
+        if task == "classification" and len(pair[1].splitlines()) > 1:
             raise UserError(
                 f"{source} row {number}: a class is one line, this one has several: {pair[1]!r:.60}"
             )
@@ -302,9 +312,9 @@ def check_labels(split: Split, labels: Sequence[str]) -> None:
 
 
 def drop_overlap(splits: dict[str, Split], drop: bool) -> None:
-    """Count the train texts that stand in test too; with `drop`, take them out of train."""
-    train, seen = splits["train"], {text for text, _ in splits["test"].examples}
-    apart = [i for i, (text, _) in enumerate(train.examples) if text not in seen]
+    """Count the train texts that stand in test too, but for white space; with `drop`, take them out of train."""
+    train, seen = splits["train"], {tuple(text.split()) for text, _ in splits["test"].examples}
+    apart = [i for i, (text, _) in enumerate(train.examples) if tuple(text.split()) not in seen]
     shared = len(train.examples) - len(apart)
     if drop and not apart:
         raise UserError(

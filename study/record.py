@@ -118,10 +118,15 @@ def model_name(checkpoint: str) -> str:
 
 
 def eval_name(args: argparse.Namespace, trained: dict) -> str:
-    """ "eval.json"; with a short hash if the evaluation's settings differ from the training's and the
-    defaults."""
+    """The name eval.json, with a short hash if the settings differ from those of the training and the defaults."""
     plain = {**defaults(args.task), **trained, "max_eval_samples": None, "split": "test", "decoding": "free"}
     return f"eval{suffix(changed(args, SCORED, plain), '-')}.json"
+
+
+def planned_eval(folder: Path, args: argparse.Namespace) -> str:
+    """`eval_name` for --dry_run, where the training may be unfinished."""
+    finished = status(folder / "train.json") == "finished"
+    return eval_name(args, finished_training(folder, args)["config"] if finished else vars(args))
 
 
 def predictions_beside(path: Path) -> Path:
@@ -150,10 +155,11 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"{path} can't be written: {error.strerror}; make room or name another --output_dir"
         ) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -240,6 +246,10 @@ def finished_training(folder: Path, args: argparse.Namespace) -> dict:
         raise UserError(
             f"--experiment_dir {folder}: its training is {state}; start the training script again"
         )
+    if content["task"] != args.task:
+        raise UserError(
+            f"--experiment_dir {folder} is a {content['task']} run: score it with that task's script"
+        )
     config = content["config"]
     given = [
         name
@@ -302,13 +312,16 @@ def recording(path: Path, args: argparse.Namespace, method: str, settings: Itera
     }
     try:
         yield content
-    except (Exception, KeyboardInterrupt) as error:
-        content.update(describe_error(error))
         close(path, content)
+    except (Exception, KeyboardInterrupt) as error:
+        for results in ("train", "eval"):
+            content.pop(results, None)
+        content.update(describe_error(error))
+        with contextlib.suppress(UserError):  # the error at hand says more than that it can't be recorded
+            close(path, content)
         if isinstance(error, UserError | KeyboardInterrupt):
             raise
         raise UserError(f"{content['error']['message']}; {content['error']['advice']}") from error
-    close(path, content)
 
 
 def describe_error(error: BaseException) -> dict:

@@ -5,7 +5,6 @@ import math
 import re
 import resource
 import shutil
-import signal
 import subprocess
 import sys
 from datetime import datetime
@@ -217,13 +216,16 @@ def test_a_reader_never_sees_half_a_record(tmp_path):
             print(i, flush=True) if i == 0 else None
     """
     with subprocess.Popen([sys.executable, "-c", code, path], cwd=ROOT, stdout=subprocess.PIPE) as writer:
-        writer.stdout.readline()
-        seen = set()
-        while len(seen) < 10:
-            content = record.read(path)
-            assert set(content["rows"]) == {content["number"]}
-            seen.add(content["number"])
-        writer.send_signal(signal.SIGKILL)
+        try:
+            writer.stdout.readline()
+            seen = set()
+            while len(seen) < 10:
+                assert writer.poll() is None
+                content = record.read(path)
+                assert set(content["rows"]) == {content["number"]}
+                seen.add(content["number"])
+        finally:
+            writer.kill()
     assert len(record.read(path)["rows"]) == 50_000
 
 
