@@ -95,4 +95,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(main, distributed=True)

@@ -2,11 +2,12 @@
 
     python demo/make_data.py
 
-The result is the same on every run: demo/data/posts_{train,test}.jsonl with "text" and "label" (ten classes, named like
-newsgroups), and demo/data/dialogues_{train,test}.jsonl with "id", "dialogue" and "summary". No text of a test file
-occurs in its train file. make_model.py pretrains on other texts of the same grammar.
+The result is the same on every run: demo/data/posts_{train,test}.jsonl with "text" and "label" (ten classes,
+named like newsgroups), and demo/data/dialogues_{train,test}.jsonl with "id", "dialogue" and "summary". No text of
+a test file occurs in its train file. make_model.py pretrains on other texts of the same grammar.
 
-In a template, [x|y] stands for one of its choices (which may be empty), and {slot} for a word of the text at hand.
+In a template, [x|y] stands for one of its choices (which may be empty), and {slot} for a word of the text at
+hand.
 """
 
 import json
@@ -19,39 +20,42 @@ SEED = 20
 POSTS = {"train": 480, "test": 160}
 DIALOGUES = {"train": 320, "test": 80}
 
-# Every class shares words with a neighbour (rain, lens, wheel, rope ...), so that no single word gives a class away.
+# Every class shares words with a neighbour (lens, rope, plum ...), so that no single word gives a class away.
 TOPICS = {
     "home.gardening": {
-        "thing": "tomato bed|rose bush|compost heap|hedge|greenhouse|vegetable patch|plum tree|seed tray|herb pot|"
-        "lawn|watering can|garden fork|bean row|flower bed",
-        "act": "pruning the roses|digging in compost|sowing beans|mowing the lawn|planting bulbs|weeding the path|"
-        "mulching the beds|trimming the hedge|raising seedlings|picking plums",
-        "trouble": "the leaves turn yellow|slugs eat every seedling|the soil stays wet|the roots rot|moss takes over|"
-        "the buds drop before they open|greenfly cover the stems|nothing sprouts in the shade|frost kills the shoots",
-        "advice": "water early in the morning|add sand to the clay|cut back the old wood|cover the soil with straw|"
-        "rotate the crops|feed the roots in spring|thin out the seedlings",
+        "thing": "tomato bed|rose bush|compost heap|hedge|greenhouse|vegetable patch|plum tree|seed tray|"
+        "herb pot|lawn|watering can|garden fork|bean row|flower bed",
+        "act": "pruning the roses|digging in compost|sowing beans|mowing the lawn|planting bulbs|"
+        "weeding the path|mulching the beds|trimming the hedge|raising seedlings|picking plums",
+        "trouble": "the leaves turn yellow|slugs eat every seedling|the soil stays wet|the roots rot|"
+        "moss takes over|the buds drop before they open|greenfly cover the stems|"
+        "nothing sprouts in the shade|frost kills the shoots",
+        "advice": "water early in the morning|add sand to the clay|cut back the old wood|"
+        "cover the soil with straw|rotate the crops|feed the roots in spring|thin out the seedlings",
         "stuff": "clay soil|seed potatoes|mulch|fertilizer|roots|petals|weeds|rain barrels",
     },
     "sci.astronomy": {
-        "thing": "telescope|star chart|eyepiece|mount|star cluster|double star|comet|nebula|observatory|galaxy|"
-        "meteor shower|lunar crater|finder scope|solar filter",
+        "thing": "telescope|star chart|eyepiece|mount|star cluster|double star|comet|nebula|observatory|"
+        "galaxy|meteor shower|lunar crater|finder scope|solar filter",
         "act": "observing Saturn|counting meteors|hunting for comets|mapping craters|timing an eclipse|"
-        "sketching Jupiter|tracking the moons|looking for faint galaxies|aligning the mount|splitting double stars",
+        "sketching Jupiter|tracking the moons|looking for faint galaxies|aligning the mount|"
+        "splitting double stars",
         "trouble": "the image shakes at high power|street lamps drown the Milky Way|the mirror fogs up|"
         "the mount drifts off the star|clouds arrive with every eclipse|the planets look like blobs|"
         "the finder points somewhere else|dew settles on the lens|the rings of Saturn stay blurred",
-        "advice": "let the mirror cool down|use a red torch|start with the Moon|drive away from the city lights|"
-        "align on the pole star|wait for a steady night|pick a lower power",
+        "advice": "let the mirror cool down|use a red torch|start with the Moon|"
+        "drive away from the city lights|align on the pole star|wait for a steady night|pick a lower power",
         "stuff": "mirrors|orbits|constellations|light years|sunspots|dark skies|lenses|red giants",
     },
     "rec.cycling": {
-        "thing": "road bike|saddle|rear wheel|chain|derailleur|touring bike|helmet|inner tube|handlebar|pannier|"
-        "brake cable|bike pump|pedal|crank",
-        "act": "climbing the long pass|commuting by bike|truing a wheel|riding in the rain|training for a tour|"
-        "changing a tube|riding with the club|sprinting for the town sign|descending in fog|greasing the hubs",
-        "trouble": "the chain skips under load|the spokes keep breaking|my knees hurt after an hour|the brakes squeal|"
-        "the tyre goes flat every week|the gears will not shift|the saddle makes my legs numb|the hub rattles|"
-        "cars pass far too close",
+        "thing": "road bike|saddle|rear wheel|chain|derailleur|touring bike|helmet|inner tube|handlebar|"
+        "pannier|brake cable|bike pump|pedal|crank",
+        "act": "climbing the long pass|commuting by bike|truing a wheel|riding in the rain|"
+        "training for a tour|changing a tube|riding with the club|sprinting for the town sign|"
+        "descending in fog|greasing the hubs",
+        "trouble": "the chain skips under load|the spokes keep breaking|my knees hurt after an hour|"
+        "the brakes squeal|the tyre goes flat every week|the gears will not shift|"
+        "the saddle makes my legs numb|the hub rattles|cars pass far too close",
         "advice": "oil the chain|lower the saddle a little|carry two spare tubes|check the tyre pressure|"
         "shift before the hill|replace the cassette as well|ride at a steady pace",
         "stuff": "spokes|gears|tyres|bike lanes|chain oil|mileage|brake pads|steep climbs",
@@ -72,18 +76,18 @@ TOPICS = {
         "thing": "camera|zoom lens|tripod|flash|darkroom|roll of film|lens cap|portrait|light meter|negative|"
         "shutter|viewfinder|wide lens|print",
         "act": "shooting portraits|developing film|printing in the darkroom|photographing birds|"
-        "waiting for soft light|scanning negatives|cleaning the sensor|taking pictures at night|framing a street scene|"
-        "bracketing the exposure",
-        "trouble": "the pictures come out too dark|the focus hunts|the faces look green|the negatives are scratched|"
-        "the flash fires too late|there is dust on the sensor|the sky turns white|the shutter sticks in the cold|"
-        "every shot is blurred",
-        "advice": "open the aperture|use a longer exposure|put the camera on a tripod|get closer to the subject|"
-        "meter for the shadows|shoot in the evening light|wipe the lens",
+        "waiting for soft light|scanning negatives|cleaning the sensor|taking pictures at night|"
+        "framing a street scene|bracketing the exposure",
+        "trouble": "the pictures come out too dark|the focus hunts|the faces look green|"
+        "the negatives are scratched|the flash fires too late|there is dust on the sensor|"
+        "the sky turns white|the shutter sticks in the cold|every shot is blurred",
+        "advice": "open the aperture|use a longer exposure|put the camera on a tripod|"
+        "get closer to the subject|meter for the shadows|shoot in the evening light|wipe the lens",
         "stuff": "apertures|contrast|film grain|shadows|lenses|colour prints|exposure times|prints",
     },
     "comp.hardware": {
-        "thing": "graphics card|hard disk|power supply|keyboard|mainboard|memory module|monitor|laptop|network card|"
-        "printer|processor|cooling fan|disk controller|modem",
+        "thing": "graphics card|hard disk|power supply|keyboard|mainboard|memory module|monitor|laptop|"
+        "network card|printer|processor|cooling fan|disk controller|modem",
         "act": "swapping the mainboard|adding memory|installing a driver|overclocking|cloning a disk|"
         "replacing the fan|building a computer from parts|updating the firmware|running memory tests|"
         "soldering a connector",
@@ -95,11 +99,11 @@ TOPICS = {
         "stuff": "drivers|sockets|cables|benchmarks|jumpers|voltage|chips|disk space",
     },
     "sci.weather": {
-        "thing": "barometer|rain gauge|cold front|thunderstorm|weather station|forecast|storm cloud|heat wave|"
-        "fog bank|wind vane|hail storm|radar image|pressure chart|dry spell",
+        "thing": "barometer|rain gauge|cold front|thunderstorm|weather station|forecast|storm cloud|"
+        "heat wave|fog bank|wind vane|hail storm|radar image|pressure chart|dry spell",
         "act": "measuring rainfall|watching the barometer|chasing storms|reading pressure charts|"
-        "logging temperatures|comparing forecasts|studying clouds|recording wind speeds|averaging old records|"
-        "waiting for the first snow",
+        "logging temperatures|comparing forecasts|studying clouds|recording wind speeds|"
+        "averaging old records|waiting for the first snow",
         "trouble": "the forecast misses every storm|the gauge overflows|the pressure drops without any wind|"
         "fog hides the valley for days|the thermometer reads too high|the frost comes in May|"
         "clouds build up but no rain falls|the radar shows nothing|the averages disagree",
@@ -108,12 +112,14 @@ TOPICS = {
         "stuff": "pressure|humidity|drizzle|upper winds|rainfall|frost|isobars|gusts",
     },
     "rec.sailing": {
-        "thing": "mainsail|anchor|dinghy|keel|rudder|spinnaker|mooring line|mast|compass|life jacket|halyard|jib|"
-        "harbour berth|tiller",
-        "act": "reefing the sail|sailing against the tide|racing dinghies|anchoring in a bay|varnishing the deck|"
-        "crossing the channel|tying up in the harbour|learning knots|sailing at night|scrubbing the hull",
-        "trouble": "the anchor drags|the hull leaks|the boat heels too much|the halyard jams|the rudder vibrates|"
-        "the sail flaps in every gust|the crew gets seasick|the compass is off|the rope chafes through",
+        "thing": "mainsail|anchor|dinghy|keel|rudder|spinnaker|mooring line|mast|compass|life jacket|"
+        "halyard|jib|harbour berth|tiller",
+        "act": "reefing the sail|sailing against the tide|racing dinghies|anchoring in a bay|"
+        "varnishing the deck|crossing the channel|tying up in the harbour|learning knots|sailing at night|"
+        "scrubbing the hull",
+        "trouble": "the anchor drags|the hull leaks|the boat heels too much|the halyard jams|"
+        "the rudder vibrates|the sail flaps in every gust|the crew gets seasick|the compass is off|"
+        "the rope chafes through",
         "advice": "reef early|check the tide tables|let out the sheet|keep the weight low|use a longer chain|"
         "wear a life jacket|rinse the ropes with fresh water",
         "stuff": "tides|ropes|gusts|knots|charts|varnish|waves|harbour fees",
@@ -121,45 +127,65 @@ TOPICS = {
     "misc.pets": {
         "thing": "puppy|kitten|rabbit hutch|parrot|fish tank|hamster|dog lead|litter box|guinea pig|old cat|"
         "terrier|budgie|dog basket|tortoise",
-        "act": "walking the dog|brushing the cat|training the puppy|cleaning the fish tank|feeding the rabbits|"
-        "teaching the parrot words|clipping claws|visiting the vet|looking after two kittens|playing with the terrier",
-        "trouble": "the cat scratches the sofa|the puppy chews my shoes|the parrot screams at dawn|the dog pulls the lead|"
-        "the rabbit will not eat|the fish hide all day|the kitten bites|the hamster escapes|the old dog limps",
-        "advice": "ask the vet|give smaller meals|reward every success|buy a bigger cage|change the water weekly|"
-        "keep the food dry|walk an hour a day",
+        "act": "walking the dog|brushing the cat|training the puppy|cleaning the fish tank|"
+        "feeding the rabbits|teaching the parrot words|clipping claws|visiting the vet|"
+        "looking after two kittens|playing with the terrier",
+        "trouble": "the cat scratches the sofa|the puppy chews my shoes|the parrot screams at dawn|"
+        "the dog pulls the lead|the rabbit will not eat|the fish hide all day|the kitten bites|"
+        "the hamster escapes|the old dog limps",
+        "advice": "ask the vet|give smaller meals|reward every success|buy a bigger cage|"
+        "change the water weekly|keep the food dry|walk an hour a day",
         "stuff": "fur|cat food|fleas|vet bills|biscuits|paws|straw|whiskers",
     },
     "rec.music": {
-        "thing": "guitar|violin|piano|drum kit|amplifier|string quartet|choir|trumpet|record player|song book|"
-        "bass line|old record|flute|concert",
+        "thing": "guitar|violin|piano|drum kit|amplifier|string quartet|choir|trumpet|record player|"
+        "song book|bass line|old record|flute|concert",
         "act": "practising scales|tuning the guitar|playing in a band|singing in a choir|learning the violin|"
         "writing songs|reading notes|recording a demo|playing by ear|collecting records",
         "trouble": "the strings buzz|the amplifier hums|the drummer speeds up|my fingers hurt|"
         "the piano goes out of tune|the high notes crack|the band cannot keep time|the neighbours complain|"
         "the needle jumps",
-        "advice": "use a metronome|change the strings|play it slowly first|warm up your voice|listen to the bass|"
-        "practise ten minutes a day|count aloud",
+        "advice": "use a metronome|change the strings|play it slowly first|warm up your voice|"
+        "listen to the bass|practise ten minutes a day|count aloud",
         "stuff": "chords|rhythm|old records|strings|melodies|lyrics|harmony|sheet music",
     },
 }
 
 # The middle of a post: sentences about its topic.
 TOPICAL = [
-    "[Does anybody know|Can someone tell me|I wonder|Nobody could tell me] why {trouble}[ all the time||][?|.]",
-    "After [two|three|six|ten] [weeks|months|years] of {act} I [still learn|am none the wiser|feel like a beginner].",
+    (
+        "[Does anybody know|Can someone tell me|I wonder|Nobody could tell me] why {trouble}[ all the time||"
+        "][?|.]"
+    ),
+    (
+        "After [two|three|six|ten] [weeks|months|years] of {act} I [still learn|am none the wiser|feel like "
+        "a beginner]."
+    ),
     "My {kin} [gave|sold|lent] me a {thing}, and [since then|now] {trouble}.",
     "[If|Whenever] {trouble}, [it helps to|you should|I would] {advice}.",
-    "I [always|never used to|was told to] {advice}, and [it works|it made no difference|that was the whole secret].",
+    (
+        "I [always|never used to|was told to] {advice}, and [it works|it made no difference|that was the "
+        "whole secret]."
+    ),
     "[Last|One] [spring|summer|weekend|Sunday|winter] I spent [a whole day|hours|an evening] {act}.",
-    "The {thing} [I bought|from the shop|we have at home] is [not worth the money|better than I hoped|a bit too old].",
-    "[Good|Cheap|Better] {stuff} would [be a start|help me more than a new {thing}|cost less than a {thing}].",
+    (
+        "The {thing} [I bought|from the shop|we have at home] is [not worth the money|better than I hoped|a "
+        "bit too old]."
+    ),
+    (
+        "[Good|Cheap|Better] {stuff} would [be a start|help me more than a new {thing}|cost less than a "
+        "{thing}]."
+    ),
     "[There is|I find] nothing [better|more relaxing] than {act}[ after work| on a Sunday|].",
     "[People|Books|Beginners] say a lot about {stuff}, but [hardly anything|too little] about {act}.",
     "Is a [second-hand|cheap|bigger] {thing} [good enough|any use] for {act}?",
     "[Thanks to|Without] the {thing} I would [never|hardly] have thought of {act}.",
     "[First|At first] {trouble}, then {trouble2}.",
     "[Please|Do not forget:|My rule:] {advice}, [then|and only then] {advice2}.",
-    "[When it comes to|As for] {stuff}, [opinions differ|I trust my {kin}|everybody has a rule of their own].",
+    (
+        "[When it comes to|As for] {stuff}, [opinions differ|I trust my {kin}|everybody has a rule of their "
+        "own]."
+    ),
 ]
 
 # Sentences that occur in every class.
@@ -172,10 +198,16 @@ SHARED = [
     "[Thanks|Many thanks] [in advance.|for reading.|for all the answers last time.]",
     "I [read|searched] [the old posts|two books about it] and [found nothing.|am more confused than before.]",
     "[My|The] [neighbour|boss|sister] [laughs at|does not understand] [me.|this hobby.|my plans.]",
-    "[Money|Time] is [tight|short] [this year|at the moment], [so it must be cheap.|so I have to choose well.]",
+    (
+        "[Money|Time] is [tight|short] [this year|at the moment], [so it must be cheap.|so I have to choose "
+        "well.]"
+    ),
     "[I disagree with|You are right about] [what was said above.|the last post.]",
     "[It|The whole thing] took [longer|more patience] than I [thought.|had planned.]",
-    "[Well,|Anyway,|In short,] [I will not give up.|I am happy with it.|you live and learn.|that is how it goes.]",
+    (
+        "[Well,|Anyway,|In short,] [I will not give up.|I am happy with it.|you live and learn.|that is how "
+        "it goes.]"
+    ),
     "[Greetings from the north.|Have a nice weekend, all.|Best wishes from a rainy village.]",
     "[I will report back|More about this] [next week.|when I know more.|after the holidays.]",
 ]
@@ -192,31 +224,33 @@ KIN = (
 )
 
 NAMES = (
-    "Anna|Tom|Lena|Mark|Sofia|Paul|Nina|Oscar|Julia|David|Clara|Felix|Emma|Jonas|Maria|Simon|Laura|Peter|Alice|Henry|"
-    "Vera|Lucas|Ella|Martin|Ruth|Victor|Irene|Hugo|Carla|Leo|Marta|Erik|Helen|Adam|Rosa|Noah|Greta|Ivan|Diana|Samuel|"
-    "Olga|Philip|Kate|Robert|Elsa|George|Linda|Max|Amira|Yusuf|Mei|Ravi|Chloe|Omar|Ines|Pedro|Sara|Ben|Zoe|Karl"
+    "Anna|Tom|Lena|Mark|Sofia|Paul|Nina|Oscar|Julia|David|Clara|Felix|Emma|Jonas|Maria|Simon|Laura|Peter|"
+    "Alice|Henry|Vera|Lucas|Ella|Martin|Ruth|Victor|Irene|Hugo|Carla|Leo|Marta|Erik|Helen|Adam|Rosa|Noah|"
+    "Greta|Ivan|Diana|Samuel|Olga|Philip|Kate|Robert|Elsa|George|Linda|Max|Amira|Yusuf|Mei|Ravi|Chloe|Omar|"
+    "Ines|Pedro|Sara|Ben|Zoe|Karl"
 )
 SLOTS = {
     "day": "Monday|Tuesday|Wednesday|Thursday|Friday|Saturday|Sunday",
     "time": "noon|1|2|3|4|5|6|7|8|9|10|11|2:30|3:30|4:30|5:30|6:30|7:30|8:30|9:30",
-    "place": "the station|the town hall|the old bridge|the library|the harbour|the main gate|the bus stop|the bakery|"
-    "the market|the school|the fountain|the museum|the lake|the gym|the bookshop|the church|the pharmacy|the cinema|"
-    "the tram stop|the post office|the pizzeria|the castle|the playground|the kiosk|the hospital|the theatre|"
-    "Cafe Luna|Cafe Roma|the zoo|the ferry|the tea house|the hotel",
-    "do": "go swimming|play chess|watch the new film|see the exhibition|practise the duet|study for the exam|have lunch|"
-    "go for a run|play badminton|rehearse the play|fly the kite|plan the trip|visit the flea market|try the new cafe|"
-    "listen to the band|go dancing|feed the ducks|play table tennis|look at the old maps|eat ice cream|"
-    "collect chestnuts|learn the song|go rowing|have breakfast",
-    "item": "drill|tent|ladder|sleeping bag|suitcase|camera|sewing machine|bike pump|projector|guitar|cake tin|tripod|"
-    "rucksack|torch|hammock|dictionary|saw|toolbox|juicer|chess set|microphone|trailer|wheelbarrow|raincoat",
-    "food": "milk|bread|eggs|rice|apples|butter|onions|coffee|cheese|tea|sugar|flour|yoghurt|lemons|noodles|carrots|"
-    "honey|olives|salt|bananas|mushrooms|grapes",
+    "place": "the station|the town hall|the old bridge|the library|the harbour|the main gate|the bus stop|"
+    "the bakery|the market|the school|the fountain|the museum|the lake|the gym|the bookshop|the church|"
+    "the pharmacy|the cinema|the tram stop|the post office|the pizzeria|the castle|the playground|the kiosk|"
+    "the hospital|the theatre|Cafe Luna|Cafe Roma|the zoo|the ferry|the tea house|the hotel",
+    "do": "go swimming|play chess|watch the new film|see the exhibition|practise the duet|"
+    "study for the exam|have lunch|go for a run|play badminton|rehearse the play|fly the kite|plan the trip|"
+    "visit the flea market|try the new cafe|listen to the band|go dancing|feed the ducks|play table tennis|"
+    "look at the old maps|eat ice cream|collect chestnuts|learn the song|go rowing|have breakfast",
+    "item": "drill|tent|ladder|sleeping bag|suitcase|camera|sewing machine|bike pump|projector|guitar|"
+    "cake tin|tripod|rucksack|torch|hammock|dictionary|saw|toolbox|juicer|chess set|microphone|trailer|"
+    "wheelbarrow|raincoat",
+    "food": "milk|bread|eggs|rice|apples|butter|onions|coffee|cheese|tea|sugar|flour|yoghurt|lemons|noodles|"
+    "carrots|honey|olives|salt|bananas|mushrooms|grapes",
     "reason": "a dentist appointment|a cold|a late shift|visitors from abroad|a headache|a deadline at work|"
     "a leaking pipe|a driving lesson|choir practice|a sore throat|a meeting|a sick child",
-    "gift": "scarf|vase|puzzle|teapot|board game|cookbook|fountain pen|blanket|bird feeder|necklace|lamp|poster|"
-    "wallet|plant|photo album|wine glass",
-    "chore": "paint the fence|move the sofa|set up the printer|mow the lawn|clean the garage|hang the lamps|fix the tap|"
-    "carry the boxes|build the wardrobe|wash the windows|tidy the attic|sort the books",
+    "gift": "scarf|vase|puzzle|teapot|board game|cookbook|fountain pen|blanket|bird feeder|necklace|lamp|"
+    "poster|wallet|plant|photo album|wine glass",
+    "chore": "paint the fence|move the sofa|set up the printer|mow the lawn|clean the garage|hang the lamps|"
+    "fix the tap|carry the boxes|build the wardrobe|wash the windows|tidy the attic|sort the books",
     "device": "laptop|phone|washing machine|bike|heater|printer|watch|kettle|radio|oven|dishwasher|scooter",
 }
 
@@ -229,7 +263,7 @@ BYE = [
     "?* [see you then|bye|take care|see you] [:)|😀|]",
 ]
 
-# One line is one turn: the speaker (? before it: not always said; *: whoever did not speak last), then the words.
+# One line is one turn: the speaker (? before it: not always said; *: not the one who spoke last), then the words.
 SCENARIOS = {
     "meet": {
         "turns": [
@@ -244,7 +278,10 @@ SCENARIOS = {
             [
                 HELLO,
                 "A " + START + "[how about we|why don't we|I'd love to] {do} on {day2}[?|!]",
-                "B [sorry, {day2} is bad|I can't on {day2}|{day2} won't work]. [but {day} is free|what about {day}|{day}]?",
+                (
+                    "B [sorry, {day2} is bad|I can't on {day2}|{day2} won't work]. [but {day} is free|what "
+                    "about {day}|{day}]?"
+                ),
                 "A [{day} is ok|ok, {day}|{day} then]. [at {time}|say {time}]?",
                 "B [good|fine|yes], {time}[. I'll wait at|. let's meet at| at] {place}",
                 *BYE,
@@ -263,10 +300,14 @@ SCENARIOS = {
                 HELLO,
                 "A "
                 + START
-                + "[do you still have|do you own] a {item}? [I need one|I could use one] [on {day}|for {day}]",
+                + "[do you still have|do you own] a {item}? "
+                + "[I need one|I could use one] [on {day}|for {day}]",
                 "B [yes|I do|sure], [it's in the cellar|nobody uses it|do you want it?]",
                 "A [may I borrow it|can you lend it to me|could I have it for a while]?",
-                "B [of course|no problem|sure], [come to|I'll bring it to|you can get it at] {place} [on {day} |]at {time}",
+                (
+                    "B [of course|no problem|sure], [come to|I'll bring it to|you can get it at] {place} [on "
+                    "{day} |]at {time}"
+                ),
                 *BYE,
             ],
             [
@@ -300,7 +341,8 @@ SCENARIOS = {
                 HELLO,
                 "A "
                 + START
-                + "[I'm cooking tonight|we are out of {food}|there is no {food} left]. [can you|could you] shop?",
+                + "[I'm cooking tonight|we are out of {food}|there is no {food} left]. "
+                + "[can you|could you] shop?",
                 "B [sure|ok], [what do we need|what shall I buy]?",
                 "A {food} and {food2}[, that's all|, please|]",
                 "?B [not {food3}|no {food3}]?",
@@ -376,7 +418,10 @@ SCENARIOS = {
                 HELLO,
                 "A " + START + "[are you driving to|do you go to] {place} on {day}?",
                 "B [yes|I am|I think so], [why|do you need a lift|want to come]?",
-                "A [my {device} is broken|I've missed the last bus before|I have a heavy bag]. [can you take me|room for me]?",
+                (
+                    "A [my {device} is broken|I've missed the last bus before|I have a heavy bag]. [can you "
+                    "take me|room for me]?"
+                ),
                 "B [sure|of course|there is room], [I'll pick you up at|be ready at|I come by at] {time}",
                 *BYE,
             ],
@@ -386,7 +431,10 @@ SCENARIOS = {
                 + START
                 + "I [have to|must] be at {place} on {day}. [could you drive me|can I get a lift]?",
                 "B [when|at what time]? [{time2}|at {time2}]?",
-                "A [{time2} is too late|a bit earlier|rather {time}], [{time} please|please at {time}|{time}]",
+                (
+                    "A [{time2} is too late|a bit earlier|rather {time}], [{time} please|please at {time}|"
+                    "{time}]"
+                ),
                 "B [ok|fine], [I'll get you at {time}|{time} is ok|I'll be at your door at {time}]",
                 *BYE,
             ],
@@ -413,7 +461,10 @@ SCENARIOS = {
                 "A " + START + "I [have to|want to] {chore} on {day2}, [any chance you help|are you free]?",
                 "B [not on {day2}|{day2} is full|on {day2} I have {reason}]. {day}?",
                 "A {day} [is fine too|is ok|works]. [please bring|do you have|have you got] a {item}?",
-                "B [yes, I'll bring it|I have one|sure, I'll take it along]. [I'll come at|see you at|say] {time}",
+                (
+                    "B [yes, I'll bring it|I have one|sure, I'll take it along]. [I'll come at|see you at|"
+                    "say] {time}"
+                ),
                 *BYE,
             ],
         ],
@@ -428,7 +479,10 @@ SCENARIOS = {
             [
                 HELLO,
                 "A " + START + "my {device} [is broken|stopped working|makes strange noises] [again|]",
-                "B [oh no|not again|how annoying]! [do you know|have you asked] {c}? {c} [repairs such things|can fix it]",
+                (
+                    "B [oh no|not again|how annoying]! [do you know|have you asked] {c}? {c} [repairs such "
+                    "things|can fix it]"
+                ),
                 "A [really|no]? [where|where is that]?",
                 "B [at|in a workshop at|right next to] {place}, [open on|ask on|I'm there on] {day}",
                 "A [good, I'll go there|thanks, I'll take it there|then I'll bring it] [on {day}|]",
@@ -471,7 +525,7 @@ def topic_words(rng: random.Random, topic: str) -> dict[str, str]:
 
 
 def make_post(rng: random.Random, topic: str) -> str:
-    """A post of 25 to 70 words: topical sentences, shared ones, and in every other post a word of another topic."""
+    """A post of 25 to 70 words: topical sentences, shared ones, and in every other post one of another topic."""
     while True:
         others = [other for other in TOPICS if other != topic]
         plan = [(text, topic) for text in rng.sample(TOPICAL, rng.choice([1, 2, 2, 3]))]
@@ -485,7 +539,7 @@ def make_post(rng: random.Random, topic: str) -> str:
 
 
 def draw_slots(rng: random.Random) -> dict[str, str]:
-    """The facts of one dialogue: three people, and for each slot what is agreed on, and alternatives (day2, day3)."""
+    """The facts of one dialogue: three people, and for each slot what is agreed on and two alternatives."""
     slots = dict(zip("abc", rng.sample(NAMES.split("|"), 3), strict=True))
     for slot, choices in SLOTS.items():
         slots[slot], slots[f"{slot}2"], slots[f"{slot}3"] = rng.sample(choices.split("|"), 3)

@@ -307,15 +307,21 @@ def probability(word: str) -> float:
     return number
 
 
-def run_script(main: Callable[[], None]) -> None:
+def run_script(main: Callable[[], None], distributed: bool = False) -> None:
     """Run `main` and exit: 0 done; 1 with one line on stderr for a UserError; 130 interrupted (Ctrl-C or
-    SIGTERM)."""
+    SIGTERM).
+
+    Of several processes (`accelerate launch`) only the first speaks, and unless `distributed` only the first
+    runs.
+    """
     # Threads that spin while they wait make small 4-bit layers hundreds of times slower on a CPU that has
     # other work too.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on optional CPU kernels
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if os.environ.get("RANK", "0") != "0":  # a further process of a distributed launch
+    if os.environ.get("RANK", "0") != "0":
+        if not distributed:
+            return
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         main()

@@ -188,6 +188,7 @@ def settings(folder: Path, **chosen) -> TrainingArguments:
         save_strategy="no",  # Progress decides
         save_total_limit=2,  # the newest may be half-written
         logging_nan_inf_filter=False,
+        ddp_find_unused_parameters=False,
         disable_tqdm=not sys.stderr.isatty(),
         **chosen,
     )

@@ -102,6 +102,26 @@ def test_how_a_batch_is_split_changes_the_adapter_by_rounding_only(whole, tmp_pa
     assert apart < 0.25 * moved
 
 
+def test_two_processes_train_what_one_does(tmp_path):
+    flags = (
+        *DATA,
+        "--epochs=1",
+        "--dropout=0",
+        "--max_train_samples=36",
+        "--batch_size=5",
+    )  # a last step of one
+    one = train(tmp_path / "one", *flags)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / SCRIPT, *flags]
+    done = subprocess.run([*launch, f"--experiment_dir={tmp_path / 'two'}"], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two" / "train.json").read_text())
+    assert two["train"]["batching"]["processes"] == 2
+    for (_, ours), (_, theirs) in zip(
+        two["train"]["loss_history"], one["train"]["loss_history"], strict=True
+    ):
+        assert ours == pytest.approx(theirs, rel=2e-2)
+
+
 def test_the_record_says_what_was_trained_and_what_it_took(whole):
     folder, record = whole
     rows = len((DEMO_DATA / "posts_train.jsonl").read_text().splitlines())
