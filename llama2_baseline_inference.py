@@ -17,17 +17,17 @@ def main() -> None:
     if args.dry_run:
         return record.say_dry_run(path, args)
 
+    needs_train = args.task == "classification" or args.prompt_type == "few-shot"
+    splits = data.load(args, ["train", args.split] if needs_train else [args.split])
+    test = data.sample_eval(splits[args.split], args)
+    described = {args.split: test.describe()}
+    if needs_train:
+        train = splits["train"].keep(
+            data.choose(len(splits["train"].examples), args.max_train_samples, args.seed)
+        )
+        described["train"] = train.describe()
+    labels = data.labels_of(splits["train"]) if args.task == "classification" else []
     with record.locked(folder):
-        needs_train = args.task == "classification" or args.prompt_type == "few-shot"
-        splits = data.load(args, ["train", args.split] if needs_train else [args.split])
-        test = data.sample_eval(splits[args.split], args)
-        described = {args.split: test.describe()}
-        if needs_train:
-            train = splits["train"].keep(
-                data.choose(len(splits["train"].examples), args.max_train_samples, args.seed)
-            )
-            described["train"] = train.describe()
-        labels = data.labels_of(splits["train"]) if args.task == "classification" else []
         content = record.find_finished(path, args, record.BASELINE, described)
         if content:
             return print(f"finished   {path}\n{report.result_block(content)}")

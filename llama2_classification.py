@@ -20,11 +20,11 @@ def main() -> None:
     if args.dry_run:
         return record.say_dry_run(path, args)
 
+    splits = data.load(args, ["train"], optional=["test"])
+    train = data.sample_train(splits["train"], args)
+    described = {"train": train.describe()}
+    settings = record.training_settings(args)
     with record.locked(folder):
-        splits = data.load(args, ["train"], optional=["test"])
-        train = data.sample_train(splits["train"], args)
-        described = {"train": train.describe()}
-        settings = record.training_settings(args)
         content = record.find_finished(path, args, settings, described)
         if content:
             return print(f"finished   {path}\n{report.result_block(content)}")

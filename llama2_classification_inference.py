@@ -20,11 +20,11 @@ def main() -> None:
 
     trained = record.finished_training(folder, args)
     path = folder / record.eval_name(args, trained["config"])
+    splits = data.load(args, [args.split])
+    test = data.sample_eval(splits[args.split], args)
+    described = {args.split: test.describe()}
+    data.check_labels(test, trained["labels"])
     with record.locked(folder):
-        splits = data.load(args, [args.split])
-        test = data.sample_eval(splits[args.split], args)
-        described = {args.split: test.describe()}
-        data.check_labels(test, trained["labels"])
         content = record.find_finished(path, args, record.SCORED, described, trained["finished"])
         if content:
             return print(f"finished   {path}\n{report.result_block(content)}")
