@@ -37,6 +37,7 @@ def main() -> None:
             f"model      {args.pretrained_ckpt}, {args.prompt_type}, {args.decoding} decoding"
         )
         print(data.say_split(args.split, splits[args.split], test), flush=True)
+        cli.check_checkpoint(args.pretrained_ckpt)
         with record.recording(path, args, args.prompt_type, record.BASELINE) as content:
             content |= {"data": described, "labels": labels}
 

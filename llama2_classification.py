@@ -34,6 +34,7 @@ def main() -> None:
             f"model      {args.pretrained_ckpt}, rank {args.lora_r}, {args.epochs} epochs"
         )
         print(data.say_split("train", splits["train"], train), flush=True)
+        cli.check_checkpoint(args.pretrained_ckpt)
         with record.recording(path, args, "qlora", settings) as content:
             content["data"] = described
             content["labels"] = data.labels_of(splits["train"])

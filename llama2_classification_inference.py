@@ -34,6 +34,7 @@ def main() -> None:
             f"model      {args.pretrained_ckpt} with its adapter, {args.decoding} decoding"
         )
         print(data.say_split(args.split, splits[args.split], test), flush=True)
+        cli.check_checkpoint(args.pretrained_ckpt)
         with record.recording(path, args, "qlora", record.SCORED) as content:
             content |= {
                 "data": described,

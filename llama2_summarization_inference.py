@@ -30,6 +30,7 @@ def main() -> None:
 
         print(f"run        {folder}\nmodel      {args.pretrained_ckpt} with its adapter")
         print(data.say_split(args.split, splits[args.split], test), flush=True)
+        cli.check_checkpoint(args.pretrained_ckpt)
         with record.recording(path, args, "qlora", record.SCORED) as content:
             content |= {
                 "data": described,

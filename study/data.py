@@ -312,7 +312,8 @@ def check_labels(split: Split, labels: Sequence[str]) -> None:
 
 
 def drop_overlap(splits: dict[str, Split], drop: bool) -> None:
-    """Count the train texts that stand in test too, but for white space; with `drop`, take them out of train."""
+    """Count the train texts that stand in test too, but for white space; with `drop`, take them out of
+    train."""
     train, seen = splits["train"], {tuple(text.split()) for text, _ in splits["test"].examples}
     apart = [i for i, (text, _) in enumerate(train.examples) if tuple(text.split()) not in seen]
     shared = len(train.examples) - len(apart)
@@ -339,7 +340,7 @@ def sample_train(split: Split, args: argparse.Namespace) -> Split:
     smallest = min(map(len, strata.values()))
     if round_half_up(args.train_sample_fraction * smallest) < 1:
         raise UserError(
-            f"--train_sample_fraction {args.train_sample_fraction} leaves a class without an example: the "
+            f"--train_sample_fraction {args.train_sample_fraction} takes no example of the smallest class: the "
             f"least that works here is {-(-5000 // smallest) / 10000:g}"
         )
     taken = []

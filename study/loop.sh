@@ -6,9 +6,16 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 LAUNCH=${LAUNCH:-python} # the command in front of each script, e.g. "accelerate launch"
 cells=()
 failed=()
+count=0
 dry_run=
 for flag in "$@"; do
-  case $flag in --dry_run | --dry-run) dry_run=1 ;; esac
+  case $flag in
+    --dry_run | --dry-run) dry_run=1 ;;
+    -h | --help) # the comment that the loop opens with
+      sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+      exit 0
+      ;;
+  esac
 done
 
 look_up() { # look_up SCRIPT FLAG...: prints "status<TAB>folder" of the run that the flags name
@@ -16,15 +23,21 @@ look_up() { # look_up SCRIPT FLAG...: prints "status<TAB>folder" of the run that
 }
 
 cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last script is the one that scores
-  local scripts=() script found
+  local scripts=() script found status
   while [[ $1 != -- ]]; do
     scripts+=("$1")
     shift
   done
   shift
-  found=$(look_up "${scripts[-1]}" "$@") || exit 2 # bad usage: every cell would fail alike
+  count=$((count + 1))
+  printf '\n[%d] %s\n' "$count" "$*"
+  found=$(look_up "${scripts[-1]}" "$@") || {
+    status=$?
+    ((status != 2)) || exit 2 # bad usage: every cell would fail alike
+    failed+=("${scripts[-1]} $* (exit $status)")
+    return 0
+  }
   cells+=("${found#*$'\t'}")
-  printf '\n[%d] %s\n' "${#cells[@]}" "$*"
   if [[ $dry_run ]]; then
     printf '%s\n' "${found/$'\t'/  }"
     return
@@ -32,7 +45,7 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
   for script in "${scripts[@]}"; do
     # shellcheck disable=SC2086 # LAUNCH is a command with its arguments
     $LAUNCH "$script" "$@" || {
-      local status=$?
+      status=$?
       ((status != 130)) || exit 130
       failed+=("$script $* (exit $status)")
       return 0
@@ -42,10 +55,14 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
 
 finish() { # print the table of all cells and name those that failed
   printf '\n'
-  [[ $dry_run ]] || PYTHONPATH=$root python -m study.report "${cells[@]}"
+  local report=0
+  if [[ ! $dry_run ]] && ((${#cells[@]})); then
+    PYTHONPATH=$root python -m study.report "${cells[@]}" || report=$?
+  fi
   if ((${#failed[@]})); then
-    printf 'error: %d of %d cells failed:\n' "${#failed[@]}" "${#cells[@]}" >&2
+    printf 'error: %d of %d cells failed:\n' "${#failed[@]}" "$count" >&2
     printf '  %s\n' "${failed[@]}" >&2
     exit 1
   fi
+  exit "$report"
 }

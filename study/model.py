@@ -51,25 +51,6 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
-def check_checkpoint(checkpoint: str) -> None:
-    """Raise UserError if a local checkpoint folder lacks its configuration, weights or tokenizer."""
-    folder = Path(checkpoint)
-    if not folder.exists() and (checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") > 1):
-        raise UserError(f"--pretrained_ckpt {checkpoint}: there is no such folder")
-    if not folder.is_dir():
-        return
-    parts = {
-        "a configuration (config.json)": ["config.json"],
-        "weights (model.safetensors)": ["*.safetensors"],
-        "a tokenizer (tokenizer.json)": ["tokenizer.json", "tokenizer.model", "vocab.json"],
-    }
-    for part, patterns in parts.items():
-        if not any(path for pattern in patterns for path in folder.glob(pattern)):
-            raise UserError(
-                f"--pretrained_ckpt {checkpoint} has not {part}: name a whole checkpoint folder or a hub id"
-            )
-
-
 def from_checkpoint(loader, checkpoint: str, **options):
     """`loader.from_pretrained`, with what can go wrong with a checkpoint said in one line."""
     try:
@@ -81,14 +62,12 @@ def from_checkpoint(loader, checkpoint: str, **options):
 
 
 def load_tokenizer(checkpoint: str):
-    check_checkpoint(checkpoint)
     return from_checkpoint(AutoTokenizer, checkpoint)
 
 
 def load_base(checkpoint: str, quantization, attn_implementation: str = "sdpa"):
     """The causal language model, frozen, its linear layers in 4 bits. Weights come from safetensors only,
     never pickle."""
-    check_checkpoint(checkpoint)
     config = from_checkpoint(AutoConfig, checkpoint)
     model = from_checkpoint(
         AutoModelForCausalLM,

@@ -61,7 +61,7 @@ SCORED = (  # make an evaluation what it is, beside the training
     "split",
     "decoding",
 )
-BASELINE = (*SCORED, "prompt_type", "shots", "chat_template", "seed")
+BASELINE = (*SCORED, "task", "prompt_type", "shots", "chat_template", "seed")
 
 
 # Names
@@ -118,7 +118,8 @@ def model_name(checkpoint: str) -> str:
 
 
 def eval_name(args: argparse.Namespace, trained: dict) -> str:
-    """The name eval.json, with a short hash if the settings differ from those of the training and the defaults."""
+    """The name eval.json, with a short hash if the settings differ from those of the training and the
+    defaults."""
     plain = {**defaults(args.task), **trained, "max_eval_samples": None, "split": "test", "decoding": "free"}
     return f"eval{suffix(changed(args, SCORED, plain), '-')}.json"
 

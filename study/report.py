@@ -1,11 +1,12 @@
 """Records -> tables. `python -m study.report FOLDER...` prints one row for each run."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from study import record
-from study.cli import run_script
+from study.cli import UserError, run_script
 
 SCORES = {"classification": ("accuracy", "macro_f1"), "summarization": ("rouge1", "rouge2", "rougeL")}
 SETTINGS = {
@@ -69,8 +70,16 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
     state = record.status(folder / "train.json")
     if trained:
         return [settings_row(trained) | {"state": "not scored" if state == "finished" else state}]
-    task = next((task for task in SCORES if task in str(folder)), "")
+    task = next((task for task in SCORES if task in f"{folder.parent.name} {folder.name}"), "—")
     return [{"task": task, "method": folder.name, "state": state}]
+
+
+def readable_rows(folder: Path) -> list[dict[str, str]]:
+    try:
+        return rows_of(folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return [{"task": "—", "method": folder.name, "state": "unreadable"}]
 
 
 def settings_row(content: dict) -> dict[str, str]:
@@ -104,7 +113,7 @@ def interval(metric: dict) -> str:
 def table(folders: Sequence[Path]) -> str:
     """One aligned table of all runs. A column that says the same in every row is left out, but for
     results."""
-    rows = [row for folder in folders for row in rows_of(folder)]
+    rows = [row for folder in folders for row in readable_rows(folder)]
     results = [*TITLES.values(), "seconds", "peak GiB", "cost"]
     titles = [
         title
@@ -121,7 +130,10 @@ def table(folders: Sequence[Path]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run's folder")
-    print(table(parser.parse_args().folders))
+    text = table(parser.parse_args().folders)
+    print(text)
+    if "unreadable" in text:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

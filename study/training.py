@@ -26,7 +26,8 @@ from study.model import compute_dtype, peak_memory_gib
 from study.packing import choose_batching, learned_places, loss_sum, plan_steps, split_to_fit
 
 PROGRESS = "progress.json"  # stands in a checkpoint once all of it has been written
-AUTO_TOKENS = 16_384  # enough for full speed on the largest cards; more only costs memory
+ENOUGH_TOKENS = 4_096  # in a row: where fewer fit, checkpointing pays
+MOST_TOKENS = 16_384  # full speed on the largest cards; more only costs memory
 
 
 def fit_memory(model, examples: Sequence[Example], args, padded: bool, device) -> tuple[int, bool]:
@@ -40,15 +41,12 @@ def fit_memory(model, examples: Sequence[Example], args, padded: bool, device) -
     longest = max(len(example.ids) for example in examples)
     if device.type != "cuda" or (tokens != "auto" and checkpointing != "auto"):
         return (4096 if tokens == "auto" else tokens), checkpointing == "on"
-    need = min(AUTO_TOKENS, args.batch_size * longest) if tokens == "auto" else tokens
-    room = {}
+    enough = max(longest, min(ENOUGH_TOKENS, args.batch_size * longest)) if tokens == "auto" else tokens
     for on in [checkpointing == "on"] if checkpointing != "auto" else [False, True]:
-        room[on] = tokens_that_fit(model, examples, args, padded, on, device)
-        if room[on] >= need:
+        room = tokens_that_fit(model, examples, args, padded, on, device)
+        if room >= enough:
             break
-    if tokens == "auto":
-        tokens = max(longest, min(AUTO_TOKENS, room[on]))
-    return tokens, on
+    return (max(longest, min(MOST_TOKENS, room)) if tokens == "auto" else tokens), on
 
 
 def tokens_that_fit(model, examples, args, padded, checkpointing, device) -> int:

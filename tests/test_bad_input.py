@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, error_line, run_script, write_rows
+from conftest import DEMO_DATA, ROOT, error_line, run_script, write_rows
 
 from study import cli, record
 
@@ -264,6 +264,8 @@ def test_a_second_run_in_the_same_folder_refuses_and_touches_nothing(tmp_path, f
     )
     (path.parent / "checkpoints").mkdir()
     (path.parent / "checkpoints" / "half").write_text("precious")
+    if "summar" in script:
+        files = tuple(f"--{name}_file={DEMO_DATA}/dialogues_{name}.jsonl" for name in ("train", "test"))
     with open(path.parent / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         before = {file: file.read_bytes() for file in path.parent.rglob("*") if file.is_file()}
@@ -314,11 +316,9 @@ def incomplete_checkpoint(folder: Path, lacking: str) -> Path:
 
 @pytest.mark.parametrize(("lacking", "message"), LACKING.items(), ids=LACKING)
 def test_an_incomplete_checkpoint_is_named_with_what_it_lacks(tmp_path, lacking, message):
-    from study import model
-
     folder = incomplete_checkpoint(tmp_path / "checkpoint", lacking)
     with pytest.raises(cli.UserError, match=re.escape(f"--pretrained_ckpt {folder} {message}")):
-        model.check_checkpoint(str(folder))
+        cli.check_checkpoint(str(folder))
 
 
 def test_a_checkpoint_without_weights_ends_the_run_in_one_line(tmp_path, files):
