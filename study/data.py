@@ -340,8 +340,8 @@ def sample_train(split: Split, args: argparse.Namespace) -> Split:
     smallest = min(map(len, strata.values()))
     if round_half_up(args.train_sample_fraction * smallest) < 1:
         raise UserError(
-            f"--train_sample_fraction {args.train_sample_fraction} takes no example of the smallest class: the "
-            f"least that works here is {-(-5000 // smallest) / 10000:g}"
+            f"--train_sample_fraction {args.train_sample_fraction} takes no example of the smallest class: "
+            f"the least that works here is {-(-5000 // smallest) / 10000:g}"
         )
     taken = []
     for label, indices in strata.items():

@@ -82,6 +82,7 @@ class PackedTrainer(Trainer):
         super().__init__(train_dataset=list(range(len(steps))), **options)
         self.examples, self.steps, self.max_tokens = examples, steps, max_tokens
         self.loss_on, self.padded, self.history = loss_on, padded, history
+        self.lengths = [len(example.ids) for example in examples]
 
     def get_train_dataloader(self) -> DataLoader:
         """Step numbers in order: every process reads all of them and takes its own share of each step's
@@ -98,9 +99,7 @@ class PackedTrainer(Trainer):
         # A process without an example repeats the first one with weight 0, since all must take part in the
         # exchange.
         mine, weight = (indices[rank::world], 1) if rank < len(indices) else (indices[:1], 0)
-        groups = split_to_fit(
-            mine, [len(example.ids) for example in self.examples], self.max_tokens, self.padded
-        )
+        groups = split_to_fit(mine, self.lengths, self.max_tokens, self.padded)
         # The dropout of a step depends on seed and step only, so a resumed run draws what the first one would
         # have.
         torch.manual_seed(hash((self.args.seed, number, rank)) % 2**63)
