@@ -3,8 +3,8 @@
     python demo/make_data.py
 
 The result is the same on every run: demo/data/posts_{train,test}.jsonl with "text" and "label" (ten classes,
-named like newsgroups), and demo/data/dialogues_{train,test}.jsonl with "id", "dialogue" and "summary". No text of
-a test file occurs in its train file. make_model.py pretrains on other texts of the same grammar.
+named like newsgroups), and demo/data/dialogues_{train,test}.jsonl with "id", "dialogue" and "summary". No
+text of a test file occurs in its train file. make_model.py pretrains on other texts of the same grammar.
 
 In a template, [x|y] stands for one of its choices (which may be empty), and {slot} for a word of the text at
 hand.
@@ -263,7 +263,7 @@ BYE = [
     "?* [see you then|bye|take care|see you] [:)|😀|]",
 ]
 
-# One line is one turn: the speaker (? before it: not always said; *: not the one who spoke last), then the words.
+# One line is one turn: the speaker (? before it: not always said; *: not the last one's), then the words.
 SCENARIOS = {
     "meet": {
         "turns": [
@@ -525,7 +525,7 @@ def topic_words(rng: random.Random, topic: str) -> dict[str, str]:
 
 
 def make_post(rng: random.Random, topic: str) -> str:
-    """A post of 25 to 70 words: topical sentences, shared ones, and in every other post one of another topic."""
+    """A post of 25 to 70 words: topical sentences, shared ones, in every other post one of another topic."""
     while True:
         others = [other for other in TOPICS if other != topic]
         plan = [(text, topic) for text in rng.sample(TOPICAL, rng.choice([1, 2, 2, 3]))]

@@ -334,9 +334,6 @@ def run_script(main: Callable[[], None], distributed: bool = False) -> None:
     Of several processes (`accelerate launch`) only the first speaks, and unless `distributed` only the first
     runs.
     """
-    # Threads that spin while they wait make small 4-bit layers hundreds of times slower on a CPU that has
-    # other work too.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on optional CPU kernels
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if os.environ.get("RANK", "0") != "0":
