@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-# Before torch loads: models as small as these gain little from a second thread and lose much where cores are shared.
+# Before torch loads: models this small gain little from a second thread and lose much where cores are shared.
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
