@@ -31,7 +31,10 @@ def read_eval(folder: Path, name: str = "eval.json") -> tuple[dict, list[dict]]:
 def tuned(request, tmp_path_factory) -> tuple[str, Path]:
     """A short training of each task and its evaluation by --experiment_dir alone."""
     folder = tmp_path_factory.mktemp(request.param) / "run"
-    flags = ("--epochs", 2, "--max_train_samples", 160, "--batch_size", 8, "--experiment_dir", folder)
+    length = (
+        ("--epochs", 3) if request.param == "classification" else ("--epochs", 2, "--max_train_samples", 160)
+    )
+    flags = (*length, "--batch_size", 8, "--experiment_dir", folder)
     run(f"llama2_{request.param}.py", *MODEL, *data_flags(request.param), *flags)
     run(f"llama2_{request.param}_inference.py", "--experiment_dir", folder, "--price_per_hour", "0.5")
     return request.param, folder
@@ -59,11 +62,11 @@ def test_every_test_example_has_its_row_in_order_and_the_record_adds_up(tuned):
     assert 0 < content["eval"]["output_tokens"] < content["eval"]["input_tokens"]
 
 
-def test_a_short_training_learns_more_than_chance(tuned):
+def test_a_short_training_scores_far_above_the_tenth_or_the_13_points_of_the_untuned_model(tuned):
     task, folder = tuned
     content, _ = read_eval(folder)
     score = content["eval"]["metrics"]["accuracy" if task == "classification" else "rouge1"]["value"]
-    assert score > 20
+    assert score > 30
 
 
 def test_a_finished_evaluation_is_found_and_another_setting_stands_beside_it(tuned):
