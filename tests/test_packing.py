@@ -149,6 +149,15 @@ def test_every_epoch_shows_every_example_once_in_an_order_of_its_own_by_the_seed
     assert steps == plan_steps(10, 4, 3, seed=1) != plan_steps(10, 4, 3, seed=2)
 
 
+def test_a_row_lays_examples_end_to_end_and_counts_positions_anew_in_each():
+    examples = [Example([1, 10, 11, 20, 2], answer_start=3), Example([1, 12, 21, 2], answer_start=2)]
+    inputs, places, targets = pack(examples, "answer", CPU)
+    assert inputs["input_ids"].tolist() == [[1, 10, 11, 20, 2, 1, 12, 21, 2]]
+    assert inputs["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3]]
+    assert inputs["cu_seq_lens_q"].tolist() == [0, 5, 9]
+    assert (places.tolist(), targets.tolist()) == ([2, 3, 6, 7], [20, 2, 21, 2])
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_rows_hold_every_example_once_and_at_most_the_tokens_allowed(padded):
     lengths = [random.Random(i).randrange(1, 300) for i in range(50)] + [900]
