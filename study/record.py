@@ -25,7 +25,7 @@ from study.cli import UserError
 SCHEMA = 1
 STARTED = time.time()
 NAMED = ("train_sample_fraction", "epochs", "lora_r", "dropout", "seed")  # stand in the run's name
-TRAINED = (  # also make a training what it is; all others change its speed, its scoring or its place
+READ = (  # what a model reads, in training and scoring alike
     "pretrained_ckpt",
     "dataset",
     "train_file",
@@ -37,30 +37,11 @@ TRAINED = (  # also make a training what it is; all others change its speed, its
     "max_train_samples",
     "max_seq_length",
     "max_new_tokens",
-    "lora_alpha",
-    "target_modules",
-    "learning_rate",
-    "batch_size",
-    "loss_on",
 )
-SCORED = (  # make an evaluation what it is, beside the training
-    "pretrained_ckpt",
-    "dataset",
-    "train_file",
-    "test_file",
-    "validation_file",
-    "text_column",
-    "label_column",
-    "dialogue_column",
-    "summary_column",
-    "drop_overlap",
-    "max_train_samples",
-    "max_eval_samples",
-    "max_seq_length",
-    "max_new_tokens",
-    "split",
-    "decoding",
-)
+# With these a training is what it is; all other flags change its speed, its scoring or its place.
+TRAINED = (*READ, "lora_alpha", "target_modules", "learning_rate", "batch_size", "loss_on")
+# With these, beside the training, an evaluation is what it is.
+SCORED = (*READ, "test_file", "validation_file", "max_eval_samples", "split", "decoding")
 BASELINE = (*SCORED, "task", "prompt_type", "shots", "chat_template", "seed")
 
 
