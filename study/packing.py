@@ -101,9 +101,7 @@ def loss_sum(model, examples: Sequence[Example], loss_on: str, padded: bool, dev
     """Cross-entropy summed over the learned tokens of `examples`, in float32."""
     inputs, places, targets = (pad if padded else pack)(examples, loss_on, device)
     logits = model(**inputs, use_cache=False).logits
-    rows = logits.flatten(0, 1) if padded else logits[0]
-    if len(rows) != len(places):
-        rows = rows[places]  # padded, or a model that knows no logits_to_keep
+    rows = logits.flatten(0, 1)[places] if padded else logits[0]
     return F.cross_entropy(rows.float(), targets, reduction="sum")
 
 

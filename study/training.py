@@ -219,9 +219,7 @@ def train(
     training.gradient_checkpointing = checkpointing
     training.gradient_checkpointing_kwargs = {"use_reentrant": False}
     training.max_steps = len(steps)
-    training._n_gpu = min(
-        training.n_gpu, 1
-    )  # one process drives one GPU; several GPUs take `accelerate launch`
+    training._n_gpu = min(training.n_gpu, 1)  # a process drives one GPU; more take `accelerate launch`
 
     checkpoint, spent, history = resume(Path(training.output_dir), run, args)
     progress = Progress(run, history, tokens, spent)
@@ -294,7 +292,8 @@ def discard_checkpoints(folder: Path) -> None:
 
 def save_adapter(model, tokenizer, folder: Path) -> None:
     """Write `folder`/adapter in one move; a reader never sees half of it."""
-    new, final = folder / f".adapter.{os.getpid()}", folder / "adapter"
+    new, final = folder / ".adapter", folder / "adapter"
+    shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed here
     model.save_pretrained(new, safe_serialization=True)
     tokenizer.save_pretrained(new)
     shutil.rmtree(final, ignore_errors=True)
