@@ -7,15 +7,15 @@ Few-shot examples are chosen from the train split by --seed. It leaves eval.json
 experiments/baseline/<model>/<task>/<prompt type>/.
 """
 
-from study import cli, cost, data, record, report
+from study import cli, cost, data, record, report, runs
 
 
 def main() -> None:
     args = cli.parse_args(None, __doc__)
-    folder = record.baseline_dir(args)
+    folder = runs.baseline_dir(args)
     path = folder / "eval.json"
     if args.dry_run:
-        return record.say_dry_run(path, args)
+        return runs.say_dry_run(path, args)
 
     needs_train = args.task == "classification" or args.prompt_type == "few-shot"
     splits = data.load(args, ["train", args.split] if needs_train else [args.split])
@@ -28,7 +28,7 @@ def main() -> None:
         described["train"] = train.describe()
     labels = data.labels_of(splits["train"]) if args.task == "classification" else []
     with record.locked(folder):
-        content = record.find_finished(path, args, record.BASELINE, described)
+        content = runs.find_finished(path, args, runs.BASELINE, described)
         if content:
             return print(f"finished   {path}\n{report.result_block(content)}")
 
@@ -38,7 +38,7 @@ def main() -> None:
         )
         print(data.say_split(args.split, splits[args.split], test), flush=True)
         cli.check_checkpoint(args.pretrained_ckpt)
-        with record.recording(path, args, args.prompt_type, record.BASELINE) as content:
+        with record.recording(path, args, args.prompt_type, runs.BASELINE) as content:
             content |= {"data": described, "labels": labels}
 
             # The libraries load here, so that --help, bad input and a finished run answer at once.
@@ -85,7 +85,7 @@ def main() -> None:
             content["prompt_sha256"] = prompt_sha256(args.task, args.prompt_type)
             content["quantization"] = quantization.to_dict()
             content["cost"] = cost.of_run(args, model.device_name(), content["eval"]["wall_seconds"])
-            record.write_rows(record.predictions_beside(path), rows)
+            record.write_rows(runs.predictions_beside(path), rows)
         print(report.result_block(content))
 
 

@@ -8,24 +8,24 @@ goes on where it was stopped, and prints what it has if it was done. Score it wi
 llama2_summarization_inference.py and the same flags.
 """
 
-from study import cli, cost, data, record, report
+from study import cli, cost, data, record, report, runs
 
 TASK = "summarization"
 
 
 def main() -> None:
     args = cli.parse_args(TASK, __doc__)
-    folder = record.experiment_dir(args)
+    folder = runs.experiment_dir(args)
     path = folder / "train.json"
     if args.dry_run:
-        return record.say_dry_run(path, args)
+        return runs.say_dry_run(path, args)
 
     splits = data.load(args, ["train"], optional=["test"])
     train = data.sample_train(splits["train"], args)
     described = {"train": train.describe()}
-    settings = record.training_settings(args)
+    settings = runs.training_settings(args)
     with record.locked(folder):
-        content = record.find_finished(path, args, settings, described)
+        content = runs.find_finished(path, args, settings, described)
         if content:
             return print(f"finished   {path}\n{report.result_block(content)}")
 
@@ -64,6 +64,7 @@ def main() -> None:
             # 2023, B.2).
             schedule = training.settings(
                 folder,
+                report_to=args.report_to,
                 optim="paged_adamw_32bit" if torch.cuda.is_available() else "adamw_torch",
                 learning_rate=args.learning_rate,
                 lr_scheduler_type="constant_with_warmup",
@@ -72,7 +73,6 @@ def main() -> None:
                 weight_decay=0.0,
                 bf16=model.compute_dtype() == torch.bfloat16,
                 seed=args.seed,
-                report_to=args.report_to,
             )
 
             tokenizer = model.load_tokenizer(args.pretrained_ckpt)

@@ -7,31 +7,31 @@ Model, prompts and data settings come from the run's record; flags override thos
 place. It leaves eval.json and predictions.jsonl beside the adapter.
 """
 
-from study import cli, cost, data, record, report
+from study import cli, cost, data, record, report, runs
 
 TASK = "summarization"
 
 
 def main() -> None:
     args = cli.parse_args(TASK, __doc__)
-    folder = record.experiment_dir(args)
+    folder = runs.experiment_dir(args)
     if args.dry_run:
-        return record.say_dry_run(folder / record.planned_eval(folder, args), args)
+        return runs.say_dry_run(folder / runs.planned_eval(folder, args), args)
 
-    trained = record.finished_training(folder, args)
-    path = folder / record.eval_name(args, trained["config"])
+    trained = runs.finished_training(folder, args)
+    path = folder / runs.eval_name(args, trained["config"])
     splits = data.load(args, [args.split])
     test = data.sample_eval(splits[args.split], args)
     described = {args.split: test.describe()}
     with record.locked(folder):
-        content = record.find_finished(path, args, record.SCORED, described, trained["finished"])
+        content = runs.find_finished(path, args, runs.SCORED, described, trained["finished"])
         if content:
             return print(f"finished   {path}\n{report.result_block(content)}")
 
         print(f"run        {folder}\nmodel      {args.pretrained_ckpt} with its adapter")
         print(data.say_split(args.split, splits[args.split], test), flush=True)
         cli.check_checkpoint(args.pretrained_ckpt)
-        with record.recording(path, args, "qlora", record.SCORED) as content:
+        with record.recording(path, args, "qlora", runs.SCORED) as content:
             content |= {
                 "data": described,
                 "training": trained["finished"],
@@ -55,7 +55,7 @@ def main() -> None:
             scores, rows = metrics.score(TASK, answers.texts, [summary for _, summary in test.examples])
             content["eval"] = generation.describe(answers, scores, "free")
             content["cost"] = cost.of_run(args, model.device_name(), content["eval"]["wall_seconds"])
-            record.write_rows(record.predictions_beside(path), rows)
+            record.write_rows(runs.predictions_beside(path), rows)
         print(report.result_block(content))
 
 

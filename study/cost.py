@@ -1,30 +1,52 @@
-"""What a run cost: hourly prices with source and date, times the seconds of the whole process."""
+"""What a run cost: hourly prices with source and date (prices.json), times the seconds of the whole process.
+
+A price list is a JSON list of {gpu, instance, usd_per_hour, source, date}. A device costs what the
+first entry says whose `instance` stands in its name, or else the first whose `gpu` does.
+"""
 
 import argparse
+import json
+import math
+import os
+import platform
+import subprocess
+from pathlib import Path
 
-STUDY = "published study of Llama-2 fine-tuning (Georgian, LLM-Finetuning-Hub)"
+from study.cli import UserError
 
-PRICES = {  # part of the GPU's name as the driver gives it -> (USD per hour, source, date)
-    "A10G": (1.212, f"{STUDY}: AWS g5.2xlarge", "2023-08"),
-    "A100-SXM4-40GB": (3.81, f"{STUDY}: GCP, A100 40GB", "2023-08"),
-    "A100-PCIE-40GB": (3.81, f"{STUDY}: GCP, A100 40GB", "2023-08"),
-}
+PRICES = Path(__file__).with_name("prices.json")
+ENTRY = {"gpu": str, "instance": str, "usd_per_hour": (int, float), "source": str, "date": str}
 
 
-def price(gpu: str, price_per_hour: float | None) -> dict:
+def read_prices(path: Path) -> list[dict]:
+    """A price list. Raises UserError, naming the entry, for one that is not as it should be."""
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"--prices {path} is not a readable price list: {error}") from None
+    if not isinstance(entries, list):
+        raise UserError(f"--prices {path} is not a list of prices like study/prices.json")
+    for number, entry in enumerate(entries, 1):
+        fits = isinstance(entry, dict) and entry.keys() == ENTRY.keys()
+        if not fits or not all(isinstance(entry[name], kind) for name, kind in ENTRY.items()):
+            raise UserError(f"--prices {path}, entry {number}: it should have {', '.join(ENTRY)}")
+        if not 0 < entry["usd_per_hour"] < math.inf:
+            raise UserError(f"--prices {path}, entry {number}: usd_per_hour should be above 0")
+    return entries
+
+
+def price(gpu: str, price_per_hour: float | None = None, prices: list[dict] | None = None) -> dict:
     """The price part of a record's `cost` for the device `gpu`; an unknown device has the price None, not
     0."""
-    if price_per_hour is not None:
-        return {
-            "gpu": gpu,
-            "price_per_hour": price_per_hour,
-            "price_source": "--price_per_hour",
-            "price_date": None,
-        }
-    for name, (usd, source, date) in PRICES.items():
-        if name.lower() in gpu.lower():
-            return {"gpu": gpu, "price_per_hour": usd, "price_source": source, "price_date": date}
-    return {"gpu": gpu, "price_per_hour": None, "price_source": None, "price_date": None}
+    found = {"usd_per_hour": price_per_hour, "source": "--price_per_hour"}
+    if price_per_hour is None:
+        entries = read_prices(PRICES) if prices is None else prices
+        names = (
+            entry for name in ("instance", "gpu") for entry in entries if entry[name].lower() in gpu.lower()
+        )
+        found = next(names, {})
+    per_hour, source, date = map(found.get, ("usd_per_hour", "source", "date"))
+    return {"gpu": gpu, "price_per_hour": per_hour, "price_source": source, "price_date": date}
 
 
 def usd(price_per_hour: float | None, seconds: float) -> float | None:
@@ -36,3 +58,27 @@ def of_run(args: argparse.Namespace, gpu: str, seconds: float) -> dict:
     it."""
     cost = price(args.gpu_name or gpu, args.price_per_hour)
     return {**cost, "usd": usd(cost["price_per_hour"], seconds)}
+
+
+def repriced(cost: dict, prices: list[dict]) -> float | None:
+    """USD per hour of a record's device: by `prices` where it is listed there, else as recorded."""
+    listed = price(cost["gpu"], prices=prices)["price_per_hour"]
+    return cost["price_per_hour"] if listed is None else listed
+
+
+def this_device() -> str:
+    """Name of this machine's first GPU, by its driver, or of its processor. Asks no library that is slow to
+    load."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") != "":
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            pass
+    return processor()
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU, {os.cpu_count()} cores ({names[0] if names else platform.machine()})"

@@ -26,14 +26,15 @@ Row = tuple[int, dict]  # number in its file (line or row, from 1), columns
 
 @dataclass
 class Split:
-    """The examples of one split. `numbers` are their rows in the source, from 1; `overlap` counts the train
-    texts that also occur in test."""
+    """The examples of one split. `numbers` are their rows in the source, from 1; `available` counts what a
+    sample was taken from; `overlap` counts the train texts that also occur in test."""
 
     source: str
     examples: list[tuple[str, str]]
     numbers: list[int]
     dropped: Counter = field(default_factory=Counter)
     overlap: int | None = None
+    available: int | None = None
 
     def describe(self) -> dict:
         """What a record says of a split. `sha256` covers the examples as they are used."""
@@ -41,6 +42,7 @@ class Split:
         return {
             "source": self.source,
             "rows": len(self.examples),
+            "available": self.available or len(self.examples),
             "dropped": dict(self.dropped),
             **({} if self.overlap is None else {"also_in_test": self.overlap}),
             "sha256": hashlib.sha256(rows.encode("utf-8", "surrogatepass")).hexdigest(),
@@ -347,7 +349,7 @@ def sample_train(split: Split, args: argparse.Namespace) -> Split:
     for label, indices in strata.items():
         random.Random(f"{args.seed} {label}").shuffle(indices)
         taken += indices[: round_half_up(args.train_sample_fraction * len(indices))]
-    return split.keep(sorted(taken))
+    return replace(split.keep(sorted(taken)), available=len(split.examples))
 
 
 def round_half_up(number: float) -> int:
@@ -356,7 +358,8 @@ def round_half_up(number: float) -> int:
 
 def sample_eval(split: Split, args: argparse.Namespace) -> Split:
     """--max_eval_samples of a split; the same ones whatever --seed says, so that scores stay comparable."""
-    return split.keep(choose(len(split.examples), args.max_eval_samples, seed=0))
+    kept = split.keep(choose(len(split.examples), args.max_eval_samples, seed=0))
+    return replace(kept, available=len(split.examples))
 
 
 def choose(count: int, limit: int | None, seed: int) -> list[int]:

@@ -1,5 +1,6 @@
 """Greedy decoding in batches of like length, with the answers in the order of the prompts."""
 
+import importlib.metadata
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from transformers import GenerationConfig
 
 from study import record
 from study.encoding import answer_ids
+from study.metrics import VERSION
 from study.model import device, peak_memory_gib
 
 AUTO_EXAMPLES = 256
@@ -88,6 +90,7 @@ def describe(answers: Answers, metrics: dict, decoding: str) -> dict:
         "output_tokens": answers.output_tokens,
         "decoding": decoding,
         "metrics": metrics,
+        "metrics_version": f"{VERSION}, rouge-score {importlib.metadata.version('rouge-score')}",
     }
 
 

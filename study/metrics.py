@@ -1,4 +1,8 @@
-"""Accuracy, F1 and ROUGE in percent, each with a 95 % bootstrap interval over the test examples."""
+"""Accuracy, F1 and ROUGE in percent, with 95 % bootstrap intervals over the test examples, and paired tests.
+
+A statistic here is a function of weights [resamples, examples], how often each example is drawn, that returns
+values [resamples].
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -6,40 +10,47 @@ import numpy as np
 
 from prompts import parse_label, parse_summary
 
+VERSION = 1  # counts up when a change to this module changes a score
 RESAMPLES = 1000  # percentile bootstrap (Efron and Tibshirani, 1993, chapter 13)
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+Statistic = Callable[[np.ndarray], np.ndarray]
 
 
-def with_interval(statistic: Callable[[np.ndarray], np.ndarray], examples: int, seed: int = 0) -> dict:
-    """`statistic` of the examples and its 95 % interval, in percent.
-
-    `statistic` takes weights [resamples, examples], how often each example is drawn, and returns values
-    [resamples].
-    """
-    value = statistic(np.ones((1, examples)))[0]
+def bootstrap(
+    statistics: dict[str, Statistic], examples: int, resamples: int = RESAMPLES, seed: int = 0
+) -> tuple[dict, np.ndarray]:
+    """Each statistic of the examples with its 95 % interval, in percent, and its values on every resample,
+    [statistics, resamples]."""
     generator = np.random.default_rng(seed)
-    values = np.concatenate(
-        [  # a hundred at a time keep the weights of a large test set small
-            statistic(generator.multinomial(examples, np.full(examples, 1 / examples), size=100))
-            for _ in range(RESAMPLES // 100)
-        ]
-    )
-    low, high = np.percentile(values, [2.5, 97.5])
-    return {"value": float(100 * value), "ci95": [float(100 * low), float(100 * high)]}
+    draws = []
+    for start in range(0, resamples, 100):  # a hundred at a time keep the weights of a large test set small
+        size = min(100, resamples - start)
+        weights = generator.multinomial(examples, np.full(examples, 1 / examples), size=size).astype(float)
+        draws.append([statistic(weights) for statistic in statistics.values()])
+    drawn = 100 * np.concatenate(draws, axis=1)
+    intervals = {}
+    for (name, statistic), row in zip(statistics.items(), drawn, strict=True):
+        value = 100 * statistic(np.ones((1, examples)))[0]
+        intervals[name] = {
+            "value": float(value),
+            "ci95": [float(end) for end in np.percentile(row, [2.5, 97.5])],
+        }
+    return intervals, drawn
 
 
-def classification_metrics(
-    parsed: Sequence[str | None], references: Sequence[str], labels: Sequence[str]
-) -> dict:
+def classification_statistics(
+    parsed: Sequence[str | None], references: Sequence[str]
+) -> dict[str, Statistic]:
     """Accuracy, micro, macro and weighted F1, and the share of invalid answers (None), which count as wrong.
 
     Macro F1 is the mean over the classes that occur as reference or as answer, as scikit-learn has it; an
     invalid answer is a miss of its reference's class and no class of its own.
     """
-    number = {label: i for i, label in enumerate(labels)}
+    labels = sorted({*references, *parsed} - {None})
+    number = {label: i for i, label in enumerate([*labels, None])}
     truth = np.array([number[label] for label in references])
-    answer = np.array([len(labels) if label is None else number[label] for label in parsed])
-    one_hot = np.eye(len(labels) + 1)
+    answer = np.array([number[label] for label in parsed])
+    one_hot = np.eye(len(number))
     is_truth, is_answer = one_hot[truth][:, :-1], one_hot[answer][:, :-1]
 
     def counts(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -63,14 +74,18 @@ def classification_metrics(
         scores, references, _ = f1(weights)
         return (scores * references).sum(axis=1) / references.sum(axis=1)
 
-    statistics = {
-        "accuracy": lambda weights: (weights @ (truth == answer)) / weights.sum(axis=1),
+    return {
+        "accuracy": mean_of(truth == answer),
         "micro_f1": micro_f1,
         "macro_f1": macro_f1,
         "weighted_f1": weighted_f1,
-        "invalid_answers": lambda weights: (weights @ (answer == len(labels))) / weights.sum(axis=1),
+        "invalid_answers": mean_of(answer == len(labels)),
     }
-    return {name: with_interval(statistic, len(truth)) for name, statistic in statistics.items()}
+
+
+def mean_of(column: np.ndarray) -> Statistic:
+    column = column.astype(float)
+    return lambda weights: weights @ column / weights.sum(axis=1)
 
 
 def rouge_scores(summaries: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
@@ -85,15 +100,11 @@ def rouge_scores(summaries: Sequence[str], references: Sequence[str]) -> list[di
     ]
 
 
-def summarization_metrics(scores: Sequence[dict[str, float]]) -> dict:
-    """The mean of each ROUGE F-measure over the pairs."""
-    columns = {name: np.array([score[name] for score in scores]) / 100 for name in ROUGE}
-    return {
-        name: with_interval(
-            lambda weights, column=column: weights @ column / weights.sum(axis=1), len(scores)
-        )
-        for name, column in columns.items()
-    }
+def statistics_of(rows: Sequence[dict]) -> dict[str, Statistic]:
+    """The metrics of a task as statistics of its rows of predictions.jsonl; of ROUGE, the means."""
+    if "correct" in rows[0]:
+        return classification_statistics([row["parsed"] for row in rows], [row["reference"] for row in rows])
+    return {name: mean_of(np.array([row[name] for row in rows]) / 100) for name in ROUGE}
 
 
 def score(
@@ -101,22 +112,37 @@ def score(
 ) -> tuple[dict, list[dict]]:
     """Read generated answers and score them: the metrics, and for each test example a row of
     predictions.jsonl."""
-    rows = [
-        {
-            "index": i,
-            "prediction": answer,
-            "parsed": parse_label(answer, labels) if labels else parse_summary(answer),
-            "reference": reference,
-        }
-        for i, (answer, reference) in enumerate(zip(answers, references, strict=True))
-    ]
-    parsed = [row["parsed"] for row in rows]
+    parsed = [parse_label(answer, labels) if labels else parse_summary(answer) for answer in answers]
     if task == "classification":
-        extra = [
+        scores = [
             {"correct": answer == reference} for answer, reference in zip(parsed, references, strict=True)
         ]
-        metrics = classification_metrics(parsed, references, labels)
     else:
-        extra = rouge_scores(parsed, references)
-        metrics = summarization_metrics(extra)
-    return metrics, [row | more for row, more in zip(rows, extra, strict=True)]
+        scores = rouge_scores(parsed, references)
+    rows = [
+        {"index": i, "prediction": answers[i], "parsed": parsed[i], "reference": references[i], **scores[i]}
+        for i in range(len(references))
+    ]
+    return bootstrap(statistics_of(rows), len(rows))[0], rows
+
+
+def compare(rows: Sequence[dict], others: Sequence[dict], resamples: int = 10_000) -> dict:
+    """How much better `rows` score than `others`, predictions for the same examples: for each metric the
+    difference in points, its 95 % interval and the two-sided p of the paired bootstrap (Koehn, 2004); for
+    accuracy also the exact p of McNemar's test (1947)."""
+    from scipy.stats import binomtest
+
+    ours, theirs = statistics_of(rows), statistics_of(others)
+    differences = {
+        name: lambda weights, name=name: ours[name](weights) - theirs[name](weights) for name in ours
+    }
+    result, drawn = bootstrap(differences, len(rows), resamples)
+    for name, values in zip(differences, drawn, strict=True):
+        tail = min((values <= 0).sum(), (values >= 0).sum())
+        result[name]["p"] = float(min(1, 2 * (tail + 1) / (resamples + 1)))
+    if "correct" in rows[0]:
+        pairs = [(row["correct"], other["correct"]) for row, other in zip(rows, others, strict=True)]
+        won, lost = pairs.count((True, False)), pairs.count((False, True))
+        result["accuracy"] |= {"won": won, "lost": lost}
+        result["accuracy"]["mcnemar_p"] = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
+    return result

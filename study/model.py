@@ -1,7 +1,6 @@
 """Load a checkpoint in 4 bits and its tokenizer, put a trained adapter on it."""
 
 import os
-import platform
 import resource
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from transformers import (
 )
 
 from study.cli import UserError
+from study.cost import processor
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -33,9 +33,7 @@ def device_name() -> str:
     """Name of the GPU, or of the processor where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name(device())
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"CPU, {os.cpu_count()} cores ({names[0] if names else platform.machine()})"
+    return processor()
 
 
 def compute_dtype() -> torch.dtype:

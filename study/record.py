@@ -1,7 +1,7 @@
-"""Run names, records, and finding finished runs. Nothing here needs torch, so a look-up answers at once.
+"""Records: one JSON object for each training and each evaluation, which appears whole or not at all.
 
-A record is one JSON object that appears whole or not at all. A run that fails is recorded as failed; a
-finished record is replaced by a finished one only.
+A run that fails is recorded as failed; a finished record is replaced by a finished one only. While a run goes
+on, its record so far stands beside it as .train.json or .eval.json, with the status "running".
 """
 
 import argparse
@@ -15,116 +15,20 @@ import platform
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from study import cli
 from study.cli import UserError
 
 SCHEMA = 1
 STARTED = time.time()
-NAMED = ("train_sample_fraction", "epochs", "lora_r", "dropout", "seed")  # stand in the run's name
-READ = (  # what a model reads, in training and scoring alike
-    "pretrained_ckpt",
-    "dataset",
-    "train_file",
-    "text_column",
-    "label_column",
-    "dialogue_column",
-    "summary_column",
-    "drop_overlap",
-    "max_train_samples",
-    "max_seq_length",
-    "max_new_tokens",
-)
-# With these a training is what it is; all other flags change its speed, its scoring or its place.
-TRAINED = (*READ, "lora_alpha", "target_modules", "learning_rate", "batch_size", "loss_on")
-# With these, beside the training, an evaluation is what it is.
-SCORED = (*READ, "test_file", "validation_file", "max_eval_samples", "split", "decoding")
-BASELINE = (*SCORED, "task", "prompt_type", "shots", "chat_template", "seed")
-
-
-# Names
+PACKAGES = "torch transformers peft bitsandbytes accelerate datasets rouge-score numpy flash-attn"
 
 
 def short_hash(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def changed(args: argparse.Namespace, names: Iterable[str], plain: dict) -> dict:
-    """Those of the settings `names` that differ from `plain`, where both have them."""
-    return {
-        name: getattr(args, name)
-        for name in names
-        if hasattr(args, name) and name in plain and getattr(args, name) != plain[name]
-    }
-
-
-def training_settings(args: argparse.Namespace) -> tuple[str, ...]:
-    """The flags that a training's result depends on."""
-    return (*NAMED, *TRAINED, "test_file") if args.drop_overlap else (*NAMED, *TRAINED)
-
-
-def experiment_dir(args: argparse.Namespace) -> Path:
-    """Folder of a fine-tuning run: --experiment_dir, or a name built from its settings within --output_dir.
-
-    Settings that the name does not spell out and that differ from their defaults add a short hash of
-    themselves.
-    """
-    if args.experiment_dir:
-        return Path(args.experiment_dir)
-    name = (
-        f"{args.task}-sampleFraction-{args.train_sample_fraction}_epochs-{args.epochs}_rank-{args.lora_r}"
-        f"_dropout-{args.dropout}_seed-{args.seed}"
-    )
-    others = [setting for setting in training_settings(args) if setting not in NAMED]
-    return Path(args.output_dir) / (name + suffix(changed(args, others, defaults(args.task)), "_"))
-
-
-def baseline_dir(args: argparse.Namespace) -> Path:
-    """Folder of a baseline's evaluation, named like `experiment_dir`."""
-    if args.experiment_dir:
-        return Path(args.experiment_dir)
-    others = changed(args, BASELINE, {**defaults(None), **cli.DEFAULTS[args.task]})
-    folder = Path(args.output_dir) / "baseline" / model_name(args.pretrained_ckpt) / args.task
-    known = ("pretrained_ckpt", "prompt_type")
-    return folder / (args.prompt_type + suffix({k: v for k, v in others.items() if k not in known}, "_"))
-
-
-def model_name(checkpoint: str) -> str:
-    """A hub id as one folder name, or the last part of a local path."""
-    path = Path(checkpoint)
-    return path.resolve().name if path.is_dir() else checkpoint.replace("/", "--")
-
-
-def eval_name(args: argparse.Namespace, trained: dict) -> str:
-    """The name eval.json, with a short hash if the settings differ from those of the training and the
-    defaults."""
-    plain = {**defaults(args.task), **trained, "max_eval_samples": None, "split": "test", "decoding": "free"}
-    return f"eval{suffix(changed(args, SCORED, plain), '-')}.json"
-
-
-def planned_eval(folder: Path, args: argparse.Namespace) -> str:
-    """`eval_name` for --dry_run, where the training may be unfinished."""
-    finished = status(folder / "train.json") == "finished"
-    return eval_name(args, finished_training(folder, args)["config"] if finished else vars(args))
-
-
-def predictions_beside(path: Path) -> Path:
-    """predictions.jsonl of an eval.json; both have the same hash, if any."""
-    return path.with_name(path.name.replace("eval", "predictions", 1) + "l")
-
-
-def defaults(task: str | None) -> dict:
-    return vars(cli.build_parser(task, "").parse_args([]))
-
-
-def suffix(settings: dict, mark: str) -> str:
-    return mark + short_hash(settings) if settings else ""
-
-
-# Files
 
 
 def write_text(path: Path, text: str) -> None:
@@ -153,96 +57,42 @@ def write_rows(path: Path, rows: Iterable[dict]) -> None:
 
 
 def read(path: Path) -> dict | None:
-    """A record, or None where there is none. Raises UserError for a file that is not one."""
+    """A record, or None where there is none. Raises UserError for a file that is not one, or that holds a
+    NaN or a negative time."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable record ({error}): --force redoes the run") from None
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise UserError(f"{path} is not a record of schema {SCHEMA}: --force redoes the run")
+    for part in ("train", "eval"):
+        for name, value in content.get(part, {}).items():
+            if name.endswith("seconds") and not value >= 0:
+                raise UserError(f"{path} has {part}.{name} {value}, a negative time: --force redoes the run")
     return content
+
+
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no measurement")
+
+
+def beside(path: Path) -> Path:
+    """Where the record `path` stands while its run goes on."""
+    return path.with_name(f".{path.name}")
 
 
 def status(path: Path) -> str:
-    """ "finished", "failed", "oom", "interrupted", "unfinished" (begun, no record) or "not started"."""
+    """How a run stands: a record's status, "running", "unfinished" (begun, no record) or "not started"."""
     content = read(path)
+    if content and content["status"] == "finished":
+        return "finished"
+    if beside(path).exists():
+        return "running" if is_locked(path.parent) else "unfinished"
     if content:
         return content["status"]
     return "unfinished" if (path.parent / "checkpoints").is_dir() else "not started"
-
-
-def find_finished(
-    path: Path, args: argparse.Namespace, settings: Iterable[str], data: dict, training: str | None = None
-) -> dict | None:
-    """The finished record at `path` if there is one and --force is not given; None too if it scored an older
-    `training`.
-
-    Raises UserError where it was made with other `settings`, naming the flags, or from other `data` (splits,
-    described).
-    """
-    content = None if args.force else read(path)
-    if not content or content["status"] != "finished" or content.get("training") != training:
-        return None
-    check_same(content["config"], args, settings, path)
-    check_same_data(content["data"], data, path)
-    return content
-
-
-def check_same_data(recorded: dict, data: dict, where: Path) -> None:
-    """Raise UserError if the splits in `data` hold other examples than those `recorded`."""
-    for name, split in data.items():
-        if recorded[name]["sha256"] != split["sha256"]:
-            raise UserError(
-                f"{where} was made from other {name} data than {split['source']} holds now: --force redoes it"
-            )
-
-
-def check_same(config: dict, args: argparse.Namespace, settings: Iterable[str], where: Path) -> None:
-    """Raise UserError if the recorded `config` has other values of `settings` than the flags."""
-    other = [
-        f"--{name} {config.get(name)}, not {getattr(args, name)}"
-        for name in settings
-        if hasattr(args, name) and name in config and config.get(name) != getattr(args, name)
-    ]
-    if other:
-        raise UserError(
-            f"{where} belongs to a run with {'; '.join(other)}: use another --experiment_dir, or --force"
-        )
-
-
-def finished_training(folder: Path, args: argparse.Namespace) -> dict:
-    """The record of the finished training in `folder`; `args` takes its settings over, but for those given as
-    flags.
-
-    Raises UserError where there is none, or where a flag contradicts how the adapter was trained.
-    """
-    if not folder.is_dir():
-        raise UserError(
-            f"--experiment_dir {folder}: there is no such run; train it first with the same flags"
-        )
-    content = read(folder / "train.json")
-    if not content or content["status"] != "finished":
-        state = content["status"] if content else "unfinished"
-        raise UserError(
-            f"--experiment_dir {folder}: its training is {state}; start the training script again"
-        )
-    if content["task"] != args.task:
-        raise UserError(
-            f"--experiment_dir {folder} is a {content['task']} run: score it with that task's script"
-        )
-    config = content["config"]
-    given = [
-        name
-        for name in (*NAMED, "lora_alpha", "target_modules", "learning_rate", "batch_size", "loss_on")
-        if name in args.given
-    ]
-    check_same(config, args, given, folder)
-    for name, value in config.items():
-        if name in (*NAMED, *TRAINED, "test_file", "validation_file") and name not in args.given:
-            setattr(args, name, value)
-    return content
 
 
 @contextlib.contextmanager
@@ -267,12 +117,18 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
+def is_locked(folder: Path) -> bool:
+    with contextlib.suppress(OSError), open(folder / ".lock") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
 def is_main_process() -> bool:
     """True but for the further processes of a distributed launch."""
     return int(os.environ.get("RANK", "0")) == 0
-
-
-# Records
 
 
 @contextlib.contextmanager
@@ -283,7 +139,7 @@ def recording(path: Path, args: argparse.Namespace, method: str, settings: Itera
     """
     content = {
         "schema": SCHEMA,
-        "status": "finished",
+        "status": "running",
         "script": Path(sys.argv[0]).name,
         "task": args.task,
         "method": method,
@@ -293,8 +149,10 @@ def recording(path: Path, args: argparse.Namespace, method: str, settings: Itera
         "started": utc(STARTED),
     }
     try:
+        if is_main_process():
+            write_json(beside(path), content)
         yield content
-        close(path, content)
+        close(path, content | {"status": "finished"})
     except (Exception, KeyboardInterrupt) as error:
         for results in ("train", "eval"):
             content.pop(results, None)
@@ -308,35 +166,18 @@ def recording(path: Path, args: argparse.Namespace, method: str, settings: Itera
 
 def describe_error(error: BaseException) -> dict:
     """The `status` and `error` of a record."""
-    text = " ".join(str(error).split())
+    text, kind = " ".join(str(error).split()), type(error).__name__
     if isinstance(error, KeyboardInterrupt):
         return {"status": "interrupted"}
-    if (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or "out of memory" in text.lower()
-    ):
-        advice = (
-            "use a smaller --max_tokens_per_batch, --gradient_checkpointing on, a smaller --eval_batch_size"
-        )
-        return {
-            "status": "oom",
-            "error": {"type": type(error).__name__, "message": "out of memory", "advice": advice},
-        }
     if isinstance(error, UserError):
-        return {
-            "status": "failed",
-            "error": {"type": "UserError", "message": text, "advice": "mend it and start again"},
-        }
-    import traceback
-
-    advice = "the record has the traceback"
-    trace = "".join(traceback.format_exception(error))
-    message = f"{type(error).__name__}: {text}"
-    return {
-        "status": "failed",
-        "error": {"type": type(error).__name__, "message": message, "advice": advice, "traceback": trace},
-    }
+        found = {"message": text, "advice": "mend it and start again"}
+    elif isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "out of memory" in text.lower():
+        advice = "use a smaller --max_tokens_per_batch or --eval_batch_size, or --gradient_checkpointing on"
+        return {"status": "oom", "error": {"type": kind, "message": "out of memory", "advice": advice}}
+    else:
+        trace = "".join(traceback.format_exception(error))
+        found = {"message": f"{kind}: {text}", "advice": "the record has the traceback", "traceback": trace}
+    return {"status": "failed", "error": {"type": kind, **found}}
 
 
 def close(path: Path, content: dict) -> None:
@@ -345,11 +186,12 @@ def close(path: Path, content: dict) -> None:
         return
     content["environment"] = environment(content["config"].get("seed"))
     content["finished"] = utc(time.time())
+    earlier = None
     with contextlib.suppress(UserError):
         earlier = read(path)
-        if content["status"] != "finished" and earlier and earlier["status"] == "finished":
-            return
-    write_json(path, content)
+    if content["status"] == "finished" or not earlier or earlier["status"] != "finished":
+        write_json(path, content)
+    beside(path).unlink(missing_ok=True)
 
 
 def utc(seconds: float) -> str:
@@ -364,48 +206,16 @@ def wall_seconds() -> float:
 def environment(seed: int | None) -> dict:
     """Versions, device, commit and seeds, as a record keeps them."""
     versions = {"python": platform.python_version()}
-    packages = (
-        "torch",
-        "transformers",
-        "peft",
-        "bitsandbytes",
-        "accelerate",
-        "datasets",
-        "rouge-score",
-        "numpy",
-    )
-    for package in (*packages, "flash-attn"):
+    for package in PACKAGES.split():
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     torch = sys.modules.get("torch")
     gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
-    here = Path(__file__).resolve().parent
-    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    here = str(Path(__file__).resolve().parent)
+    command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    return {
-        "versions": versions,
-        "gpu": gpu,
-        "cpus": os.cpu_count(),
-        "git_commit": commit,
-        "seeds": {"run": seed, "bootstrap": 0},
-    }
-
-
-def say_dry_run(path: Path, args: argparse.Namespace) -> None:
-    """What --dry_run prints: the record, then a line "status<TAB>folder" for programs.
-
-    An evaluation that has not been made is "trained" where its training is finished, and else says how that
-    stands.
-    """
-    state = status(path)
-    if (
-        state != "finished"
-        and path.name != "train.json"
-        and (training := status(path.parent / "train.json")) != state
-    ):
-        state = "trained" if training == "finished" else training
-    print(f"{args.task} with {args.pretrained_ckpt} -> {path}")
-    print(f"{state}\t{path.parent}")
+    seeds = {"run": seed, "bootstrap": 0}
+    return {"versions": versions, "gpu": gpu, "cpus": os.cpu_count(), "git_commit": commit, "seeds": seeds}

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from study import record
+from study import record, runs
 from study.cli import UserError, run_script
 
 SCORES = {"classification": ("accuracy", "macro_f1"), "summarization": ("rouge1", "rouge2", "rougeL")}
@@ -84,7 +84,7 @@ def readable_rows(folder: Path) -> list[dict[str, str]]:
 
 def settings_row(content: dict) -> dict[str, str]:
     config, tuned = content["config"], content["method"] == "qlora"
-    row = {"task": content["task"], "model": record.model_name(content["model"]), "method": content["method"]}
+    row = {"task": content["task"], "model": runs.model_name(content["model"]), "method": content["method"]}
     named = {SETTINGS[name]: f"{config[name]:g}" for name in SETTINGS if tuned or name == "seed"}
     return row | named | {"decoding": config.get("decoding", "free")}
 

@@ -19,8 +19,10 @@ import torch
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 
-from study import record
+from study import record, runs
+from study.cli import UserError
 from study.encoding import Example
 from study.model import compute_dtype, peak_memory_gib
 from study.packing import choose_batching, learned_places, loss_sum, plan_steps, split_to_fit
@@ -78,8 +80,9 @@ def tokens_that_fit(model, examples, args, padded, checkpointing, device) -> int
 class PackedTrainer(Trainer):
     """A Trainer whose batch is one whole optimizer step, split to fit the device within `training_step`."""
 
-    def __init__(self, *, examples, steps, max_tokens, loss_on, padded, history, **options):
-        super().__init__(train_dataset=list(range(len(steps))), **options)
+    def __init__(self, *, examples, steps, max_tokens, loss_on, padded, history, progress, **options):
+        super().__init__(train_dataset=list(range(len(steps))), callbacks=[progress], **options)
+        self.progress = progress
         self.examples, self.steps, self.max_tokens = examples, steps, max_tokens
         self.loss_on, self.padded, self.history = loss_on, padded, history
         self.lengths = [len(example.ids) for example in examples]
@@ -88,6 +91,12 @@ class PackedTrainer(Trainer):
         """Step numbers in order: every process reads all of them and takes its own share of each step's
         examples."""
         return DataLoader(self.train_dataset, batch_size=1, collate_fn=lambda numbers: numbers)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """What a tracker gets: loss and learning rate, as transformers logs them, with speed and memory."""
+        if "loss" in logs:
+            logs |= {"tokens_per_second": self.progress.speed(self.state), "memory_gib": peak_memory_gib()}
+        super().log(logs, start_time)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward of one optimizer step. Returns its loss, the mean over its learned tokens."""
@@ -141,9 +150,12 @@ class Progress(TrainerCallback):
         if time.time() - self.saved > 20 * self.saving and not last:
             control.should_save, self.saved = True, time.time()
 
+    def speed(self, state) -> float:
+        """Tokens per second since this process began to train."""
+        return sum(self.tokens[self.first : state.global_step]) / (time.time() - self.began)
+
     def say(self, state) -> None:
-        done, left = sum(self.tokens[self.first : state.global_step]), sum(self.tokens[state.global_step :])
-        speed = done / (time.time() - self.began)
+        speed, left = self.speed(state), sum(self.tokens[state.global_step :])
         tqdm.write(
             f"step {state.global_step:>6,}/{state.max_steps:,}  loss {float(self.history[-1][1]):.4f}  "
             f"{speed:,.0f} tokens/s  {peak_memory_gib():.1f} GiB  {left / speed:,.0f} s left"
@@ -173,10 +185,22 @@ def last_checkpoint(folder: Path) -> Path | None:
     return whole
 
 
-def settings(folder: Path, **chosen) -> TrainingArguments:
-    """transformers' TrainingArguments: those `chosen` by a script, and what all runs share."""
+def settings(folder: Path, report_to: str, **chosen) -> TrainingArguments:
+    """transformers' TrainingArguments: those `chosen` by a script, and what all runs share.
+
+    Raises UserError for a tracker that transformers does not know or that is not installed.
+    """
+    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
+    try:
+        for tracker in get_reporting_integration_callbacks(report_to):
+            tracker()
+    except (ValueError, RuntimeError, ImportError) as error:
+        raise UserError(f"--report_to {report_to}: {error}") from None
     return TrainingArguments(
         output_dir=str(folder / "checkpoints"),
+        report_to=report_to,
+        logging_strategy="no" if report_to == "none" else "steps",
+        logging_steps=0.005,  # of all steps
         use_cpu=not torch.cuda.is_available(),
         per_device_train_batch_size=1,  # one optimizer step, see PackedTrainer
         gradient_accumulation_steps=1,
@@ -227,13 +251,13 @@ def train(
         model=model,
         args=training,
         processing_class=tokenizer,
-        callbacks=[progress],
         examples=examples,
         steps=steps,
         max_tokens=max_tokens,
         loss_on=args.loss_on,
         padded=padded,
         history=history,
+        progress=progress,
     )
     trainer.remove_callback(PrinterCallback)
     print(
@@ -279,8 +303,8 @@ def resume(checkpoints: Path, run: dict, args) -> tuple[Path | None, dict, list]
     if checkpoint is None:
         return None, nothing, []
     progress = json.loads((checkpoint / PROGRESS).read_text())
-    record.check_same(progress["config"], args, record.training_settings(args), checkpoint)
-    record.check_same_data(progress["data"], run["data"], checkpoint)
+    runs.check_same(progress["config"], args, runs.training_settings(args), checkpoint)
+    runs.check_same_data(progress["data"], run["data"], checkpoint)
     return checkpoint, progress["spent"], progress["history"]
 
 

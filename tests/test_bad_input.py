@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import DEMO_DATA, ROOT, error_line, run_script, write_rows
 
-from study import cli, record
+from study import cli, record, runs
 
 TRAINING = ["llama2_classification.py", "llama2_summarization.py"]
 INFERENCE = ["llama2_classification_inference.py", "llama2_summarization_inference.py"]
@@ -37,7 +37,7 @@ def leave_record(folder: Path, *flags: object, task: str = "classification", err
     args = cli.parse_args(task, "", list(map(str, flags)))
     path = folder / "train.json"
     try:
-        with record.recording(path, args, "qlora", record.training_settings(args)) as content:
+        with record.recording(path, args, "qlora", runs.training_settings(args)) as content:
             content |= {"labels": ["a", "b"], "prompt_sha256": "0", "data": {"train": {"sha256": "0"}}}
             if error:
                 raise error

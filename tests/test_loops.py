@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_rows
 
-from study import cli, data, metrics, record
+from study import cli, data, metrics, record, runs
 
 TRAIN, SCORE = (str(ROOT / f"llama2_classification{part}.py") for part in ("", "_inference"))
 ONE_CELL = {"RANKS": "4", "EPOCHS": "2", "DROPOUTS": "0.1"}
@@ -180,10 +180,10 @@ def finish_cell(folder: Path, rank: int, files: tuple) -> Path:
     words = map(str, ("--lora_r", rank, "--epochs", 2, "--dropout", 0.1, "--output_dir", folder, *files))
     args = cli.parse_args("classification", "", list(words))
     splits = {name: split.describe() for name, split in data.load(args, ["train", "test"]).items()}
-    path = record.experiment_dir(args) / "train.json"
+    path = runs.experiment_dir(args) / "train.json"
     path.parent.mkdir(parents=True)
     spent = {"examples": 4, "seconds": 1.0, "wall_seconds": 2.0, "peak_memory_gib": 0.5}
-    with record.recording(path, args, "qlora", record.training_settings(args)) as trained:
+    with record.recording(path, args, "qlora", runs.training_settings(args)) as trained:
         trained |= {
             "data": {"train": splits["train"]},
             "labels": ["a", "b"],
@@ -194,8 +194,8 @@ def finish_cell(folder: Path, rank: int, files: tuple) -> Path:
     args = cli.parse_args(
         "classification", "", ["--experiment_dir", str(path.parent), "--output_dir", str(folder)]
     )
-    trained = record.finished_training(path.parent, args)
-    with record.recording(path.parent / "eval.json", args, "qlora", record.SCORED) as scored:
+    trained = runs.finished_training(path.parent, args)
+    with record.recording(path.parent / "eval.json", args, "qlora", runs.SCORED) as scored:
         scored |= {"data": {"test": splits["test"]}, "training": trained["finished"], "cost": trained["cost"]}
         scores, _ = metrics.score("classification", ["a", "b", "b", "b"], ["a", "b", "a", "b"], ["a", "b"])
         read = {"examples_per_second": 4.0, "input_tokens": 9, "output_tokens": 9, "decoding": "free"}

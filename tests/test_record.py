@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script
 
-from study import cli, record
+from study import cli, record, runs
 from study.cli import UserError
 
 CLASSIFICATION = "experiments/classification-sampleFraction-1.0_epochs-5_rank-8_dropout-0.1_seed-42"
@@ -26,7 +26,7 @@ def flags(*words: object, task: str | None = "classification"):
 
 
 def run_name(*words: object, task: str = "classification") -> str:
-    return str(record.experiment_dir(flags(*words, task=task)))
+    return str(runs.experiment_dir(flags(*words, task=task)))
 
 
 def make_record(
@@ -36,7 +36,7 @@ def make_record(
     args = flags(*words, task=task)
     path.parent.mkdir(exist_ok=True)
     try:
-        with record.recording(path, args, "qlora", record.training_settings(args)) as content:
+        with record.recording(path, args, "qlora", runs.training_settings(args)) as content:
             content |= {"data": DATA, **more}
             if error:
                 raise error
@@ -84,7 +84,7 @@ def test_a_run_is_named_as_published(task, words, name):
     ],
 )
 def test_a_baseline_is_named_by_model_task_and_prompt(words, folder):
-    assert str(record.baseline_dir(flags(*words, task=None))) == f"experiments/baseline/{folder}"
+    assert str(runs.baseline_dir(flags(*words, task=None))) == f"experiments/baseline/{folder}"
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_a_baseline_is_named_by_model_task_and_prompt(words, folder):
     ["--shots 3", "--chat_template auto", "--max_eval_samples 5", "--seed 1", "--decoding constrained"],
 )
 def test_a_baseline_with_other_settings_gets_a_short_hash(words):
-    name = record.baseline_dir(flags(*words.split(), task=None)).name
+    name = runs.baseline_dir(flags(*words.split(), task=None)).name
     assert re.fullmatch("zero-shot_[0-9a-f]{8}", name)
 
 
@@ -145,7 +145,7 @@ def test_a_flag_that_changes_speed_or_score_only_leaves_the_name(words):
 
 
 def test_every_flag_is_known_to_change_the_result_or_not():
-    named = {f"--{name}" for name in (*record.NAMED, "output_dir", "experiment_dir", "help")}
+    named = {f"--{name}" for name in (*runs.NAMED, "output_dir", "experiment_dir", "help")}
     known = named | {words.split()[0] for words in SETTINGS + SPEED}
     parser = cli.build_parser("classification", "")
     assert {action.option_strings[-1] for action in parser._actions} == known
@@ -170,7 +170,7 @@ def test_the_test_file_counts_where_training_drops_its_overlap():
 ATOMIC = """
 import json, sys
 from pathlib import Path
-from study import cli, record
+from study import cli, record, runs
 path = Path(sys.argv[1]) / "train.json"
 record.write_json(path, {"old": 1})
 try:
@@ -378,7 +378,7 @@ def test_a_lock_is_held_by_one_and_free_again_when_that_one_fails(tmp_path):
 
 def find(path: Path, *words: object, data: dict = DATA, training: str | None = None):
     args = flags(*words)
-    return record.find_finished(path, args, record.training_settings(args), data, training)
+    return runs.find_finished(path, args, runs.training_settings(args), data, training)
 
 
 def test_a_finished_run_is_found_and_force_redoes_it(tmp_path):
@@ -431,7 +431,7 @@ def test_inference_takes_over_the_settings_of_the_training(tmp_path, trained):
     args = flags(
         "--experiment_dir", tmp_path / "run", "--test_file", "c.jsonl", "--pretrained_ckpt", "moved/small"
     )
-    assert record.finished_training(tmp_path / "run", args) == trained
+    assert runs.finished_training(tmp_path / "run", args) == trained
     assert (args.train_file, args.lora_r, args.max_seq_length) == ("a.jsonl", 2, 99)
     assert (args.test_file, args.pretrained_ckpt) == ("c.jsonl", "moved/small")
     assert args.experiment_dir == str(tmp_path / "run")
@@ -454,7 +454,7 @@ def test_inference_takes_over_the_settings_of_the_training(tmp_path, trained):
 )
 def test_an_inference_flag_that_contradicts_the_training_is_refused_by_name(tmp_path, trained, words):
     with pytest.raises(UserError, match=f"belongs to a run with {words.split()[0]} "):
-        record.finished_training(tmp_path / "run", flags(*words.split()))
+        runs.finished_training(tmp_path / "run", flags(*words.split()))
 
 
 def eval_name(trained: dict, *words: object) -> str:
@@ -462,7 +462,7 @@ def eval_name(trained: dict, *words: object) -> str:
     for name in ("pretrained_ckpt", "train_file", "test_file", "max_seq_length"):
         if name not in args.given:
             setattr(args, name, trained["config"][name])
-    return record.eval_name(args, trained["config"])
+    return runs.eval_name(args, trained["config"])
 
 
 def test_a_plain_evaluation_is_eval_json_whatever_its_speed(trained):
@@ -477,14 +477,14 @@ def test_an_evaluation_with_other_settings_has_a_name_and_predictions_of_its_own
     assert len(names) == 5
     for name in names:
         assert re.fullmatch(r"eval-[0-9a-f]{8}\.json", name)
-        assert record.predictions_beside(Path("eval", name)) == Path("eval", f"predictions{name[4:]}l")
-    assert record.predictions_beside(Path("eval/eval.json")) == Path("eval/predictions.jsonl")
+        assert runs.predictions_beside(Path("eval", name)) == Path("eval", f"predictions{name[4:]}l")
+    assert runs.predictions_beside(Path("eval/eval.json")) == Path("eval/predictions.jsonl")
 
 
 def test_a_dry_run_by_experiment_dir_finds_the_evaluation_that_inference_wrote(tmp_path, trained):
     args = flags("--experiment_dir", tmp_path / "run")
-    content = record.finished_training(tmp_path / "run", args)
-    name = record.eval_name(args, content["config"])
+    content = runs.finished_training(tmp_path / "run", args)
+    name = runs.eval_name(args, content["config"])
     make_record(tmp_path / "run" / name, training=content["finished"])
     done = run_script("llama2_classification_inference.py", "--experiment_dir", tmp_path / "run", "--dry_run")
     assert done.stdout.splitlines()[-1] == f"finished\t{tmp_path / 'run'}"
@@ -498,7 +498,7 @@ def test_a_dry_run_by_experiment_dir_finds_the_evaluation_that_inference_wrote(t
 def test_a_dry_run_of_an_evaluation_says_how_its_training_stands(tmp_path, capsys, training, state):
     if training is not None:
         make_record(tmp_path / "run" / "train.json", **training)
-    record.say_dry_run(tmp_path / "run" / "eval.json", flags())
+    runs.say_dry_run(tmp_path / "run" / "eval.json", flags())
     assert capsys.readouterr().out.splitlines()[-1] == f"{state}\t{tmp_path / 'run'}"
 
 

@@ -1,0 +1,184 @@
+"""Which settings make a run what it is: its folder's name, and whether it is finished already.
+
+Nothing here needs torch, so a look-up answers at once.
+"""
+
+import argparse
+from collections.abc import Iterable
+from pathlib import Path
+
+from study import cli
+from study.cli import UserError
+from study.record import read, short_hash, status
+
+NAMED = ("train_sample_fraction", "epochs", "lora_r", "dropout", "seed")  # stand in the run's name
+READ = (  # what a model reads, in training and scoring alike
+    *("pretrained_ckpt", "dataset", "train_file", "text_column", "label_column", "dialogue_column"),
+    *("summary_column", "drop_overlap", "max_train_samples", "max_seq_length", "max_new_tokens"),
+)
+# With these a training is what it is; all other flags change its speed, its scoring or its place.
+TRAINED = (*READ, "lora_alpha", "target_modules", "learning_rate", "batch_size", "loss_on")
+# With these, beside the training, an evaluation is what it is.
+SCORED = (*READ, "test_file", "validation_file", "max_eval_samples", "split", "decoding")
+BASELINE = (*SCORED, "task", "prompt_type", "shots", "chat_template", "seed")
+
+
+def changed(args: argparse.Namespace, names: Iterable[str], plain: dict) -> dict:
+    """Those of the settings `names` that differ from `plain`, where both have them."""
+    return {
+        name: getattr(args, name)
+        for name in names
+        if hasattr(args, name) and name in plain and getattr(args, name) != plain[name]
+    }
+
+
+def training_settings(args: argparse.Namespace) -> tuple[str, ...]:
+    """The flags that a training's result depends on."""
+    return (*NAMED, *TRAINED, "test_file") if args.drop_overlap else (*NAMED, *TRAINED)
+
+
+def experiment_dir(args: argparse.Namespace) -> Path:
+    """Folder of a fine-tuning run: --experiment_dir, or a name built from its settings within --output_dir.
+
+    Settings that the name does not spell out and that differ from their defaults add a short hash of
+    themselves.
+    """
+    if args.experiment_dir:
+        return Path(args.experiment_dir)
+    name = (
+        f"{args.task}-sampleFraction-{args.train_sample_fraction}_epochs-{args.epochs}_rank-{args.lora_r}"
+        f"_dropout-{args.dropout}_seed-{args.seed}"
+    )
+    others = [setting for setting in training_settings(args) if setting not in NAMED]
+    return Path(args.output_dir) / (name + suffix(changed(args, others, defaults(args.task)), "_"))
+
+
+def baseline_dir(args: argparse.Namespace) -> Path:
+    """Folder of a baseline's evaluation, named like `experiment_dir`."""
+    if args.experiment_dir:
+        return Path(args.experiment_dir)
+    others = changed(args, BASELINE, {**defaults(None), **cli.DEFAULTS[args.task]})
+    folder = Path(args.output_dir) / "baseline" / model_name(args.pretrained_ckpt) / args.task
+    known = ("pretrained_ckpt", "prompt_type")
+    return folder / (args.prompt_type + suffix({k: v for k, v in others.items() if k not in known}, "_"))
+
+
+def model_name(checkpoint: str) -> str:
+    """A hub id as one folder name, or the last part of a local path."""
+    path = Path(checkpoint)
+    return path.resolve().name if path.is_dir() else checkpoint.replace("/", "--")
+
+
+def eval_name(args: argparse.Namespace, trained: dict) -> str:
+    """The name eval.json, with a short hash if the settings differ from those of the training and the
+    defaults."""
+    plain = {**defaults(args.task), **trained, "max_eval_samples": None, "split": "test", "decoding": "free"}
+    return f"eval{suffix(changed(args, SCORED, plain), '-')}.json"
+
+
+def planned_eval(folder: Path, args: argparse.Namespace) -> str:
+    """`eval_name` for --dry_run, where the training may be unfinished."""
+    finished = status(folder / "train.json") == "finished"
+    return eval_name(args, finished_training(folder, args)["config"] if finished else vars(args))
+
+
+def predictions_beside(path: Path) -> Path:
+    """predictions.jsonl of an eval.json; both have the same hash, if any."""
+    return path.with_name(path.name.replace("eval", "predictions", 1) + "l")
+
+
+def defaults(task: str | None) -> dict:
+    return vars(cli.build_parser(task, "").parse_args([]))
+
+
+def suffix(settings: dict, mark: str) -> str:
+    return mark + short_hash(settings) if settings else ""
+
+
+def find_finished(
+    path: Path, args: argparse.Namespace, settings: Iterable[str], data: dict, training: str | None = None
+) -> dict | None:
+    """The finished record at `path` if there is one and --force is not given; None too if it scored an older
+    `training`.
+
+    Raises UserError where it was made with other `settings`, naming the flags, or from other `data` (splits,
+    described).
+    """
+    content = None if args.force else read(path)
+    if not content or content["status"] != "finished" or content.get("training") != training:
+        return None
+    check_same(content["config"], args, settings, path)
+    check_same_data(content["data"], data, path)
+    return content
+
+
+def check_same_data(recorded: dict, data: dict, where: Path) -> None:
+    """Raise UserError if the splits in `data` hold other examples than those `recorded`."""
+    for name, split in data.items():
+        if recorded[name]["sha256"] != split["sha256"]:
+            raise UserError(
+                f"{where} was made from other {name} data than {split['source']} holds now: --force redoes it"
+            )
+
+
+def check_same(config: dict, args: argparse.Namespace, settings: Iterable[str], where: Path) -> None:
+    """Raise UserError if the recorded `config` has other values of `settings` than the flags."""
+    other = [
+        f"--{name} {config.get(name)}, not {getattr(args, name)}"
+        for name in settings
+        if hasattr(args, name) and name in config and config.get(name) != getattr(args, name)
+    ]
+    if other:
+        raise UserError(
+            f"{where} belongs to a run with {'; '.join(other)}: use another --experiment_dir, or --force"
+        )
+
+
+def finished_training(folder: Path, args: argparse.Namespace) -> dict:
+    """The record of the finished training in `folder`; `args` takes its settings over, but for those given as
+    flags.
+
+    Raises UserError where there is none, or where a flag contradicts how the adapter was trained.
+    """
+    if not folder.is_dir():
+        raise UserError(
+            f"--experiment_dir {folder}: there is no such run; train it first with the same flags"
+        )
+    content = read(folder / "train.json")
+    if not content or content["status"] != "finished":
+        state = content["status"] if content else "unfinished"
+        raise UserError(
+            f"--experiment_dir {folder}: its training is {state}; start the training script again"
+        )
+    if content["task"] != args.task:
+        raise UserError(
+            f"--experiment_dir {folder} is a {content['task']} run: score it with that task's script"
+        )
+    config = content["config"]
+    given = [
+        name
+        for name in (*NAMED, "lora_alpha", "target_modules", "learning_rate", "batch_size", "loss_on")
+        if name in args.given
+    ]
+    check_same(config, args, given, folder)
+    for name, value in config.items():
+        if name in (*NAMED, *TRAINED, "test_file", "validation_file") and name not in args.given:
+            setattr(args, name, value)
+    return content
+
+
+def say_dry_run(path: Path, args: argparse.Namespace) -> None:
+    """What --dry_run prints: the record, then a line "status<TAB>folder" for programs.
+
+    An evaluation that has not been made is "trained" where its training is finished, and else says how that
+    stands.
+    """
+    state = status(path)
+    if (
+        state != "finished"
+        and path.name != "train.json"
+        and (training := status(path.parent / "train.json")) != state
+    ):
+        state = "trained" if training == "finished" else training
+    print(f"{args.task} with {args.pretrained_ckpt} -> {path}")
+    print(f"{state}\t{path.parent}")
