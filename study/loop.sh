@@ -1,29 +1,80 @@
 # shellcheck shell=bash
 # Sourced by the loops, which call `cell` once for each cell of their grid and `finish` at the end.
 # A cell is one or two scripts with the same flags; a finished one is found again, a failed one does not stop the others.
+# The loops' own flags, --budget_usd USD and --budget_hours H, end a loop before the cell that would exceed them.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 LAUNCH=${LAUNCH:-python} # the command in front of each script, e.g. "accelerate launch"
 cells=()
 failed=()
+left=()
 count=0
+unknown=0
+total=(0 0) # estimated seconds and USD
+budget=(inf inf)
 dry_run=
-for flag in "$@"; do
-  case $flag in
-    --dry_run | --dry-run) dry_run=1 ;;
+flags=()
+while (($#)); do
+  if [[ $1 == --budget[_-]*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
+  case $1 in
+    --budget[_-]hours | --budget[_-]usd)
+      [[ ${2:-} =~ ^[0-9]*[.]?[0-9]+$ ]] || {
+        echo "error: $1 ${2:-}: it takes a number" >&2
+        exit 2
+      }
+      if [[ $1 == *hours ]]; then budget[0]=$(awk "BEGIN { print $2 * 3600 }"); else budget[1]=$2; fi
+      shift
+      ;;
     -h | --help) # the comment that the loop opens with
       sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
       exit 0
       ;;
+    --dry_run | --dry-run) dry_run=1 && flags+=("$1") ;;
+    *) flags+=("$1") ;;
   esac
+  shift
 done
+set -- "${flags[@]}"
 
-look_up() { # look_up SCRIPT FLAG...: prints "status<TAB>folder" of the run that the flags name
-  python "$@" --dry_run | tail -n 1
+look_up() { # look_up SCRIPT FLAG...: sets state, folder, seconds and usd of the run that the flags name
+  local found
+  found=$(python "$@" --dry_run) || return
+  IFS=$'\t' read -r state folder seconds usd <<<"${found##*$'\n'}"
+}
+
+run_scripts() { # run_scripts FLAG...: the scripts of a cell, up to the first that fails
+  local script status
+  for script in "${scripts[@]}"; do
+    # shellcheck disable=SC2086 # LAUNCH is a command with its arguments
+    $LAUNCH "$script" "$@" || {
+      status=$?
+      ((status != 130)) || exit 130
+      failed+=("$script $* (exit $status)")
+      return 1
+    }
+  done
+}
+
+say_estimate() { # say_estimate SECONDS USD: in hours or minutes, and dollars
+  awk -v s="$1" -v usd="$2" 'BEGIN {
+    if (s == "?") printf "unknown time"; else if (s < 3600) printf "%.1f min", s / 60; else printf "%.1f h", s / 3600
+    if (usd == "?") printf ", unknown price"; else printf (usd < 0.1 ? ", $%.4f" : ", $%.2f"), usd }'
+}
+
+exceeds_budget() { # with the time this loop has taken so far and the cell that look_up has found
+  awk -v spent="$SECONDS" -v s="$seconds" -v usd="$usd" -v most="${budget[0]}" -v most_usd="${budget[1]}" 'BEGIN {
+    exit !((most != "inf" && spent + s > most + 0) || (most_usd != "inf" && s > 0 && (spent + s) * usd / s > most_usd + 0)) }'
+}
+
+calibrate() { # a short run of the cell's scripts, so that the next look-up has a speed to go by
+  local few=(--max_eval_samples 16)
+  ((${#scripts[@]} == 1)) || few+=(--max_train_samples 64 --train_sample_fraction 1.0 --epochs 1)
+  echo "nothing to estimate this cell from: a short run first"
+  run_scripts "$@" "${few[@]}" && look_up "${scripts[-1]}" "$@"
 }
 
 cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last script is the one that scores
-  local scripts=() script found status
+  local scripts=() state folder seconds usd status
   while [[ $1 != -- ]]; do
     scripts+=("$1")
     shift
@@ -31,33 +82,56 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
   shift
   count=$((count + 1))
   printf '\n[%d] %s\n' "$count" "$*"
-  found=$(look_up "${scripts[-1]}" "$@") || {
+  look_up "${scripts[-1]}" "$@" || {
     status=$?
     ((status != 2)) || exit 2 # bad usage: every cell would fail alike
     failed+=("${scripts[-1]} $* (exit $status)")
     return 0
   }
-  cells+=("${found#*$'\t'}")
+  cells+=("$folder")
   if [[ $dry_run ]]; then
-    printf '%s\n' "${found/$'\t'/  }"
+    printf '%s  %s' "$state" "$folder"
+    [[ $state == finished ]] || printf '  %s' "$(say_estimate "$seconds" "$usd")"
+    printf '\n'
+    if [[ $seconds == '?' ]]; then
+      unknown=$((unknown + 1))
+    else
+      mapfile -t total < <(awk -v a="${total[0]}" -v b="${total[1]}" -v s="$seconds" -v usd="$usd" \
+        'BEGIN { print a + s; print (b == "?" || usd == "?") ? "?" : b + usd }')
+    fi
     return
   fi
-  for script in "${scripts[@]}"; do
-    # shellcheck disable=SC2086 # LAUNCH is a command with its arguments
-    $LAUNCH "$script" "$@" || {
-      status=$?
-      ((status != 130)) || exit 130
-      failed+=("$script $* (exit $status)")
+  if [[ "${budget[*]}" != "inf inf" && $state != finished ]]; then
+    [[ $seconds != '?' || ${left[*]} ]] || calibrate "$@" || return 0
+    if [[ ${budget[1]} != inf && $usd == '?' && $seconds != '?' ]]; then
+      echo "error: --budget_usd: this device has no known price: give --price_per_hour" >&2
+      exit 1
+    fi
+    if [[ ${left[*]} ]] || exceeds_budget; then
+      printf 'left: %s would exceed the budget\n' "$(say_estimate "$seconds" "$usd")"
+      left+=("$folder")
       return 0
-    }
-  done
+    fi
+  fi
+  run_scripts "$@" || true
 }
 
-finish() { # print the table of all cells and name those that failed
+finish() { # print the table of all cells and name those that failed or are left
   printf '\n'
-  local report=0
-  if [[ ! $dry_run ]] && ((${#cells[@]})); then
-    PYTHONPATH=$root python -m study.report "${cells[@]}" || report=$?
+  local report=0 folder recorded=()
+  for folder in "${cells[@]}"; do
+    [[ ! -e $folder/train.json && ! -e $folder/eval.json ]] || recorded+=("$folder")
+  done
+  if [[ $dry_run ]]; then
+    printf 'in all: %s, %d cells' "$(say_estimate "${total[@]}")" "$count"
+    ((unknown == 0)) || printf ', %d of them without an estimate: no earlier run of that model, task and device' "$unknown"
+    printf '\n'
+  elif ((${#recorded[@]})); then
+    PYTHONPATH=$root python -m study.report "${recorded[@]}" || report=$?
+  fi
+  if ((${#left[@]})); then
+    printf 'the budget ends here: %d of %d cells are left:\n' "${#left[@]}" "$count"
+    printf '  %s\n' "${left[@]}"
   fi
   if ((${#failed[@]})); then
     printf 'error: %d of %d cells failed:\n' "${#failed[@]}" "$count" >&2

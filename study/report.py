@@ -1,138 +1,188 @@
-"""Records -> tables. `python -m study.report FOLDER...` prints one row for each run."""
+"""Records -> the study's tables and plots.
+
+    python -m study.report experiments/                             # every table
+    python -m study.report experiments/ --published --output_dir results/
+    python -m study.report experiments/ --trace "table 1, 10 %"     # the records and commands behind cells
+    python -m study.report --compare RUN RUN                        # a paired test on the same test examples
+
+A score is the mean over the seeds of a setting ± half of its 95 % interval: the bootstrap's over the test
+examples, and with n seeds, shown as (n), their spread too.
+"""
 
 import argparse
+import csv
+import io
+import json
+import re
+import shlex
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
-from study import record, runs
-from study.cli import UserError, run_script
-
-SCORES = {"classification": ("accuracy", "macro_f1"), "summarization": ("rouge1", "rouge2", "rougeL")}
-SETTINGS = {
-    "train_sample_fraction": "fraction",
-    "lora_r": "rank",
-    "epochs": "epochs",
-    "dropout": "dropout",
-    "seed": "seed",
-}
-TITLES = {
-    "accuracy": "accuracy",
-    "macro_f1": "macro F1",
-    "rouge1": "ROUGE-1",
-    "rouge2": "ROUGE-2",
-    "rougeL": "ROUGE-L",
-}
+from study import cost, record, runs
+from study.cli import UserError, run_script, underscored
+from study.collect import comparable, find_runs
+from study.tables import Table, all_tables, usd_text
 
 
 def result_block(content: dict) -> str:
     """What a script prints at its end, and for a run that is finished already."""
     lines = []
     if "train" in content:
-        train = content["train"]
+        part, speed = content["train"], f"{content['train']['tokens_per_second']:,.0f} tokens/s"
         lines.append(
-            f"trained    loss {train['loss']:.4f} over the last epoch; {train['examples']:,} examples, "
-            f"{train['steps']:,} steps, {train['tokens']:,} tokens, {train['trainable_parameters']:,} "
-            f"trainable parameters"
+            f"trained    loss {part['loss']:.4f} over the last epoch; {part['examples']:,} examples, "
+            f"{part['steps']:,} steps, {part['tokens']:,} tokens, {part['trainable_parameters']:,} trainable "
+            "parameters"
         )
-        lines.append(spent(train, f"{train['tokens_per_second']:,.0f} tokens/s", content["cost"]))
     if "eval" in content:
-        scored = content["eval"]
-        for name, metric in scored["metrics"].items():
+        part, speed = content["eval"], f"{content['eval']['examples_per_second']:,.1f} examples/s"
+        for name, metric in part["metrics"].items():
             low, high = metric["ci95"]
             lines.append(f"{name:<16}{metric['value']:6.2f} %  (95 % interval {low:.2f} to {high:.2f})")
         lines.append(
-            f"scored     {scored['examples']:,} examples, {content['method']}, {scored['decoding']} "
-            f"decoding, {scored['input_tokens']:,} tokens in, {scored['output_tokens']:,} out"
+            f"scored     {part['examples']:,} examples, {content['method']}, {part['decoding']} decoding, "
+            f"{part['input_tokens']:,} tokens in, {part['output_tokens']:,} out"
         )
-        lines.append(spent(scored, f"{scored['examples_per_second']:,.1f} examples/s", content["cost"]))
+    lines.append(
+        f"spent      {part['wall_seconds']:,.0f} s in all, {part['seconds']:,.0f} s at {speed}, peak "
+        f"{part['peak_memory_gib']:.2f} GiB, {usd_text(content['cost']['usd'])} on {content['cost']['gpu']}"
+    )
     return "\n".join(lines)
 
 
-def spent(part: dict, speed: str, cost: dict) -> str:
-    return (
-        f"spent      {part['wall_seconds']:,.0f} s in all, {part['seconds']:,.0f} s at {speed}, peak "
-        f"{part['peak_memory_gib']:.2f} GiB, {money(cost['usd'])} on {cost['gpu']}"
-    )
+def markdown(table: Table) -> str:
+    from tabulate import tabulate
+
+    rows = [[cell.text for cell in row] for row in table.rows]
+    text = tabulate(rows, table.columns, tablefmt="github", disable_numparse=True)
+    return f"## {table.name}: {table.title}\n\n{text}\n\n{table.note}".rstrip() + "\n"
 
 
-def money(usd: float | None) -> str:
-    return "unknown price" if usd is None else f"${usd:,.4f}" if usd < 1 else f"${usd:,.2f}"
-
-
-def rows_of(folder: Path) -> list[dict[str, str]]:
-    """One table row for each evaluation in a run's folder, or one that says why there is none; columns by
-    title."""
-    trained = record.read(folder / "train.json")
-    evals = [record.read(path) for path in sorted(folder.glob("eval*.json"))]
-    if evals:
-        return [scored_row(content, trained) for content in evals]
-    state = record.status(folder / "train.json")
-    if trained:
-        return [settings_row(trained) | {"state": "not scored" if state == "finished" else state}]
-    task = next((task for task in SCORES if task in f"{folder.parent.name} {folder.name}"), "—")
-    return [{"task": task, "method": folder.name, "state": state}]
-
-
-def readable_rows(folder: Path) -> list[dict[str, str]]:
-    try:
-        return rows_of(folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return [{"task": "—", "method": folder.name, "state": "unreadable"}]
-
-
-def settings_row(content: dict) -> dict[str, str]:
-    config, tuned = content["config"], content["method"] == "qlora"
-    row = {"task": content["task"], "model": runs.model_name(content["model"]), "method": content["method"]}
-    named = {SETTINGS[name]: f"{config[name]:g}" for name in SETTINGS if tuned or name == "seed"}
-    return row | named | {"decoding": config.get("decoding", "free")}
-
-
-def scored_row(content: dict, trained: dict | None) -> dict[str, str]:
-    """Scores with half their 95 % interval; seconds, memory and cost of training and evaluation together,
-    loading included."""
-    row = settings_row(content)
-    if content["status"] != "finished":
-        return row | {"state": content["status"]}
-    parts = [content["eval"]] + ([trained["train"]] if trained else [])
-    prices = [part["cost"]["usd"] for part in (content, trained) if part]
-    return row | {
-        **{TITLES[name]: interval(content["eval"]["metrics"][name]) for name in SCORES[content["task"]]},
-        "seconds": f"{sum(part['wall_seconds'] for part in parts):,.0f}",
-        "peak GiB": f"{max(part['peak_memory_gib'] for part in parts):.2f}",
-        "cost": money(None if None in prices else sum(prices)),
-    }
-
-
-def interval(metric: dict) -> str:
-    low, high = metric["ci95"]
-    return f"{metric['value']:.2f} ± {(high - low) / 2:.2f}"
-
-
-def table(folders: Sequence[Path]) -> str:
-    """One aligned table of all runs. A column that says the same in every row is left out, but for
-    results."""
-    rows = [row for folder in folders for row in readable_rows(folder)]
-    results = [*TITLES.values(), "seconds", "peak GiB", "cost"]
-    titles = [
-        title
-        for title in ("task", "model", "method", *SETTINGS.values(), "decoding", "state", *results)
-        if len({row[title] for row in rows if title in row})
-        > (title not in ("task", "method", "state", *results))
+def cells_of(tables: Sequence[Table]) -> list[dict]:
+    """Every cell of the tables as a row for programs, with the records behind it."""
+    return [
+        {
+            **{"table": table.name, "title": table.title},
+            **{"row": [key.text for key in row[: table.keys]], "column": column, "text": cell.text},
+            **{
+                "value": cell.value,
+                "half_width": cell.half,
+                "seeds": sum(bool(run.scored) for run in cell.runs),
+            },
+            "records": [str(path) for run in cell.runs for path in run.records()],
+        }
+        for table in tables
+        for row in table.rows
+        for column, cell in list(zip(table.columns, row, strict=True))[table.keys :]
     ]
-    lines = [titles, *([row.get(title, "—") for title in titles] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def trace(tables: Sequence[Table], query: str) -> str:
+    """The records, commands and commits behind each cell whose table, row and column have every word asked
+    for."""
+    lines = []
+    for cell in cells_of(tables):
+        place = " | ".join([cell["table"], cell["title"], *cell["row"], cell["column"]])
+        if cell["records"] and set(words(query)) <= set(words(place)):
+            lines.append(f"{place} = {cell['text']}")
+            for path in cell["records"]:
+                content = record.read(Path(path)) or record.read(record.beside(Path(path)))
+                commit = content.get("environment", {}).get("git_commit")
+                lines.append(f"  {path}: {content['status']} {content.get('finished', '')}, commit {commit}")
+                lines.append(f"    {runs.command(content)}")
+    if not lines:
+        raise UserError(f"--trace {query}: no cell with records has all these words in table, row and column")
+    return "\n".join(lines)
+
+
+def words(text: str) -> list[str]:
+    return re.findall(r"[^\s,:|]+", text.lower())
+
+
+def write(
+    tables: Sequence[Table], groups: Sequence[tuple], prices: Sequence[dict], args: argparse.Namespace
+) -> None:
+    """report.md, and beside it each table as CSV and each plot as PNG and SVG."""
+    from study import plots
+
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    for number, table in enumerate(tables, 1):
+        name = "-".join(re.findall(r"\w+", f"{table.name} {table.title}".lower()))[:60]
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(csv_rows(table))
+        record.write_text(args.output_dir / f"{number:02d}-{name}.csv", text.getvalue())
+    drawn = plots.draw(groups, prices, args.output_dir, args.published)
+    intervals = __doc__.rpartition("\n\n")[2]
+    about = f"# Results\n\nMade by `python -m study.report {shlex.join(sys.argv[1:])}`.\n\n{intervals}"
+    pictures = [f"## {title}\n\n![{title}]({name}.png)\n" for name, title in drawn]
+    record.write_text(args.output_dir / "report.md", "\n".join([about, *map(markdown, tables), *pictures]))
+
+
+def csv_rows(table: Table) -> list[list]:
+    """Titles and rows; a column of scores has one with half of their intervals beside it."""
+    halves = [any(row[i].half is not None for row in table.rows) for i in range(len(table.columns))]
+    lines = [[[name, f"{name} ±"] for name in table.columns]]
+    lines += [
+        [[cell.text if cell.value is None else cell.value, cell.half] for cell in row] for row in table.rows
+    ]
+    return [
+        list(chain(*(pair[: 1 + half] for pair, half in zip(line, halves, strict=True)))) for line in lines
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a run's folder")
-    text = table(parser.parse_args().folders)
-    print(text)
-    if "unreadable" in text:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("folders", nargs="*", type=Path, metavar="FOLDER", help="runs, or what holds them (experiments)")
+    add("--output_dir", type=Path, metavar="DIR", help="write report.md, and each table and plot as a file")
+    add("--published", action="store_true", help="the published study's figures beside ours")
+    add(
+        "--prices",
+        type=Path,
+        metavar="FILE",
+        help="a price list like study/prices.json, before the records' prices",
+    )
+    add("--json", action="store_true", help="print every cell as JSON, for programs")
+    add(
+        "--trace",
+        metavar="WORDS",
+        help="print the records behind the cells whose table, row and column have the words",
+    )
+    add(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar="RUN",
+        help="a paired test of two runs, folders or eval.json files",
+    )
+    args = parser.parse_args([underscored(word) for word in sys.argv[1:]])
+    if args.compare:
+        from study.compare import compare
+
+        return print(compare(args.compare))
+    prices = cost.read_prices(args.prices) if args.prices else []
+    found, problems = find_runs(args.folders or ([] if args.published else [Path("experiments")]))
+    groups = comparable(found)
+    tables = all_tables(groups, prices)
+    if args.published:
+        from study.published import with_published
+
+        tables = with_published(tables)
+    if args.trace:
+        print(trace(tables, args.trace))
+    elif args.json:
+        print(json.dumps(cells_of(tables), indent=1, ensure_ascii=False))
+    else:
+        print("\n".join(map(markdown, tables)))
+    if args.output_dir:
+        write(tables, groups, prices, args)
+    for problem in problems:
+        print(f"error: {problem}", file=sys.stderr)
+    if problems:
         sys.exit(1)
 
 

@@ -4,10 +4,11 @@ Nothing here needs torch, so a look-up answers at once.
 """
 
 import argparse
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from study import cli
+from study import cli, plan
 from study.cli import UserError
 from study.record import read, short_hash, status
 
@@ -168,17 +169,31 @@ def finished_training(folder: Path, args: argparse.Namespace) -> dict:
 
 
 def say_dry_run(path: Path, args: argparse.Namespace) -> None:
-    """What --dry_run prints: the record, then a line "status<TAB>folder" for programs.
+    """What --dry_run prints: the record, then for programs "status<TAB>folder<TAB>seconds<TAB>USD" with an
+    estimate of what is left to spend, or "?".
 
     An evaluation that has not been made is "trained" where its training is finished, and else says how that
     stands.
     """
     state = status(path)
-    if (
-        state != "finished"
-        and path.name != "train.json"
-        and (training := status(path.parent / "train.json")) != state
-    ):
-        state = "trained" if training == "finished" else training
+    if state not in ("finished", "running") and path.name != "train.json":
+        training = status(path.parent / "train.json")
+        if training != state:
+            state = "trained" if training == "finished" else training
     print(f"{args.task} with {args.pretrained_ckpt} -> {path}")
-    print(f"{state}\t{path.parent}")
+    left = ("?" if number is None else f"{number:.6g}" for number in plan.estimate(args, path, state))
+    print(state, path.parent, *left, sep="\t")
+
+
+def command(content: dict) -> str:
+    """The command line of a record: its script with the flags that differ from their defaults."""
+    config = content["config"]
+    plain = {
+        **defaults(None if "prompt_type" in config else content["task"]),
+        **cli.DEFAULTS[content["task"]],
+    }
+    words = ["python", content["script"]]
+    for name, value in config.items():
+        if name in plain and value not in (plain[name], None, False):
+            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
+    return shlex.join(word for word in words if word != "True")

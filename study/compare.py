@@ -1,0 +1,60 @@
+"""A paired test of two evaluations of the same test examples."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from study import record, runs
+from study.cli import UserError
+from study.tables import SCORES
+
+
+def compare(paths: Sequence[Path]) -> str:
+    """Both scores, their difference with its 95 % interval, and p. Raises UserError where the two runs were
+    not scored on the same examples in the same way."""
+    from tabulate import tabulate
+
+    from study import metrics
+
+    sides = [read_scored(path / "eval.json" if path.is_dir() else path) for path in paths]
+    (ours, rows), (theirs, others) = sides
+    for what, one, other in (
+        ("tasks", ours["task"], theirs["task"]),
+        (
+            "test examples",
+            *(content["data"][content["config"]["split"]]["sha256"][:8] for content, _ in sides),
+        ),
+        ("metric versions", *(content["eval"].get("metrics_version") for content, _ in sides)),
+    ):
+        if one != other:
+            raise UserError(f"--compare: {paths[0]} and {paths[1]} have different {what}: {one}, {other}")
+    result, table = metrics.compare(rows, others), []
+    for name, title in SCORES[ours["task"]].items():
+        scores = [f"{content['eval']['metrics'][name]['value']:.2f}" for content, _ in sides]
+        low, high = result[name]["ci95"]
+        difference = f"{result[name]['value']:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{result[name]['p']:.4f}"
+        table.append([title, *scores, *difference])
+    lines = [f"A: {paths[0]}", f"B: {paths[1]}", ""]
+    lines.append(
+        tabulate(table, ["", "A", "B", "A - B", "95 % interval", "p"], "github", disable_numparse=True)
+    )
+    lines += ["", f"Paired bootstrap over the same {len(rows):,} test examples."]
+    if "mcnemar_p" in result.get("accuracy", {}):
+        exact = result["accuracy"]
+        alone = f"A alone is right {exact['won']:,} times, B alone {exact['lost']:,} times"
+        lines.append(f"McNemar's exact test: {alone}, p = {exact['mcnemar_p']:.4f}.")
+    return "\n".join(lines)
+
+
+def read_scored(path: Path) -> tuple[dict, list[dict]]:
+    """A finished evaluation's record and predictions. Raises UserError where either lacks or is not whole."""
+    content, predictions = record.read(path), runs.predictions_beside(path)
+    if not content or content["status"] != "finished" or "eval" not in content:
+        raise UserError(f"--compare {path}: there is no finished evaluation")
+    try:
+        rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"--compare: {predictions} is not readable ({error}): --force redoes it") from None
+    if len(rows) != content["eval"]["examples"]:
+        raise UserError(f"--compare: {predictions} is not whole: --force redoes it")
+    return content, rows

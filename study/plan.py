@@ -1,0 +1,74 @@
+"""What a run will take, from the speed of earlier ones: of the same model, task and method on this device."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+
+from study import cost, record
+from study.cli import UserError
+
+
+def estimate(args: argparse.Namespace, path: Path, state: str) -> tuple[float | None, float | None]:
+    """Seconds and USD that the run of the record `path` still takes; None where nothing tells.
+
+    An evaluation whose training is not finished includes that.
+    """
+    gpu = args.gpu_name or cost.this_device()
+    seconds: list[float | None] = []
+    if state != "finished":
+        method = getattr(args, "prompt_type", "qlora")
+        if method == "qlora" and state != "trained":
+            seconds.append(training_seconds(args, earlier(args, gpu, "train", method)))
+        if path.name != "train.json":
+            seconds.append(evaluation_seconds(args, earlier(args, gpu, "eval", method)))
+    total = None if None in seconds else sum(seconds)
+    per_hour = cost.price(gpu, args.price_per_hour)["price_per_hour"]
+    return total, None if total is None else cost.usd(per_hour, total)
+
+
+def earlier(args: argparse.Namespace, gpu: str, part: str, method: str) -> list[dict]:
+    """The finished records in --output_dir of the same model, task, method and device."""
+    found = []
+    for path in sorted(Path(args.output_dir).rglob(f"{part}*.json")):
+        try:
+            content = record.read(path)
+        except UserError:
+            continue  # the report names it
+        key = (content["status"], content["task"], content["method"], content["model"])
+        if key == ("finished", args.task, method, args.pretrained_ckpt) and content["cost"]["gpu"] == gpu:
+            found.append(content)
+    return found
+
+
+def training_seconds(args: argparse.Namespace, records: Sequence[dict]) -> float | None:
+    rows = available(args, records, "train", "train_file")
+    if rows is None:
+        return None
+    passes = min(rows, args.max_train_samples or rows) * args.train_sample_fraction * args.epochs
+    each = middle(
+        records, lambda run: run["train"]["seconds"] / run["train"]["examples"] / run["config"]["epochs"]
+    )
+    return passes * each + middle(records, lambda run: run["train"]["wall_seconds"] - run["train"]["seconds"])
+
+
+def evaluation_seconds(args: argparse.Namespace, records: Sequence[dict]) -> float | None:
+    rows = available(args, records, args.split, f"{args.split}_file")
+    if rows is None:
+        return None
+    each = middle(records, lambda run: run["eval"]["seconds"] / run["eval"]["examples"])
+    loading = middle(records, lambda run: run["eval"]["wall_seconds"] - run["eval"]["seconds"])
+    return min(rows, args.max_eval_samples or rows) * each + loading
+
+
+def middle(records: Sequence[dict], measure: Callable[[dict], float]) -> float:
+    return median(map(measure, records))
+
+
+def available(args: argparse.Namespace, records: Sequence[dict], split: str, flag: str) -> int | None:
+    """How many examples the split has that the flags name, as a record of it says."""
+    source = getattr(args, flag), args.dataset
+    for content in records:
+        if (content["config"][flag], content["config"]["dataset"]) == source and split in content["data"]:
+            return content["data"][split]["available"]
+    return None

@@ -1,0 +1,367 @@
+"""Runs -> the tables of the study. A cell keeps the runs that stand behind it."""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from statistics import mean, stdev
+
+from study import cost
+from study.collect import KNOBS, METHODS, Run
+
+SCORES = {
+    "classification": {"accuracy": "accuracy", "macro_f1": "macro F1", "invalid_answers": "invalid answers"},
+    "summarization": {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"},
+}
+SHARES = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+STATES = {"running": "running", "oom": "OOM", "failed": "failed", "interrupted": "interrupted"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`value` ± `half` of its interval as a number and, with its unit, as text."""
+
+    text: str
+    value: float | None = None
+    half: float | None = None
+    runs: tuple[Run, ...] = ()
+
+
+@dataclass
+class Table:
+    """The first `keys` columns name a row."""
+
+    name: str
+    title: str
+    columns: list[str]
+    keys: int
+    note: str = ""
+    rows: list[list[Cell]] = field(default_factory=list)
+
+    def add(self, *cells: Cell | str | float) -> None:
+        self.rows.append([cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in cells])
+
+
+# Cells
+
+
+def score_cell(of: Iterable[Run], metric: str) -> Cell:
+    """Mean over the seeds ± half of the 95 % interval; or how the runs stand that have no score.
+
+    The half of one run is the bootstrap's; that of n seeds is the root of the squares of the mean of theirs
+    and of half of Student's t interval for the mean of their values.
+    """
+    of = tuple(of)
+    scored = [run.scored["metrics"][metric] for run in of if run.scored]
+    states = Counter(STATES.get(run.state, run.state) for run in of if not run.scored)
+    if not scored:
+        return Cell(", ".join(states) or "—", runs=of)
+    values = [entry["value"] for entry in scored]
+    half, count = mean((entry["ci95"][1] - entry["ci95"][0]) / 2 for entry in scored), len(scored)
+    if count > 1:
+        from scipy.stats import t
+
+        half = math.hypot(half, t.ppf(0.975, count - 1) * stdev(values) / math.sqrt(count))
+    text = f"{mean(values):.2f} ± {half:.2f}" + (f" ({count})" if count > 1 else "")
+    return Cell("; ".join([text, *(f"{n} {state}" for state, n in states.items())]), mean(values), half, of)
+
+
+def mean_cell(
+    of: Iterable[Run], measure: Callable[[Run], float | None], show: Callable[[float], str]
+) -> Cell:
+    """The mean of a measure that every finished run has; it is unknown where a run's is (None)."""
+    of = tuple(of)
+    values = [measure(run) for run in of]
+    if not values or None in values:
+        return Cell("unknown" if values else "—", runs=of)
+    return Cell(show(mean(values)), mean(values), None, of)
+
+
+def usd_text(usd: float | None) -> str:
+    """Dollars and cents; below one cent, two digits that are not 0."""
+    if usd is None:
+        return "unknown price"
+    return f"${usd:,.{2 if usd >= 0.1 or usd == 0 else 1 - math.floor(math.log10(usd))}f}"
+
+
+def duration(seconds: float) -> str:
+    units = ((3600, "h"), (60, "min"))
+    size, unit = next(((size, unit) for size, unit in units if seconds >= 1.5 * size), (1, "s"))
+    return f"{seconds / size:.{0 if unit == 's' else 1}f} {unit}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:g} %"
+
+
+# Choosing runs
+
+
+def models_of(group: Iterable[Run]) -> list[str]:
+    return sorted({run.model for run in group})
+
+
+def tuned(group: Iterable[Run], model: str | None = None) -> list[Run]:
+    return [run for run in group if run.method == "fine-tuned" and model in {None, run.model}]
+
+
+def reference(group: Iterable[Run], model: str) -> list[Run]:
+    """A model's fine-tuned runs of one rank, epochs and dropout: those that were run with the most training
+    shares, or else seeds."""
+    ours = tuned(group, model)
+    shares = {run.setting: {other.share for other in ours if other.setting == run.setting} for run in ours}
+    counts = Counter(run.setting for run in ours)
+    best = max(shares, key=lambda setting: (len(shares[setting]), counts[setting]), default=None)
+    return [run for run in ours if run.setting == best]
+
+
+def on_everything(group: Iterable[Run], model: str) -> list[Run]:
+    """Of the `reference` runs those with the largest training share."""
+    ours = reference(group, model)
+    return [run for run in ours if run.share == max(run.share for run in ours)]
+
+
+def settings_of(of: Sequence[Run]) -> str:
+    return ", ".join(f"{title} {value:g}" for title, value in zip(KNOBS.values(), of[0].setting, strict=True))
+
+
+def trained_on(of: Iterable[Run]) -> str:
+    """How many training examples, e.g. "480"."""
+    return " or ".join(sorted({f"{run.train['train']['examples']:,}" for run in of if run.train})) or "—"
+
+
+# Tables
+
+
+def share_table(task: str, group: Sequence[Run]) -> Table:
+    """Table 1: training share x model."""
+    metric, title = next(iter(SCORES[task].items()))
+    models = models_of(tuned(group))
+    table = Table("Table 1", f"{title} by training share", ["training share", "examples", *models], 2)
+    kept = {model: reference(group, model) for model in models}
+    for share in sorted({*SHARES, *(run.share for run in tuned(group))}):
+        of = {model: [run for run in kept[model] if run.share == share] for model in models}
+        examples = trained_on(run for runs in of.values() for run in runs)
+        table.add(percent(share), examples, *(score_cell(of[model], metric) for model in models))
+    table.note = "; ".join(f"{model}: {settings_of(of)}" for model, of in kept.items())
+    return table
+
+
+def method_table(task: str, group: Sequence[Run]) -> Table:
+    """Table 2: zero-shot, few-shot and fine-tuned, for each model."""
+    title = "zero-shot, few-shot and fine-tuned"
+    table = Table("Table 2", title, ["model", "method", "trained on", *SCORES[task].values()], 2)
+    names = {run.content["model"]: run for run in group}
+    for checkpoint in sorted(names):
+        ours = [run for run in group if run.content["model"] == checkpoint]
+        for method in METHODS:
+            models = models_of(run for run in ours if run.method == method) or [names[checkpoint].model]
+            for model in models:
+                of = [run for run in ours if run.method == method and run.model == model]
+                of = on_everything(of, model) if method == "fine-tuned" and of else of
+                table.add(model, method, trained_on(of), *(score_cell(of, metric) for metric in SCORES[task]))
+    return table
+
+
+def model_table(task: str, group: Sequence[Run]) -> Table:
+    """Table 3: the models, fine-tuned on everything."""
+    table = Table(
+        "Table 3", "models fine-tuned on everything", ["model", "trained on", *SCORES[task].values()], 1
+    )
+    for model in models_of(tuned(group)):
+        of = on_everything(group, model)
+        table.add(model, trained_on(of), *(score_cell(of, metric) for metric in SCORES[task]))
+    return table
+
+
+def grid(group: Iterable[Run], metric: str, share: float) -> dict[tuple, Cell]:
+    """The cells of a model's LoRA grid by (rank, epochs, dropout), with those that were never run."""
+    ours = [run for run in group if run.share == share]
+    ranks, epochs, dropouts = (
+        sorted(set(column)) for column in zip(*(run.setting for run in ours), strict=True)
+    )
+    settings = [(rank, epoch, dropout) for dropout in dropouts for rank in ranks for epoch in epochs]
+    return {at: score_cell([run for run in ours if run.setting == at], metric) for at in settings}
+
+
+def grids(task: str, group: Sequence[Run]) -> dict[str, dict[tuple, Cell]]:
+    """Every model's LoRA grid, at the training share with the most settings, where there are several."""
+    metric, found = next(iter(SCORES[task])), {}
+    for model in models_of(tuned(group)):
+        settings = {
+            run.share: {r.setting for r in tuned(group, model) if r.share == run.share}
+            for run in tuned(group, model)
+        }
+        share = max(settings, key=lambda share: (len(settings[share]), share))
+        if len(settings[share]) > 1:
+            found[f"{model}, {percent(share)} of the examples"] = grid(tuned(group, model), metric, share)
+    return found
+
+
+def lora_tables(task: str, group: Sequence[Run]) -> list[Table]:
+    """The LoRA ablation and the marginal effect of each knob."""
+    title, tables = next(iter(SCORES[task].values())), []
+    for model, cells in grids(task, group).items():
+        epochs = sorted({at[1] for at in cells})
+        columns = ["dropout", "rank", *(f"{count} epochs" for count in epochs)]
+        table = Table("LoRA ablation", f"{title} by rank, epochs and dropout, {model}", columns, 2)
+        best = max((cell.value for cell in cells.values() if cell.value is not None), default=None)
+        for dropout, rank in sorted({(at[2], at[0]) for at in cells}):
+            row = [cells[rank, count, dropout] for count in epochs]
+            row = [Cell(f"**{c.text}**", c.value, c.half, c.runs) if c.value == best else c for c in row]
+            table.add(f"{dropout:g}", rank, *row)
+        table.note = "The best cell is bold."
+        effects = Table(
+            "LoRA effects", f"mean {title} at each level, {model}", ["knob", "level", title, "cells"], 2
+        )
+        for place, knob in enumerate(KNOBS.values()):
+            for level, values in marginal(cells, place).items():
+                effects.add(knob, f"{level:g}", f"{mean(values):.2f}" if values else "—", len(values))
+        effects.note = "Means over the settings of the other two knobs that have a score at every level."
+        tables += [table, effects]
+    return tables
+
+
+def marginal(cells: dict[tuple, Cell], place: int) -> dict[float, list[float]]:
+    """For each level of the knob at `place`, the scores of the settings that have one at every level."""
+    levels = sorted({at[place] for at in cells})
+    others = sorted({at[:place] + at[place + 1 :] for at in cells})
+    rows = [[cells[*other[:place], level, *other[place:]].value for level in levels] for other in others]
+    whole = [row for row in rows if None not in row]
+    return {level: [row[i] for row in whole] for i, level in enumerate(levels)}
+
+
+def training_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
+    """Tables 4 and 5: what training costs, for each model and task."""
+    columns = [
+        "model",
+        "task",
+        "trained on",
+        "epochs",
+        "seeds",
+        "loading",
+        "training",
+        "evaluation",
+        "all",
+        "tokens/s",
+    ]
+    columns += ["peak GiB", "GPU", "training cost", "evaluation cost", "cost"]
+    table = Table("Tables 4 and 5", "time and cost to train", columns, 2)
+    for task, _, group in groups:
+        for model in models_of(tuned(group)):
+            of = [run for run in on_everything(group, model) if run.train]
+            done = [run for run in of if run.scored]
+            if of:
+                table.add(
+                    *(model, task, trained_on(of), of[0].config["epochs"], len(of)),
+                    mean_cell(
+                        of, lambda run: trained(run)["wall_seconds"] - trained(run)["seconds"], duration
+                    ),
+                    mean_cell(of, lambda run: trained(run)["seconds"], duration),
+                    mean_cell(done, lambda run: run.scored["wall_seconds"], duration),
+                    mean_cell(done, wall_seconds, duration),
+                    mean_cell(of, lambda run: trained(run)["tokens_per_second"], "{:,.0f}".format),
+                    mean_cell(of, lambda run: trained(run)["peak_memory_gib"], "{:.1f}".format),
+                    ", ".join(sorted({run.train["cost"]["gpu"] for run in of})),
+                    mean_cell(of, lambda run: training_usd(run, prices), usd_text),
+                    mean_cell(done, lambda run: evaluation_usd(run, prices), usd_text),
+                    mean_cell(done, lambda run: total_usd(run, prices), usd_text),
+                )
+    table.note = (
+        "Time is of the whole process; loading includes imports, evaluation its own loading. Cost is time by "
+        "the hourly price; that of training includes its loading."
+    )
+    return table
+
+
+def inference_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
+    """What serving the test set took: cost per 1,000 examples and per 1,000 tokens read or written."""
+    columns = [
+        "model",
+        "task",
+        "method",
+        "examples",
+        "examples/s",
+        "tokens in",
+        "tokens out",
+        "peak GiB",
+        "GPU",
+    ]
+    columns += ["per 1,000 examples", "per 1K input tokens", "per 1K output tokens"]
+    table = Table("Inference", "speed and cost to serve", columns, 3)
+    for task, _, group in groups:
+        for model, method in sorted({(run.model, run.method) for run in group if run.scored}):
+            of = on_everything(group, model) if method == "fine-tuned" else group
+            of = [run for run in of if run.scored and (run.model, run.method) == (model, method)]
+            rates = [
+                lambda run, per=per: served_usd(run, prices, per)
+                for per in ("examples", "input_tokens", "output_tokens")
+            ]
+            if of:
+                table.add(
+                    *(model, task, method),
+                    *(
+                        mean_cell(of, lambda run, name=name: run.scored[name], show)
+                        for name, show in SERVED.items()
+                    ),
+                    ", ".join(sorted({run.content["cost"]["gpu"] for run in of})),
+                    *(mean_cell(of, rate, usd_text) for rate in rates),
+                )
+    table.note = (
+        "Cost is the seconds of decoding, without loading, by the hourly price, over what was served: "
+        "examples, tokens read, or tokens written, each of which alone bears all of it."
+    )
+    return table
+
+
+SERVED = {
+    "examples": "{:,.0f}".format,
+    "examples_per_second": "{:,.1f}".format,
+    "input_tokens": "{:,.0f}".format,
+    "output_tokens": "{:,.0f}".format,
+    "peak_memory_gib": "{:.1f}".format,
+}
+
+
+def trained(run: Run) -> dict:
+    return run.train["train"]
+
+
+def wall_seconds(run: Run) -> float:
+    return trained(run)["wall_seconds"] + run.scored["wall_seconds"]
+
+
+def training_usd(run: Run, prices: Sequence[dict]) -> float | None:
+    return cost.usd(cost.repriced(run.train["cost"], prices), trained(run)["wall_seconds"])
+
+
+def evaluation_usd(run: Run, prices: Sequence[dict]) -> float | None:
+    return cost.usd(cost.repriced(run.content["cost"], prices), run.scored["wall_seconds"])
+
+
+def total_usd(run: Run, prices: Sequence[dict]) -> float | None:
+    parts = [evaluation_usd(run, prices)] + ([training_usd(run, prices)] if run.train else [])
+    return None if None in parts else sum(parts)
+
+
+def served_usd(run: Run, prices: Sequence[dict], per: str) -> float | None:
+    """USD per 1,000 of the examples or tokens that were served."""
+    usd = cost.usd(cost.repriced(run.content["cost"], prices), run.scored["seconds"])
+    return None if usd is None or not run.scored[per] else 1000 * usd / run.scored[per]
+
+
+def all_tables(groups: Sequence[tuple], prices: Sequence[dict]) -> list[Table]:
+    """Every table of the study. A group that stands apart says so in its tables' titles."""
+    tables = []
+    for task, why, group in groups:
+        ours = [share_table(task, group)] if task == "classification" else []
+        ours.append(method_table(task, group))
+        ours += [model_table(task, group)] if task == "summarization" else []
+        ours += lora_tables(task, group)
+        counts = {f"{run.scored['examples']:,}" for run in group if run.scored}
+        for table in ours:
+            table.title = f"{task}: {table.title}" + (f", apart: {why}" if why else "")
+            table.note = f"Over {' or '.join(counts) or 'no'} test examples. {table.note}".strip()
+        tables += ours
+    tables += [training_table(groups, prices), inference_table(groups, prices)]
+    return [table for table in tables if table.rows]
