@@ -7,7 +7,7 @@ Few-shot examples are chosen from the train split by --seed. It leaves eval.json
 experiments/baseline/<model>/<task>/<prompt type>/.
 """
 
-from study import cli, cost, data, record, report, runs
+from study import cli, cost, data, plan, record, report, runs
 
 
 def main() -> None:
@@ -15,7 +15,7 @@ def main() -> None:
     folder = runs.baseline_dir(args)
     path = folder / "eval.json"
     if args.dry_run:
-        return runs.say_dry_run(path, args)
+        return plan.say_dry_run(path, args)
 
     needs_train = args.task == "classification" or args.prompt_type == "few-shot"
     splits = data.load(args, ["train", args.split] if needs_train else [args.split])

@@ -8,7 +8,7 @@ goes on where it was stopped, and prints what it has if it was done. Score it wi
 llama2_classification_inference.py and the same flags.
 """
 
-from study import cli, cost, data, record, report, runs
+from study import cli, cost, data, plan, record, report, runs
 
 TASK = "classification"
 
@@ -18,7 +18,7 @@ def main() -> None:
     folder = runs.experiment_dir(args)
     path = folder / "train.json"
     if args.dry_run:
-        return runs.say_dry_run(path, args)
+        return plan.say_dry_run(path, args)
 
     splits = data.load(args, ["train"], optional=["test"])
     train = data.sample_train(splits["train"], args)

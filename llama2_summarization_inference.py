@@ -7,7 +7,7 @@ Model, prompts and data settings come from the run's record; flags override thos
 place. It leaves eval.json and predictions.jsonl beside the adapter.
 """
 
-from study import cli, cost, data, record, report, runs
+from study import cli, cost, data, plan, record, report, runs
 
 TASK = "summarization"
 
@@ -16,7 +16,7 @@ def main() -> None:
     args = cli.parse_args(TASK, __doc__)
     folder = runs.experiment_dir(args)
     if args.dry_run:
-        return runs.say_dry_run(folder / runs.planned_eval(folder, args), args)
+        return plan.say_dry_run(folder / runs.planned_eval(folder, args), args)
 
     trained = runs.finished_training(folder, args)
     path = folder / runs.eval_name(args, trained["config"])

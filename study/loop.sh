@@ -70,7 +70,11 @@ calibrate() { # a short run of the cell's scripts, so that the next look-up has 
   local few=(--max_eval_samples 16)
   ((${#scripts[@]} == 1)) || few+=(--max_train_samples 64 --train_sample_fraction 1.0 --epochs 1)
   echo "nothing to estimate this cell from: a short run first"
-  run_scripts "$@" "${few[@]}" && look_up "${scripts[-1]}" "$@"
+  run_scripts "$@" "${few[@]}" || return 1
+  if ! look_up "${scripts[-1]}" "$@" || [[ $seconds == '?' ]]; then
+    failed+=("${scripts[-1]} $* (no estimate to hold against the budget)")
+    return 1
+  fi
 }
 
 cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last script is the one that scores
@@ -108,7 +112,7 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
       exit 1
     fi
     if [[ ${left[*]} ]] || exceeds_budget; then
-      printf 'left: %s would exceed the budget\n' "$(say_estimate "$seconds" "$usd")"
+      printf 'left for lack of budget: %s\n' "$(say_estimate "$seconds" "$usd")"
       left+=("$folder")
       return 0
     fi
@@ -123,6 +127,7 @@ finish() { # print the table of all cells and name those that failed or are left
     [[ ! -e $folder/train.json && ! -e $folder/eval.json ]] || recorded+=("$folder")
   done
   if [[ $dry_run ]]; then
+    ((unknown < count)) || total=('?' '?')
     printf 'in all: %s, %d cells' "$(say_estimate "${total[@]}")" "$count"
     ((unknown == 0)) || printf ', %d of them without an estimate: no earlier run of that model, task and device' "$unknown"
     printf '\n'

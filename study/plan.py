@@ -5,23 +5,38 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-from study import cost, record
+from study import cost
 from study.cli import UserError
+from study.collect import read_whole
+from study.record import status
 
 
-def estimate(args: argparse.Namespace, path: Path, state: str) -> tuple[float | None, float | None]:
-    """Seconds and USD that the run of the record `path` still takes; None where nothing tells.
+def say_dry_run(path: Path, args: argparse.Namespace) -> None:
+    """What --dry_run prints: the record, then for programs "status<TAB>folder<TAB>seconds<TAB>USD" with an
+    estimate of what is left to spend, or "?".
 
-    An evaluation whose training is not finished includes that.
+    An evaluation that has not been made is "trained" where its training is finished, and else says how that
+    stands.
     """
-    gpu = args.gpu_name or cost.this_device()
+    state, training = status(path), status(path.parent / "train.json")
+    if path.name != "train.json" and state not in ("finished", "running", training):
+        state = "trained" if training == "finished" else training
+    print(f"{args.task} with {args.pretrained_ckpt} -> {path}")
+    left = estimate(args, path, training == "finished") if state != "finished" else (0, 0)
+    print(state, path.parent, *("?" if number is None else f"{number:.6g}" for number in left), sep="\t")
+
+
+def estimate(args: argparse.Namespace, path: Path, trained: bool) -> tuple[float | None, float | None]:
+    """Seconds and USD that the run of the record `path` takes; None where nothing tells.
+
+    An evaluation includes its training where that is not finished.
+    """
+    gpu, method = args.gpu_name or cost.this_device(), getattr(args, "prompt_type", "qlora")
     seconds: list[float | None] = []
-    if state != "finished":
-        method = getattr(args, "prompt_type", "qlora")
-        if method == "qlora" and state != "trained":
-            seconds.append(training_seconds(args, earlier(args, gpu, "train", method)))
-        if path.name != "train.json":
-            seconds.append(evaluation_seconds(args, earlier(args, gpu, "eval", method)))
+    if method == "qlora" and not trained:
+        seconds.append(training_seconds(args, earlier(args, gpu, "train", method)))
+    if path.name != "train.json":
+        seconds.append(evaluation_seconds(args, earlier(args, gpu, "eval", method)))
     total = None if None in seconds else sum(seconds)
     per_hour = cost.price(gpu, args.price_per_hour)["price_per_hour"]
     return total, None if total is None else cost.usd(per_hour, total)
@@ -32,7 +47,7 @@ def earlier(args: argparse.Namespace, gpu: str, part: str, method: str) -> list[
     found = []
     for path in sorted(Path(args.output_dir).rglob(f"{part}*.json")):
         try:
-            content = record.read(path)
+            content = read_whole(path, part)
         except UserError:
             continue  # the report names it
         key = (content["status"], content["task"], content["method"], content["model"])

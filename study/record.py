@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -60,22 +61,28 @@ def read(path: Path) -> dict | None:
     """A record, or None where there is none. Raises UserError for a file that is not one, or that holds a
     NaN or a negative time."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+        content = json.loads(path.read_text("utf-8"), parse_constant=finite, parse_float=finite)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable record ({error}): --force redoes the run") from None
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA or "status" not in content:
         raise UserError(f"{path} is not a record of schema {SCHEMA}: --force redoes the run")
-    for part in ("train", "eval"):
-        for name, value in content.get(part, {}).items():
-            if name.endswith("seconds") and not value >= 0:
-                raise UserError(f"{path} has {part}.{name} {value}, a negative time: --force redoes the run")
+    for part in (content[name] for name in ("train", "eval") if name in content):
+        times = (
+            [part]
+            if not isinstance(part, dict)
+            else [part[name] for name in part if name.endswith("seconds")]
+        )
+        if not all(isinstance(value, int | float) and value >= 0 for value in times):
+            raise UserError(f"{path} has a time that is negative or no number: --force redoes the run")
     return content
 
 
-def refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no measurement")
+def finite(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError(f"{text} is no measurement")
+    return float(text)
 
 
 def beside(path: Path) -> Path:
@@ -118,11 +125,12 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def is_locked(folder: Path) -> bool:
-    with contextlib.suppress(OSError), open(folder / ".lock") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
+    """Whether a process of this machine holds `folder`, looked up without touching the lock."""
+    with contextlib.suppress(OSError):
+        inode = str((folder / ".lock").stat().st_ino)
+        return any(
+            line.split()[5].endswith(f":{inode}") for line in Path("/proc/locks").read_text().splitlines()
+        )
     return False
 
 

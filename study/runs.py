@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
-from study import cli, plan
+from study import cli
 from study.cli import UserError
 from study.record import read, short_hash, status
 
@@ -166,23 +166,6 @@ def finished_training(folder: Path, args: argparse.Namespace) -> dict:
         if name in (*NAMED, *TRAINED, "test_file", "validation_file") and name not in args.given:
             setattr(args, name, value)
     return content
-
-
-def say_dry_run(path: Path, args: argparse.Namespace) -> None:
-    """What --dry_run prints: the record, then for programs "status<TAB>folder<TAB>seconds<TAB>USD" with an
-    estimate of what is left to spend, or "?".
-
-    An evaluation that has not been made is "trained" where its training is finished, and else says how that
-    stands.
-    """
-    state = status(path)
-    if state not in ("finished", "running") and path.name != "train.json":
-        training = status(path.parent / "train.json")
-        if training != state:
-            state = "trained" if training == "finished" else training
-    print(f"{args.task} with {args.pretrained_ckpt} -> {path}")
-    left = ("?" if number is None else f"{number:.6g}" for number in plan.estimate(args, path, state))
-    print(state, path.parent, *left, sep="\t")
 
 
 def command(content: dict) -> str:

@@ -2,6 +2,7 @@
 
 import fcntl
 import gzip
+import importlib.util
 import json
 import re
 import subprocess
@@ -327,6 +328,17 @@ def test_a_checkpoint_without_weights_ends_the_run_in_one_line(tmp_path, files):
         "llama2_baseline_inference.py", *files, "--pretrained_ckpt", folder, "--output_dir", tmp_path
     )
     assert f"--pretrained_ckpt {folder} has not weights" in line
+
+
+@pytest.mark.parametrize("tracker", ["nosuch", "wandb"])
+def test_a_tracker_that_is_not_there_is_named_before_the_model_loads(tmp_path, files, tracker):
+    if importlib.util.find_spec(tracker):
+        pytest.skip(f"{tracker} is installed")
+    unreadable = incomplete_checkpoint(tmp_path / "checkpoint", "")
+    flags = (*files, "--pretrained_ckpt", unreadable, "--report_to", tracker)
+    line = refusal("llama2_classification.py", *flags, "--experiment_dir", tmp_path / "run")
+    assert line.startswith(f"error: --report_to {tracker}: ")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"train.json", ".lock"}
 
 
 def test_a_hub_checkpoint_while_offline_is_named(tmp_path, files):

@@ -1,4 +1,5 @@
-"""The shell loops: their grids, what they pass on, and what a failing cell does to the others."""
+"""The shell loops: their grids, what they pass on, what a failing cell does to the others, what they will
+take."""
 
 import itertools
 import json
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_rows
 
-from study import cli, data, metrics, record, runs
+from study import cli, collect, data, metrics, plan, record, runs
 
 TRAIN, SCORE = (str(ROOT / f"llama2_classification{part}.py") for part in ("", "_inference"))
 ONE_CELL = {"RANKS": "4", "EPOCHS": "2", "DROPOUTS": "0.1"}
@@ -37,8 +38,10 @@ def grid(script: str, *flags: object, cwd: Path, **env: str) -> dict[str, str]:
     done = loop(script, "--output_dir", "runs", *flags, "--dry_run", cwd=cwd, **env)
     assert (done.returncode, done.stderr) == (0, "")
     lines = [line.split("  ") for line in done.stdout.splitlines() if "  runs/" in line]
-    cells = {folder.removeprefix("runs/"): state for state, folder in lines}
+    cells = {folder.removeprefix("runs/"): state for state, folder, _ in lines}
+    assert {estimate for *_, estimate in lines} == {"unknown time, unknown price"}
     assert len(cells) == len(lines) == done.stdout.count("\n[")
+    assert f", {len(cells)} cells, {len(cells)} of them without an estimate" in done.stdout.splitlines()[-1]
     assert not list(cwd.glob("runs"))
     return cells
 
@@ -60,6 +63,30 @@ def calls(folder: Path) -> list[list[str]]:
     return [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
 
 
+PRICED = ("--gpu_name", "card", "--price_per_hour", 36)
+
+
+def leave_record(
+    folder: Path, part: str, *, seconds: float, loading: float, examples: int = 10, **other
+) -> Path:
+    """Write by hand a finished record of 1,000 train or 200 test examples; `other` differs from the plain."""
+    split, available = ("train", 1000) if part == "train" else ("test", 200)
+    config = vars(cli.parse_args("summarization", "", [])) | {"epochs": 1, "given": []}
+    config |= {name: other.pop(name) for name in config.keys() & other.keys() - {"task"}}
+    plain = {"task": "summarization", "method": "qlora", "model": config["pretrained_ckpt"], "gpu": "card"}
+    about = plain | other
+    spent = {name: None for name in collect.NEEDED[part].split()}
+    spent |= {"examples": examples, "seconds": seconds, "wall_seconds": seconds + loading}
+    content = {
+        **{"schema": 1, "status": "finished", "cost": {"gpu": about.pop("gpu")}, "config": config},
+        **{"data": {split: {"available": available}}, part: spent, "finished": "", "environment": {}},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{part}.json"
+    path.write_text(json.dumps(content | about))
+    return path
+
+
 # Grids
 
 
@@ -68,16 +95,27 @@ def test_run_lora_lists_exactly_the_72_published_cells(tmp_path):
         ["2", "4", "8", "16"], ["2", "5", "10", "20", "30", "50"], ["0.1", "0.2", "0.5"]
     )
     names = [tuned(rank=rank, epochs=epochs, dropout=dropout) for rank, epochs, dropout in cells]
-    found = grid("run_lora.sh", cwd=tmp_path)
+    # 36 s an epoch and 100 s to load; 100 s to score, and 60 s to load for it.
+    leave_record(tmp_path / "earlier" / "runs", "train", seconds=3.6, examples=100, loading=100)
+    leave_record(tmp_path / "earlier" / "runs", "eval", seconds=5, examples=10, loading=60)
+    flags = (*PRICED, "--output_dir", tmp_path / "earlier", "--dry_run")
+    done = loop("run_lora.sh", *flags, cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [line.split("  ") for line in done.stdout.splitlines() if "earlier/summ" in line]
     assert len(names) == 72
-    assert found == dict.fromkeys(names, "not started")
+    assert [Path(folder).name for _, folder, _ in lines] == names
+    assert {state for state, *_ in lines} == {"not started"}
+    assert [estimate for *_, estimate in lines[:4]] == ["5.5 min, $3.32"] * 3 + ["7.3 min, $4.40"]
+    assert lines[-1][-1] == "34.3 min, $20.60"
+    # 12 settings of 2 + 5 + 10 + 20 + 30 + 50 epochs, and 260 s for each of the 72 cells.
+    assert done.stdout.splitlines()[-1] == "in all: 19.2 h, $692.64, 72 cells"
 
 
 def test_run_lora_takes_lists_and_task_from_the_environment(tmp_path):
-    env = {"RANKS": "8 64", "EPOCHS": "1", "DROPOUTS": "0 0.3", "TASK": "classification"}
+    env = {"RANKS": "8 64", "EPOCHS": "1", "DROPOUTS": "0 0.3", "SEEDS": "7 8", "TASK": "classification"}
     names = [
-        tuned("classification", rank=rank, epochs="1", dropout=dropout)
-        for rank, dropout in itertools.product(("8", "64"), ("0.0", "0.3"))
+        tuned("classification", rank=rank, epochs="1", dropout=dropout, seed=seed)
+        for rank, dropout, seed in itertools.product(("8", "64"), ("0.0", "0.3"), "78")
     ]
     assert list(grid("run_lora.sh", cwd=tmp_path, **env)) == names
 
@@ -108,6 +146,17 @@ def test_baseline_inference_lists_models_tasks_and_prompts(tmp_path, env, models
     assert list(grid("baseline_inference.sh", cwd=tmp_path, **env)) == names
 
 
+def test_baseline_inference_draws_few_shot_examples_by_every_seed_and_zero_shot_once(tmp_path):
+    cells = [("zero-shot", "42"), ("few-shot", "42"), ("few-shot", "7"), ("few-shot", "8")]
+    names = [
+        str(runs.baseline_dir(cli.parse_args(None, "", ["--prompt_type", prompt, "--seed", seed])))
+        for prompt, seed in cells
+    ]
+    env = {"MODELS": "NousResearch/Llama-2-7b-hf", "TASKS": "classification", "SEEDS": "42 7 8"}
+    found = grid("baseline_inference.sh", cwd=tmp_path, **env)
+    assert list(found) == [name.removeprefix("experiments/") for name in names]
+
+
 # What is passed on
 
 
@@ -125,7 +174,7 @@ def test_every_cell_is_trained_and_scored_with_the_flags_as_they_were_written(tm
     done = loop("run_lora.sh", *words, cwd=tmp_path, **env)
     assert done.returncode == 0, done.stderr
     assert calls(tmp_path) == [
-        [script, "--lora_r", rank, "--epochs", "2", "--dropout", "0.1", *words]
+        [script, "--lora_r", rank, "--epochs", "2", "--dropout", "0.1", "--seed", "42", *words]
         for rank in ("4", "8")
         for script in (TRAIN, SCORE)
     ]
@@ -156,6 +205,8 @@ def test_a_baseline_cell_is_one_script_with_its_task_and_prompt(tmp_path):
                 "summarization",
                 "--prompt_type",
                 prompt,
+                "--seed",
+                "42",
                 "--shots",
                 "3",
             ),
@@ -187,16 +238,18 @@ def finish_cell(folder: Path, rank: int, files: tuple) -> Path:
         trained |= {
             "data": {"train": splits["train"]},
             "labels": ["a", "b"],
-            "cost": {"usd": 0.5, "gpu": "CPU"},
+            "prompt_sha256": "0",
+            "cost": {"usd": 0.5, "gpu": "CPU", "price_per_hour": 900.0},
         }
         steps = {"loss": 0.1, "steps": 1, "tokens": 9, "trainable_parameters": 9, "tokens_per_second": 9.0}
-        trained["train"] = spent | steps
+        trained["train"] = spent | steps | {"loss_history": [[1, 0.1]]}
     args = cli.parse_args(
         "classification", "", ["--experiment_dir", str(path.parent), "--output_dir", str(folder)]
     )
     trained = runs.finished_training(path.parent, args)
     with record.recording(path.parent / "eval.json", args, "qlora", runs.SCORED) as scored:
-        scored |= {"data": {"test": splits["test"]}, "training": trained["finished"], "cost": trained["cost"]}
+        scored |= {name: trained[name] for name in ("prompt_sha256", "cost")}
+        scored |= {"data": {"test": splits["test"]}, "training": trained["finished"]}
         scores, _ = metrics.score("classification", ["a", "b", "b", "b"], ["a", "b", "a", "b"], ["a", "b"])
         read = {"examples_per_second": 4.0, "input_tokens": 9, "output_tokens": 9, "decoding": "free"}
         scored["eval"] = spent | read | {"metrics": scores}
@@ -219,7 +272,7 @@ def test_a_failed_cell_stops_no_other_and_is_named_at_the_end(tmp_path, files):
     assert done.returncode == 1
     title, failed = done.stderr.strip().splitlines()
     assert title == "error: 1 of 3 cells failed:"
-    assert failed.startswith(f"  {TRAIN} --lora_r 4 --epochs 2 --dropout 0.1 --train_file")
+    assert failed.startswith(f"  {TRAIN} --lora_r 4 --epochs 2 --dropout 0.1 --seed 42 --train_file")
     assert failed.endswith("(exit 7)")
     # The failed training is not scored; the finished cells are looked up by both scripts.
     assert [(call[0], call[2]) for call in calls(tmp_path)] == [
@@ -229,21 +282,24 @@ def test_a_failed_cell_stops_no_other_and_is_named_at_the_end(tmp_path, files):
         (TRAIN, "8"),
         (SCORE, "8"),
     ]
-    first, failed, last = (line.split() for line in done.stdout.splitlines()[-3:])
-    assert first[:5] == ["classification", "qlora", "2", "—", "75.00"]
-    assert last[:5] == ["classification", "qlora", "8", "—", "75.00"]
-    assert failed[1].startswith(tuned("classification", epochs="2", rank="4"))
-    assert failed[2:5] == ["—", "not", "started"]
+    table = done.stdout.partition("## LoRA ablation: classification")[2].partition("##")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[4:6]]
+    assert [row[:2] for row in rows] == [["0.1", "2"], ["0.1", "8"]]
+    assert all("75.00" in row[2] for row in rows)
 
 
 def test_a_dry_run_says_which_cells_are_finished_and_runs_none(tmp_path, files):
     finish_cell(tmp_path / "runs", 4, files)
     env = {**launcher(tmp_path, "exit 1"), **ONE_CELL, "RANKS": "4 8", "TASK": "classification"}
-    done = loop("run_lora.sh", *files, "--output_dir", tmp_path / "runs", "--dry-run", cwd=tmp_path, **env)
-    states = [
-        line.partition("  ")[0] for line in done.stdout.splitlines() if str(tmp_path / "runs") + "/" in line
+    flags = (*files, "--gpu_name", "CPU", "--price_per_hour", 900, "--output_dir", "runs", "--dry-run")
+    done = loop("run_lora.sh", *flags, cwd=tmp_path, **env)
+    lines = [line.split("  ") for line in done.stdout.splitlines() if "  runs/" in line]
+    assert done.returncode == 0
+    assert [(state, *estimate) for state, _, *estimate in lines] == [
+        ("finished",),
+        ("not started", "0.1 min, $1.00"),
     ]
-    assert (done.returncode, states) == (0, ["finished", "not started"])
+    assert done.stdout.splitlines()[-1] == "in all: 0.1 min, $1.00, 2 cells"
     assert not (tmp_path / "calls").exists()
 
 
@@ -271,3 +327,232 @@ def test_a_damaged_record_fails_its_own_cell_only(tmp_path, files):
     assert done.returncode == 1
     assert "error: 1 of 2 cells failed:" in done.stderr
     assert "75.00" in done.stdout
+
+
+# Estimates
+
+
+def estimate(folder: Path, state: str, *words: object, name: str = "eval.json", task="summarization"):
+    """Seconds and USD, at a cent a second, of a run by the records in `folder`."""
+    words = (*PRICED, "--output_dir", folder, *words)
+    return plan.estimate(cli.parse_args(task, "", list(map(str, words))), folder / "run" / name, state == "trained")
+
+
+def leave_three(folder: Path, part: str) -> None:
+    """Median: 0.2 s for each example and epoch and 20 s of loading, in no one of them both."""
+    leave_record(folder / "a", part, examples=10, seconds=2, loading=10)
+    leave_record(folder / "b", part, examples=50, seconds=5, loading=20)
+    leave_record(folder / "c", part, examples=10, seconds=9, loading=90)
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [
+        ("--epochs 1", 1000 * 0.2 + 20),
+        ("--epochs 5 --train_sample_fraction 0.1", 100 * 5 * 0.2 + 20),
+        ("--epochs 3 --max_train_samples 50 --lora_r 2 --seed 7", 50 * 3 * 0.2 + 20),
+        ("--epochs 1 --max_train_samples 5000", 1000 * 0.2 + 20),
+    ],
+)
+def test_a_training_is_estimated_by_the_median_speed_of_earlier_ones(tmp_path, words, seconds):
+    leave_three(tmp_path, "train")
+    got = estimate(tmp_path, "not started", *words.split(), name="train.json")
+    assert got == pytest.approx((seconds, seconds / 100))
+
+
+def test_the_speed_of_a_training_is_that_of_one_epoch(tmp_path):
+    leave_record(tmp_path, "train", examples=10, epochs=4, seconds=8, loading=0)
+    assert estimate(tmp_path, "not started", "--epochs", 2, name="train.json")[0] == pytest.approx(400)
+
+
+@pytest.mark.parametrize(
+    ("words", "seconds"),
+    [("", 200 * 0.2 + 20), ("--max_eval_samples 10", 22), ("--max_eval_samples 999", 60)],
+)
+def test_an_evaluation_is_estimated_by_the_median_speed_of_earlier_ones(tmp_path, words, seconds):
+    leave_three(tmp_path, "eval")
+    assert estimate(tmp_path, "trained", *words.split()) == pytest.approx((seconds, seconds / 100))
+
+
+def test_an_evaluation_takes_its_training_too_where_that_is_not_finished(tmp_path):
+    leave_record(tmp_path, "train", seconds=1, loading=7)
+    leave_record(tmp_path, "eval", seconds=1, loading=3)
+    whole = (1000 * 0.1 + 7) + (200 * 0.1 + 3)
+    for state in ("not started", "unfinished", "failed"):
+        assert estimate(tmp_path, state, "--epochs", 1)[0] == pytest.approx(whole)
+    assert estimate(tmp_path, "trained", "--epochs", 1)[0] == pytest.approx(23)
+
+
+def test_a_baseline_is_estimated_by_those_of_its_prompt(tmp_path):
+    leave_record(tmp_path / "a", "eval", method="zero-shot", seconds=1, loading=3)
+    leave_record(tmp_path / "b", "eval", method="few-shot", seconds=5, loading=3)
+    words = ("--task_type", "summarization", "--prompt_type")
+    assert estimate(tmp_path, "not started", *words, "zero-shot", task=None)[0] == pytest.approx(23)
+    assert estimate(tmp_path, "not started", *words, "few-shot", task=None)[0] == pytest.approx(103)
+
+
+OTHERS = [
+    {"model": "a/b"},
+    {"gpu": "other card"},
+    {"method": "few-shot"},
+    {"task": "classification"},
+    {"status": "failed"},
+    {"train_file": "t.jsonl", "test_file": "t.jsonl"},
+    {"dataset": "other"},
+]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda other: next(iter(other)))
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_a_run_of_another_kind_estimates_nothing(tmp_path, part, other):
+    leave_record(tmp_path, part, seconds=1, loading=1, **other)
+    state = "not started" if part == "train" else "trained"
+    assert estimate(tmp_path, state, name=f"{part}.json") == (None, None)
+    leave_record(tmp_path, part, seconds=1, loading=1)
+    assert estimate(tmp_path, state, name=f"{part}.json")[0] > 0
+
+
+def test_a_cell_has_no_estimate_where_half_of_it_is_unknown(tmp_path):
+    leave_record(tmp_path, "train", seconds=1, loading=1)
+    assert estimate(tmp_path, "not started") == (None, None)
+
+
+@pytest.mark.parametrize("text", ['{"schema": 1, "sta', "[]", '{"schema": 1, "status": "finished"}'])
+def test_a_damaged_record_does_not_keep_others_from_estimating(tmp_path, text):
+    leave_record(tmp_path / "whole", "train", seconds=1, loading=1)
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "train.json").write_text(text)
+    assert estimate(tmp_path, "not started", name="train.json")[0] > 0
+
+
+def test_an_unknown_price_leaves_the_seconds_and_no_dollars(tmp_path, capsys):
+    leave_record(tmp_path, "train", seconds=1, loading=1)
+    words = ["--gpu_name", "card", "--output_dir", str(tmp_path), "--epochs", "1"]
+    plan.say_dry_run(tmp_path / "run" / "train.json", cli.parse_args("summarization", "", words))
+    assert capsys.readouterr().out.splitlines()[-1] == f"not started\t{tmp_path}/run\t101\t?"
+
+
+# Budgets
+
+HOUR = {"RANKS": "4", "DROPOUTS": "0.1"}  # cells that take an hour and $36 an epoch
+
+
+def leave_hour(folder: Path) -> None:
+    leave_record(folder, "train", seconds=34, loading=100)
+    leave_record(folder, "eval", seconds=1, loading=80)
+
+
+def within(folder: Path, *flags: object, body: str = "exit 0", script="run_lora.sh", **env: str):
+    flags = ("--output_dir", "runs", "--gpu_name", "card", *flags)
+    return loop(script, *flags, cwd=folder, **{**launcher(folder, body), **HOUR, **env})
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        ["--budget_hours", "1.5"],
+        ["--budget_hours=1.5"],
+        ["--budget-hours", "1.5"],
+        ["--budget-hours=1.5"],
+        ["--budget_usd", "54"],
+        ["--budget-usd=54"],
+        ["--budget_usd=1000", "--budget_hours", "1.5"],
+    ],
+    ids=" ".join,
+)
+def test_a_loop_ends_before_the_cell_that_exceeds_its_budget_and_names_those_left(tmp_path, budget):
+    leave_hour(tmp_path / "runs")
+    done = within(tmp_path, "--price_per_hour", "36", *budget, EPOCHS="1 2 1", SEEDS="1 2")
+    assert (done.returncode, done.stderr) == (0, "")
+    ran = [(call[0].rpartition("_")[2], call[4], call[8]) for call in calls(tmp_path)]
+    assert ran == [(script, "1", seed) for seed in "12" for script in ("summarization.py", "inference.py")]
+    assert not [word for call in calls(tmp_path) for word in call if "budget" in word or "1.5" in word]
+    # The cells after the one that exceeds it are left, too, though they would fit.
+    title, *left = done.stdout.splitlines()[-5:]
+    assert title == "the budget ends here: 4 of 6 cells are left:"
+    names = [tuned(epochs=epochs, rank="4", seed=seed) for epochs, seed in itertools.product("21", "12")]
+    assert left == [f"  runs/{name}" for name in names]
+
+
+def test_a_finished_cell_costs_no_budget(tmp_path, files):
+    finish_cell(tmp_path / "runs", 4, files)
+    env = {"RANKS": "2 4 8", "EPOCHS": "2", "TASK": "classification"}
+    flags = (*files, "--output_dir", tmp_path / "runs", "--gpu_name", "CPU", "--budget_hours", "0")
+    done = within(tmp_path, *flags, **env)
+    assert done.returncode == 0, done.stderr
+    assert [(call[0], call[2]) for call in calls(tmp_path)] == [(TRAIN, "4"), (SCORE, "4")]
+    assert "the budget ends here: 2 of 3 cells are left:" in done.stdout
+
+
+@pytest.mark.parametrize(("spent", "runs"), [("0", True), ("3000", False)])
+@pytest.mark.parametrize("budget", ["--budget_hours=1.5", "--budget_usd=54"])
+def test_what_a_loop_has_taken_counts(tmp_path, budget, spent, runs):
+    leave_hour(tmp_path / "runs")
+    done = within(tmp_path, "--price_per_hour=36", budget, EPOCHS="1", SECONDS=spent)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "calls").exists() == runs
+
+
+@pytest.mark.parametrize(
+    "words", [["--budget_hours", "two"], ["--budget_usd="], ["--budget-usd", "-1"], ["--budget_hours"]]
+)
+def test_a_budget_that_is_no_number_is_refused_before_anything_runs(tmp_path, words):
+    done = within(tmp_path, *words)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert line.startswith(f"error: {words[0].rstrip('=')}")
+    assert "it takes a number" in line
+    assert not (tmp_path / "calls").exists()
+
+
+def test_a_budget_in_dollars_needs_a_price(tmp_path):
+    leave_hour(tmp_path / "runs")
+    done = within(tmp_path, "--budget_usd", "54", EPOCHS="1")
+    assert done.returncode == 1
+    [line] = done.stderr.splitlines()
+    assert line.startswith("error: --budget_usd: this device has no known price")
+    assert "--price_per_hour" in line
+    assert not (tmp_path / "calls").exists()
+
+
+FEW = ["--max_eval_samples", "16", "--max_train_samples", "64", "--train_sample_fraction", "1.0"]
+FEW += ["--epochs", "1"]
+
+
+@pytest.mark.parametrize(("hours", "full"), [("0.5", 0), ("1.5", 1)])
+def test_with_nothing_to_estimate_from_a_short_run_comes_first(tmp_path, hours, full):
+    leave_hour(tmp_path / "speed")
+    body = "case $* in *max_eval_samples*) mkdir -p runs; cp -r speed runs ;; esac"
+    done = within(tmp_path, "--budget_hours", hours, body=body, EPOCHS="1")
+    assert (done.returncode, done.stderr) == (0, "")
+    short, long = calls(tmp_path)[:2], calls(tmp_path)[2:]
+    assert len(short) == 2
+    assert all(call[-8:] == FEW for call in short)
+    assert long == [call[:-8] for call in short] * full
+    assert ("the budget ends here: 1 of 1 cells" in done.stdout) == (not full)
+
+
+def test_a_baselines_short_run_is_one_script(tmp_path):
+    leave_record(tmp_path / "speed", "eval", method="zero-shot", seconds=34, loading=3000)
+    body = "case $* in *max_eval_samples*) mkdir -p runs; cp -r speed runs ;; esac"
+    env = {"MODELS": "NousResearch/Llama-2-7b-hf", "TASKS": "summarization"}
+    done = within(tmp_path, "--budget_hours=0.5", body=body, script="baseline_inference.sh", **env)
+    assert (done.returncode, done.stderr) == (0, "")
+    [call] = calls(tmp_path)
+    assert call[-2:] == FEW[:2]
+    assert "--epochs" not in call
+    assert "the budget ends here: 2 of 2 cells" in done.stdout
+
+
+def test_a_cell_whose_short_run_fails_is_named_and_not_run(tmp_path):
+    done = within(tmp_path, "--budget_hours", "9", body="exit 3", EPOCHS="1 2")
+    assert done.returncode == 1
+    assert "error: 2 of 2 cells failed:" in done.stderr
+    assert done.stderr.count("(exit 3)") == 2
+    assert [call[-8:] for call in calls(tmp_path)] == [FEW, FEW]
+
+
+def test_a_cell_that_no_short_run_can_estimate_is_not_run_on_a_budget(tmp_path):
+    done = within(tmp_path, "--budget_usd", "1", "--price_per_hour=36", EPOCHS="1")
+    assert [call[-8:] for call in calls(tmp_path)] == [FEW, FEW]
+    assert len(done.stderr.splitlines()) <= 2

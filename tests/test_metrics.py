@@ -1,4 +1,5 @@
-"""Scores equal those of established libraries, intervals cover what they claim, prices are never guessed."""
+"""Scores equal those of established libraries, intervals and tests claim what is so, prices are never
+guessed."""
 
 import json
 import os
@@ -7,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+import scipy.stats
 from sklearn.metrics import accuracy_score, f1_score
 
 from study import cli, cost, metrics
@@ -28,6 +30,15 @@ def values(scores: dict) -> dict[str, float]:
     return {name: metric["value"] for name, metric in scores.items()}
 
 
+def of_answers(parsed: list, references: list) -> dict:
+    statistics = metrics.classification_statistics(parsed, references)
+    return metrics.bootstrap(statistics, len(references))[0]
+
+
+def of_summaries(rows: list[dict]) -> dict:
+    return metrics.bootstrap(metrics.statistics_of(rows), len(rows))[0]
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("kinds", [2, 4])  # with 2 of 4, two classes never occur and count in no mean
 def test_accuracy_and_f1_equal_scikit_learn_with_invalid_answers_as_no_class(seed, kinds):
@@ -42,12 +53,12 @@ def test_accuracy_and_f1_equal_scikit_learn_with_invalid_answers_as_no_class(see
             references, answers, labels=occurring, average=kind, zero_division=0
         )
     expected["invalid_answers"] = answers.count("invalid") / 200
-    got = values(metrics.classification_metrics(parsed, references, LABELS))
+    got = values(of_answers(parsed, references))
     assert got == pytest.approx({name: 100 * value for name, value in expected.items()})
 
 
 def test_a_small_example_gives_the_figures_worked_out_by_hand():
-    got = metrics.classification_metrics(["a", "a", "b", None], ["a", "b", "b", "a"], ["a", "b", "never"])
+    got = of_answers(["a", "a", "b", None], ["a", "b", "b", "a"])
     # a: 1 hit, 2 references, 2 answers: F1 1/2. b: 1 hit, 2 references, 1 answer: F1 2/3.
     # In all 2 hits, 4 references, 3 answers.
     assert values(got) == pytest.approx(
@@ -74,9 +85,9 @@ def test_an_answer_outside_the_label_set_is_wrong_and_listed_as_invalid():
 
 @pytest.mark.parametrize("answer", [None, "b"])
 def test_all_answers_wrong_score_0_and_all_right_100(answer):
-    wrong = values(metrics.classification_metrics([answer] * 3, ["a"] * 3, ["a", "b"]))
+    wrong = values(of_answers([answer] * 3, ["a"] * 3))
     assert {wrong[name] for name in ("accuracy", "micro_f1", "macro_f1", "weighted_f1")} == {0.0}
-    right = metrics.classification_metrics(["a", "b"], ["a", "b"], ["a", "b"])
+    right = of_answers(["a", "b"], ["a", "b"])
     assert {right[name]["value"] for name in right if name != "invalid_answers"} == {100.0}
 
 
@@ -113,7 +124,7 @@ def test_rouge_equals_rouge_score_itself():
     got = metrics.rouge_scores(summaries, references)
     assert got == expected
     means = {name: np.mean([row[name] for row in expected]) for name in expected[0]}
-    assert values(metrics.summarization_metrics(got)) == pytest.approx(means)
+    assert values(of_summaries(got)) == pytest.approx(means)
 
 
 def test_rouge_equals_the_evaluate_library():
@@ -134,7 +145,7 @@ def test_rouge_equals_the_evaluate_library():
     assert done.returncode == 0, done.stderr
     theirs = json.loads(done.stdout.splitlines()[-1])
     got = metrics.rouge_scores(*zip(*PAIRS, strict=True))
-    means = values(metrics.summarization_metrics(got))
+    means = values(of_summaries(got))
     assert theirs.keys() == means.keys() == {"rouge1", "rouge2", "rougeL", "rougeLsum"}
     for name, scores in theirs.items():
         assert [row[name] for row in got] == pytest.approx([100 * score for score in scores])
@@ -154,9 +165,7 @@ def test_a_summary_is_scored_up_to_the_next_heading_and_kept_whole():
 
 
 def share(outcomes: np.ndarray, seed: int = 0) -> dict:
-    return metrics.with_interval(
-        lambda weights: weights @ outcomes / weights.sum(axis=1), len(outcomes), seed
-    )
+    return metrics.bootstrap({"share": metrics.mean_of(outcomes)}, len(outcomes), seed=seed)[0]["share"]
 
 
 def test_an_interval_is_seeded_and_holds_the_value():
@@ -190,6 +199,25 @@ def test_intervals_cover_the_truth_95_times_in_100():
     assert covered / runs == pytest.approx(0.95, abs=0.046)
 
 
+def test_an_interval_of_a_mean_equals_scipys_percentile_bootstrap():
+    outcomes = np.random.default_rng(1).gamma(2, 0.1, 150)
+    ours, _ = metrics.bootstrap({"mean": metrics.mean_of(outcomes)}, len(outcomes), resamples=20_000)
+    theirs = scipy.stats.bootstrap(
+        (outcomes,), np.mean, n_resamples=20_000, method="percentile", rng=2
+    ).confidence_interval
+    # An end of either has a Monte-Carlo error of 0.02 standard errors of the mean.
+    tolerance = 0.1 * 100 * outcomes.std() / np.sqrt(len(outcomes))
+    assert ours["mean"]["ci95"] == pytest.approx([100 * theirs.low, 100 * theirs.high], abs=tolerance)
+
+
+def test_the_values_of_every_resample_are_those_that_the_intervals_were_read_from():
+    outcomes = np.random.default_rng(0).random((2, 40)) < 0.5
+    statistics = {name: metrics.mean_of(row) for name, row in zip("ab", outcomes, strict=True)}
+    intervals, drawn = metrics.bootstrap(statistics, 40, resamples=250)
+    assert drawn.shape == (2, 250)
+    assert [intervals[name]["ci95"] for name in "ab"] == np.percentile(drawn, [2.5, 97.5], axis=1).T.tolist()
+
+
 @pytest.mark.parametrize("name", ["accuracy", "micro_f1", "macro_f1", "weighted_f1", "invalid_answers"])
 def test_every_classification_metric_has_an_interval_around_it(name):
     generator = np.random.default_rng(0)
@@ -197,10 +225,76 @@ def test_every_classification_metric_has_an_interval_around_it(name):
     parsed = [
         reference if generator.random() < 0.6 else generator.choice(["a", None]) for reference in references
     ]
-    metric = metrics.classification_metrics(parsed, references, LABELS)[name]
+    metric = of_answers(parsed, references)[name]
     low, high = metric["ci95"]
     assert 0 < low < metric["value"] < high < 100
     assert high - low < 20
+
+
+# Paired tests
+
+
+def graded(*correct: bool) -> list[dict]:
+    """Rows of predictions.jsonl whose reference is always a."""
+    return [{"correct": right, "parsed": "a" if right else "b", "reference": "a"} for right in correct]
+
+
+def against(won: int, lost: int, tied: int = 10) -> dict:
+    """A comparison in which so many examples are right on one side only; of the ties half are."""
+    ties = [i % 2 == 0 for i in range(tied)]
+    ours, theirs = [True] * won + [False] * lost, [False] * won + [True] * lost
+    return metrics.compare(graded(*ours, *ties), graded(*theirs, *ties))
+
+
+@pytest.mark.parametrize(
+    ("won", "lost", "p"),
+    [(5, 0, 2 / 2**5), (0, 5, 2 / 2**5), (3, 1, 2 * (1 + 4) / 2**4), (6, 1, 2 * (1 + 7) / 2**7), (2, 2, 1)],
+)
+def test_mcnemar_is_the_figure_worked_out_by_hand(won, lost, p):
+    accuracy = against(won, lost)["accuracy"]
+    assert (accuracy["won"], accuracy["lost"]) == (won, lost)
+    assert accuracy["mcnemar_p"] == pytest.approx(p)
+    assert accuracy["value"] == pytest.approx(100 * (won - lost) / (won + lost + 10))
+
+
+def test_a_paired_bootstrap_draws_both_sides_of_an_example_together():
+    # 2 of 20 won and none lost: the difference is binomial, and 0 where neither of the two is drawn.
+    accuracy = against(2, 0, 18)["accuracy"]
+    ends = scipy.stats.binom.ppf([0.025, 0.975], 20, 0.1)
+    assert accuracy["value"] == pytest.approx(10)
+    assert accuracy["ci95"] == pytest.approx(list(100 / 20 * ends))
+    assert accuracy["p"] == pytest.approx(2 * 0.9**20, abs=0.02)
+
+
+def test_identical_answers_differ_by_nothing():
+    for comparison in (against(0, 0), metrics.compare(*[[dict.fromkeys(metrics.ROUGE, 30.0)] * 5] * 2)):
+        assert {(metric["value"], *metric["ci95"], metric["p"]) for metric in comparison.values()} == {
+            (0, 0, 0, 1)
+        }
+    assert against(0, 0)["accuracy"]["mcnemar_p"] == 1
+
+
+def test_a_clear_difference_is_told_from_chance_and_a_small_one_is_not():
+    clear, small = (against(*counts, 120)["accuracy"] for counts in ((60, 20), (42, 38)))
+    assert max(clear["p"], clear["mcnemar_p"]) < 0.01
+    assert clear["ci95"][0] > 0
+    assert min(small["p"], small["mcnemar_p"]) > 0.5
+    assert small["ci95"][0] < 0 < small["ci95"][1]
+    assert against(20, 60, 120)["accuracy"]["value"] == -clear["value"]
+
+
+def test_rouge_is_compared_by_its_mean_over_the_same_examples():
+    generator = np.random.default_rng(0)
+    scores = generator.uniform(10, 60, 80)
+    ours, theirs = (
+        [dict.fromkeys(metrics.ROUGE, score) for score in scores + shift]
+        for shift in (generator.normal(3, 5, 80), 0)
+    )
+    difference = np.mean([row["rouge2"] - other["rouge2"] for row, other in zip(ours, theirs, strict=True)])
+    comparison = metrics.compare(ours, theirs)["rouge2"]
+    assert comparison.keys() == {"value", "ci95", "p"}
+    assert comparison["value"] == pytest.approx(difference)
+    assert comparison["p"] < 0.01  # the spread of the examples themselves, 14 points, is common to both
 
 
 # Cost
@@ -210,7 +304,13 @@ def test_every_classification_metric_has_an_interval_around_it(name):
     ("gpu", "per_hour"),
     [
         ("NVIDIA A10G", 1.212),
+        ("g5.2xlarge", 1.212),
+        ("AWS G5.4xlarge", 1.624),
         ("NVIDIA A100-SXM4-40GB", 3.81),
+        ("NVIDIA A100-PCIE-40GB", 3.81),
+        ("GCP A100 40GB", 3.81),
+        ("NVIDIA A100-SXM4-80GB", None),
+        ("NVIDIA H100 80GB HBM3", None),
         ("CPU, 2 cores", None),
         ("NVIDIA A10", None),
     ],
@@ -229,5 +329,6 @@ def test_a_run_costs_its_seconds_at_the_price_of_flag_or_device():
     assert of_run("--price_per_hour", "3")["usd"] == 1.5
     assert of_run("--price_per_hour", "3")["price_source"] == "--price_per_hour"
     assert of_run("--gpu_name", "A10G")["usd"] == pytest.approx(0.606)
+    assert of_run("--gpu_name", "g5.4xlarge")["usd"] == pytest.approx(0.812)
     assert of_run("--gpu_name", "A10G", "--price_per_hour", "3")["usd"] == 1.5
     assert of_run("--gpu_name", "my card")["gpu"] == "my card"

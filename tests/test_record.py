@@ -1,10 +1,12 @@
 """Run names, records and what they survive: full disks, kills, failures, other settings."""
 
+import contextlib
 import json
 import math
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 from datetime import datetime
@@ -13,7 +15,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run_script
 
-from study import cli, record, runs
+from study import cli, plan, record, runs
 from study.cli import UserError
 
 CLASSIFICATION = "experiments/classification-sampleFraction-1.0_epochs-5_rank-8_dropout-0.1_seed-42"
@@ -170,7 +172,7 @@ def test_the_test_file_counts_where_training_drops_its_overlap():
 ATOMIC = """
 import json, sys
 from pathlib import Path
-from study import cli, record, runs
+from study import cli, plan, record, runs
 path = Path(sys.argv[1]) / "train.json"
 record.write_json(path, {"old": 1})
 try:
@@ -237,6 +239,23 @@ def test_a_file_that_is_no_record_is_refused_with_the_way_out(tmp_path, text):
     path = tmp_path / "train.json"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match=r"train\.json is not a .*record.*--force"):
+        record.read(path)
+
+
+@pytest.mark.parametrize("part", ["train", "eval"])
+@pytest.mark.parametrize("name", ["seconds", "wall_seconds"])
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-0.5", '"12"', "null", "[1]"])
+def test_a_record_of_impossible_times_is_refused_with_the_way_out(tmp_path, part, name, value):
+    path = tmp_path / f"{part}.json"
+    path.write_text(f'{{"schema": 1, "status": "finished", "{part}": {{"examples": 4, "{name}": {value}}}}}')
+    with pytest.raises(UserError, match=rf"{part}\.json .*--force redoes the run"):
+        record.read(path)
+
+
+def test_a_number_that_is_none_is_refused_wherever_it_stands(tmp_path):
+    path = tmp_path / "eval.json"
+    path.write_text('{"schema": 1, "status": "finished", "eval": {"metrics": {"accuracy": [NaN]}}}')
+    with pytest.raises(UserError, match=r"not a readable record \(NaN is no measurement\)"):
         record.read(path)
 
 
@@ -352,6 +371,58 @@ def test_a_run_without_a_record_is_not_started_or_unfinished(tmp_path):
     assert record.status(tmp_path / "run" / "train.json") == "not started"
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     assert record.status(tmp_path / "run" / "train.json") == "unfinished"
+
+
+@pytest.mark.parametrize("error", [None, ValueError("x"), KeyboardInterrupt()])
+@pytest.mark.parametrize("earlier", [None, ValueError("x")], ids=["new", "failed before"])
+def test_a_run_that_goes_on_is_running_and_leaves_its_record_alone(tmp_path, error, earlier):
+    path = tmp_path / "run" / "train.json"
+    if earlier:
+        make_record(path, error=earlier)
+    with (
+        record.locked(path.parent),
+        contextlib.suppress(UserError, KeyboardInterrupt),
+        record.recording(path, flags("--seed", 7), "qlora", ()),
+    ):
+        meanwhile = record.status(path), record.read(record.beside(path)), record.read(path)
+        if error:
+            raise error
+    state, so_far, old = meanwhile
+    assert state == so_far["status"] == "running"
+    assert (so_far["config"]["seed"], so_far["method"]) == (7, "qlora")
+    assert (old["status"] if old else None) == ("failed" if earlier else None)
+    assert {file.name for file in path.parent.iterdir()} == {"train.json", ".lock"}
+    assert record.status(path) == record.read(path)["status"] != "running"
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from study import cli, record
+path = Path(sys.argv[1]) / "train.json"
+args = cli.parse_args("classification", "", [])
+with record.locked(path.parent), record.recording(path, args, "qlora", ()):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_run_is_unfinished_until_another_one_ends(tmp_path):
+    path = tmp_path / "train.json"
+    done = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert record.read(record.beside(path))["status"] == "running"
+    assert record.status(path) == "unfinished"
+    make_record(path)
+    assert record.status(path) == "finished"
+    assert not record.beside(path).exists()
+
+
+def test_a_finished_run_stays_finished_while_it_is_redone(tmp_path):
+    path = tmp_path / "train.json"
+    before = make_record(path, train={"loss": 1.0})
+    with record.locked(tmp_path), record.recording(path, flags("--force"), "qlora", ()):
+        meanwhile = record.status(path), record.read(path)
+    assert meanwhile == ("finished", before)
 
 
 def test_further_processes_of_a_launch_leave_record_and_lock_to_the_first(tmp_path, monkeypatch):
@@ -486,8 +557,9 @@ def test_a_dry_run_by_experiment_dir_finds_the_evaluation_that_inference_wrote(t
     content = runs.finished_training(tmp_path / "run", args)
     name = runs.eval_name(args, content["config"])
     make_record(tmp_path / "run" / name, training=content["finished"])
-    done = run_script("llama2_classification_inference.py", "--experiment_dir", tmp_path / "run", "--dry_run")
-    assert done.stdout.splitlines()[-1] == f"finished\t{tmp_path / 'run'}"
+    words = ("--experiment_dir", tmp_path / "run", "--price_per_hour", 2)
+    done = run_script("llama2_classification_inference.py", *words, "--dry_run")
+    assert done.stdout.splitlines()[-1] == f"finished\t{tmp_path / 'run'}\t0\t0"
 
 
 @pytest.mark.parametrize(
@@ -498,8 +570,8 @@ def test_a_dry_run_by_experiment_dir_finds_the_evaluation_that_inference_wrote(t
 def test_a_dry_run_of_an_evaluation_says_how_its_training_stands(tmp_path, capsys, training, state):
     if training is not None:
         make_record(tmp_path / "run" / "train.json", **training)
-    runs.say_dry_run(tmp_path / "run" / "eval.json", flags())
-    assert capsys.readouterr().out.splitlines()[-1] == f"{state}\t{tmp_path / 'run'}"
+    plan.say_dry_run(tmp_path / "run" / "eval.json", flags("--output_dir", tmp_path / "none"))
+    assert capsys.readouterr().out.splitlines()[-1] == f"{state}\t{tmp_path / 'run'}\t?\t?"
 
 
 def test_a_dry_run_leaves_nothing_behind(tmp_path):

@@ -141,6 +141,51 @@ def test_the_record_says_what_was_trained_and_what_it_took(whole):
     assert record["quantization"]["bnb_4bit_compute_dtype"] == "bfloat16"
 
 
+@pytest.fixture(scope="module")
+def tracked(tmp_path_factory) -> tuple:
+    folder = tmp_path_factory.mktemp("tracked") / "run"
+    return folder, train(folder, "--epochs=1", "--max_train_samples=64", "--report_to=tensorboard")
+
+
+def test_a_tracker_gets_loss_learning_rate_speed_and_memory_of_every_step(tracked):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, record = tracked
+    [file] = folder.rglob("*tfevents*")
+    assert file.parent == folder / "tensorboard"
+    events = EventAccumulator(str(file)).Reload()
+
+    def curve(name: str) -> list:
+        return [[event.step, event.value] for event in events.Scalars(f"train/{name}")]
+
+    steps = [step for step, _ in record["train"]["loss_history"]]
+    losses = [value for _, value in curve("loss")]
+    assert steps == [1, 2, 3, 4]
+    assert [step for step, _ in curve("loss")] == steps
+    # transformers rounds what it logs.
+    assert losses == pytest.approx([loss for _, loss in record["train"]["loss_history"]], rel=1e-3)
+    rates = [value for _, value in curve("learning_rate")]
+    assert rates[-1] == pytest.approx(3e-3)
+    assert all(0 <= rate <= 3.001e-3 for rate in rates)
+    speeds, memory = ([value for _, value in curve(name)] for name in ("tokens_per_second", "memory_gib"))
+    assert len(speeds) == len(memory) == 4
+    assert speeds[-1] == pytest.approx(record["train"]["tokens_per_second"], rel=0.5)
+    assert all(0 < value <= 1.001 * record["train"]["peak_memory_gib"] for value in memory)
+    assert memory == sorted(memory)
+
+
+def test_a_tracker_leaves_the_record_as_any_other(tracked, whole):
+    content, plain = tracked[1], whole[1]
+    assert content["status"] == "finished"
+    assert content["config"]["report_to"] == "tensorboard"
+    assert content.keys() == plain.keys()
+    assert content["train"].keys() == plain["train"].keys()
+
+
+def test_without_a_tracker_a_run_leaves_its_adapter_and_record_only(whole):
+    assert {path.name for path in whole[0].iterdir()} == {"adapter", "train.json", ".lock"}
+
+
 def test_a_finished_run_is_found_and_changed_data_under_it_is_not_overlooked(whole, tmp_path):
     folder, _ = whole
     again = run_script(SCRIPT, *DATA, "--experiment_dir", folder, "--epochs=2", "--max_tokens_per_batch=64")
