@@ -30,7 +30,7 @@ classify() {
 }
 
 summarize() {
-  RANKS="4 16" EPOCHS="2 5" DROPOUTS="0.1 0.5" SEEDS="1 2" ./run_lora.sh "${common[@]}" "${learning[@]}" "${dialogues[@]}"
+  RANKS="4 16" EPOCHS="2 5" DROPOUTS="0.1 0.5" SEEDS="1 2 3" ./run_lora.sh "${common[@]}" "${learning[@]}" "${dialogues[@]}"
   SEEDS="1 2 3" TASKS=summarization ./baseline_inference.sh "${common[@]}" "${dialogues[@]}"
   if [[ ${REAL_DATA:-} ]]; then
     mapfile -t samsum < <(real samsum)
