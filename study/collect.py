@@ -6,8 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from study import record, runs
-from study.cli import DEFAULTS, UserError
+from study.cli import UserError
 
+SCORES = {
+    "classification": {"accuracy": "accuracy", "macro_f1": "macro F1", "invalid_answers": "invalid answers"},
+    "summarization": {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"},
+}
 METHODS = ("zero-shot", "few-shot", "fine-tuned")
 KNOBS = {"lora_r": "rank", "epochs": "epochs", "dropout": "dropout"}
 # Settings that neither name a cell of a table nor show in the test data: they tell variants of a cell apart.
@@ -21,10 +25,19 @@ ELSEWHERE = {
     "prompt_type",
 }
 VARIANTS = sorted({*runs.TRAINED, *runs.BASELINE} - ELSEWHERE - {"seed"})
-NEEDED = {
-    "train": "examples seconds wall_seconds peak_memory_gib tokens_per_second loss_history",
-    "eval": "examples seconds wall_seconds peak_memory_gib examples_per_second input_tokens output_tokens "
-    "metrics",
+NUMBER = (int, float)
+MEASURED = ("examples", "seconds", "wall_seconds", "peak_memory_gib")
+NEEDED = {  # what tables are made from, by dots; fields of finished records only, after the first line
+    "any": dict.fromkeys(("task", "method", "model"), str) | {"config": dict, "config.seed": int},
+    "finished": dict.fromkeys(("finished", "prompt_sha256", "cost.gpu"), str)
+    | {"data": dict, "environment": dict},
+    "tuned": dict.fromkeys(("config.train_sample_fraction", *(f"config.{name}" for name in KNOBS)), NUMBER),
+    "train": {f"train.{name}": NUMBER for name in (*MEASURED, "tokens_per_second")}
+    | {"train.loss_history": list},
+    "eval": {
+        f"eval.{name}": NUMBER for name in (*MEASURED, "examples_per_second", "input_tokens", "output_tokens")
+    }
+    | {"config.split": str, "eval.metrics": dict},
 }
 
 
@@ -41,6 +54,7 @@ class Run:
     train: dict | None
     state: str
     variant: str = ""
+    name: str = ""  # of the model
 
     def __post_init__(self):
         self.task, self.config = self.content["task"], self.content["config"]
@@ -51,9 +65,8 @@ class Run:
 
     @property
     def model(self) -> str:
-        """A hub id or the end of a local path, and what tells this run from others of the same cell."""
-        name = "/".join(self.content["model"].rstrip("/").split("/")[-2:])
-        return name + (f" ({self.variant})" if self.variant else "")
+        """The model's name, with what tells this run from others of the same cell."""
+        return self.name + (f" ({self.variant})" if self.variant else "")
 
     def records(self) -> list[Path]:
         beside = self.path.with_name("train.json")
@@ -65,7 +78,7 @@ class Run:
 
     def identity(self) -> tuple:
         """What no two runs have in common."""
-        more = (self.test()["sha256"], self.content["prompt_sha256"]) if self.scored else ()
+        more = (self.test()["sha256"], self.content["prompt_sha256"]) if self.scored else self.path.name
         variant = tuple(str(self.config.get(name)) for name in VARIANTS)
         seed = self.config.get("seed")
         return self.task, self.content["model"], self.method, self.share, *self.setting, seed, variant, more
@@ -130,14 +143,39 @@ def read_whole(path: Path, part: str) -> dict | None:
     content = record.read(path)
     if content is None or content["status"] != "finished":
         content = record.read(record.beside(path)) or content
-    wanted = ["task", "method", "model", "config"] if content else []
-    if content and content["status"] == "finished":
-        wanted += ["data", "cost", "finished", "environment", part]
-    lacking = [name for name in wanted if name not in content]
-    if part in wanted and not lacking:
-        lacking = [f"{part}.{name}" for name in NEEDED[part].split() if name not in content[part]]
+    if content is None:
+        return None
+    wanted = dict(NEEDED["any"])
+    if content["status"] == "finished":
+        wanted |= (
+            NEEDED["finished"] | NEEDED[part] | ({} if content.get("method") in METHODS else NEEDED["tuned"])
+        )
+    lacking = [name for name, kind in wanted.items() if not isinstance(lookup(content, name), kind)]
+    if part == "eval" and not lacking and content["status"] == "finished":
+        split = f"data.{content['config']['split']}"
+        wanted = {f"{split}.sha256": str, f"{split}.source": str, f"{split}.rows": int}
+        for metric in SCORES.get(content["task"], {}):
+            wanted |= {f"eval.metrics.{metric}.{name}": NUMBER for name in ("value", "ci95.0", "ci95.1")}
+        lacking = [name for name, kind in wanted.items() if not isinstance(lookup(content, name), kind)]
+    if (
+        not isinstance(lookup(content, "cost.price_per_hour"), int | float | None)
+        or content.get("task") not in SCORES
+    ):
+        lacking.append("a task of ours" if content.get("task") not in SCORES else "cost.price_per_hour")
     if lacking:
-        raise UserError(f"{path} lacks {', '.join(lacking)}: --force redoes the run")
+        raise UserError(
+            f"{path} lacks {', '.join(lacking)}, or has it in another form: --force redoes the run"
+        )
+    return content
+
+
+def lookup(content, dotted: str):
+    """What stands at e.g. "eval.metrics.accuracy.ci95.0"; None where nothing does."""
+    for name in dotted.split("."):
+        if isinstance(content, list):
+            content = content[int(name)] if int(name) < len(content) else None
+        else:
+            content = content.get(name) if isinstance(content, dict) else None
     return content
 
 
@@ -147,7 +185,7 @@ def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     The largest group of a task has no reason to stand apart; it takes the runs without a score, too.
     """
     result = []
-    for task in DEFAULTS:
+    for task in SCORES:
         groups = defaultdict(list)
         ours = [run for run in found if run.task == task]
         usual = {}
@@ -173,8 +211,19 @@ def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
                 result.append((task, why, groups[key]))
     for _, _, group in result:
         for run in group:
+            run.name = name_of(run.content["model"], {other.content["model"] for other in group})
             run.variant = ", ".join(f"{name} {run.config[name]}" for name in varying(run, group))
     return result
+
+
+def name_of(model: str, others: set[str]) -> str:
+    """A hub id, or as much of the end of a local path as tells it from the other models."""
+    parts = model.rstrip("/").split("/")
+    for count in range(min(2, len(parts)), len(parts) + 1):
+        name = "/".join(parts[-count:])
+        if not any(other != model and f"/{other.rstrip('/')}".endswith(f"/{name}") for other in others):
+            return name
+    return model
 
 
 def varying(run: Run, group: Sequence[Run]) -> list[str]:

@@ -4,9 +4,9 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from study import record, runs
+from study import metrics, runs
 from study.cli import UserError
-from study.tables import SCORES
+from study.collect import SCORES, read_whole
 
 
 def compare(paths: Sequence[Path]) -> str:
@@ -14,12 +14,9 @@ def compare(paths: Sequence[Path]) -> str:
     not scored on the same examples in the same way."""
     from tabulate import tabulate
 
-    from study import metrics
-
     sides = [read_scored(path / "eval.json" if path.is_dir() else path) for path in paths]
-    (ours, rows), (theirs, others) = sides
+    (ours, rows), (_, others) = sides
     for what, one, other in (
-        ("tasks", ours["task"], theirs["task"]),
         (
             "test examples",
             *(content["data"][content["config"]["split"]]["sha256"][:8] for content, _ in sides),
@@ -48,13 +45,16 @@ def compare(paths: Sequence[Path]) -> str:
 
 def read_scored(path: Path) -> tuple[dict, list[dict]]:
     """A finished evaluation's record and predictions. Raises UserError where either lacks or is not whole."""
-    content, predictions = record.read(path), runs.predictions_beside(path)
-    if not content or content["status"] != "finished" or "eval" not in content:
+    content, predictions = read_whole(path, "eval"), runs.predictions_beside(path)
+    if not content or content["status"] != "finished":
         raise UserError(f"--compare {path}: there is no finished evaluation")
     try:
         rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(f"--compare: {predictions} is not readable ({error}): --force redoes it") from None
-    if len(rows) != content["eval"]["examples"]:
+    keys = {"correct", "parsed", "reference"} if content["task"] == "classification" else set(metrics.ROUGE)
+    if len(rows) != content["eval"]["examples"] or not all(
+        isinstance(r, dict) and keys <= r.keys() for r in rows
+    ):
         raise UserError(f"--compare: {predictions} is not whole: --force redoes it")
     return content, rows

@@ -13,10 +13,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from study.collect import Run
+from study.collect import SCORES, Run
 from study.published import FIGURES
 from study.tables import (
-    SCORES,
     grids,
     models_of,
     on_everything,

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from study import cost, record, runs
 from study.cli import UserError, run_script, underscored
-from study.collect import comparable, find_runs
+from study.collect import comparable, find_runs, read_whole
 from study.tables import Table, all_tables, usd_text
 
 
@@ -88,7 +88,7 @@ def trace(tables: Sequence[Table], query: str) -> str:
         if cell["records"] and set(words(query)) <= set(words(place)):
             lines.append(f"{place} = {cell['text']}")
             for path in cell["records"]:
-                content = record.read(Path(path)) or record.read(record.beside(Path(path)))
+                content = read_whole(Path(path), "train" if path.endswith("train.json") else "eval")
                 commit = content.get("environment", {}).get("git_commit")
                 lines.append(f"  {path}: {content['status']} {content.get('finished', '')}, commit {commit}")
                 lines.append(f"    {runs.command(content)}")
@@ -107,7 +107,10 @@ def write(
     """report.md, and beside it each table as CSV and each plot as PNG and SVG."""
     from study import plots
 
-    args.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {args.output_dir} can't be used: {error.strerror}") from None
     for number, table in enumerate(tables, 1):
         name = "-".join(re.findall(r"\w+", f"{table.name} {table.title}".lower()))[:60]
         text = io.StringIO()

@@ -7,12 +7,8 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 
 from study import cost
-from study.collect import KNOBS, METHODS, Run
+from study.collect import KNOBS, METHODS, SCORES, Run
 
-SCORES = {
-    "classification": {"accuracy": "accuracy", "macro_f1": "macro F1", "invalid_answers": "invalid answers"},
-    "summarization": {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"},
-}
 SHARES = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 STATES = {"running": "running", "oom": "OOM", "failed": "failed", "interrupted": "interrupted"}
 
@@ -247,13 +243,14 @@ def training_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
     ]
     columns += ["peak GiB", "GPU", "training cost", "evaluation cost", "cost"]
     table = Table("Tables 4 and 5", "time and cost to train", columns, 2)
-    for task, _, group in groups:
+    for task, why, group in groups:
+        place = f"{task} ({why})" if why else task
         for model in models_of(tuned(group)):
             of = [run for run in on_everything(group, model) if run.train]
             done = [run for run in of if run.scored]
             if of:
                 table.add(
-                    *(model, task, trained_on(of), of[0].config["epochs"], len(of)),
+                    *(model, place, trained_on(of), of[0].config["epochs"], len(of)),
                     mean_cell(
                         of, lambda run: trained(run)["wall_seconds"] - trained(run)["seconds"], duration
                     ),
@@ -289,7 +286,8 @@ def inference_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
     ]
     columns += ["per 1,000 examples", "per 1K input tokens", "per 1K output tokens"]
     table = Table("Inference", "speed and cost to serve", columns, 3)
-    for task, _, group in groups:
+    for task, why, group in groups:
+        place = f"{task} ({why})" if why else task
         for model, method in sorted({(run.model, run.method) for run in group if run.scored}):
             of = on_everything(group, model) if method == "fine-tuned" else group
             of = [run for run in of if run.scored and (run.model, run.method) == (model, method)]
@@ -299,7 +297,7 @@ def inference_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
             ]
             if of:
                 table.add(
-                    *(model, task, method),
+                    *(model, place, method),
                     *(
                         mean_cell(of, lambda run, name=name: run.scored[name], show)
                         for name, show in SERVED.items()

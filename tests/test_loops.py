@@ -66,6 +66,11 @@ def calls(folder: Path) -> list[list[str]]:
 PRICED = ("--gpu_name", "card", "--price_per_hour", 36)
 
 
+FILE = {"sha256": "5", "source": "s", "rows": 1}
+WHOLE = {"finished": "", "prompt_sha256": "", "environment": {}}
+PERFECT = {name: {"value": 100, "ci95": [100, 100]} for name in ("rouge1", "rouge2", "rougeL")}
+
+
 def leave_record(
     folder: Path, part: str, *, seconds: float, loading: float, examples: int = 10, **other
 ) -> Path:
@@ -75,11 +80,17 @@ def leave_record(
     config |= {name: other.pop(name) for name in config.keys() & other.keys() - {"task"}}
     plain = {"task": "summarization", "method": "qlora", "model": config["pretrained_ckpt"], "gpu": "card"}
     about = plain | other
-    spent = {name: None for name in collect.NEEDED[part].split()}
-    spent |= {"examples": examples, "seconds": seconds, "wall_seconds": seconds + loading}
+    spent = {name.partition(".")[2]: 0 for name in collect.NEEDED[part] if name.startswith(f"{part}.")}
+    spent |= {
+        "loss_history": [],
+        "metrics": PERFECT,
+        "examples": examples,
+        "seconds": seconds,
+        "wall_seconds": seconds + loading,
+    }
     content = {
         **{"schema": 1, "status": "finished", "cost": {"gpu": about.pop("gpu")}, "config": config},
-        **{"data": {split: {"available": available}}, part: spent, "finished": "", "environment": {}},
+        **{"data": {split: {"available": available, **FILE}}, part: spent, **WHOLE},
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{part}.json"
@@ -335,7 +346,9 @@ def test_a_damaged_record_fails_its_own_cell_only(tmp_path, files):
 def estimate(folder: Path, state: str, *words: object, name: str = "eval.json", task="summarization"):
     """Seconds and USD, at a cent a second, of a run by the records in `folder`."""
     words = (*PRICED, "--output_dir", folder, *words)
-    return plan.estimate(cli.parse_args(task, "", list(map(str, words))), folder / "run" / name, state == "trained")
+    return plan.estimate(
+        cli.parse_args(task, "", list(map(str, words))), folder / "run" / name, state == "trained"
+    )
 
 
 def leave_three(folder: Path, part: str) -> None:

@@ -1,0 +1,628 @@
+"""The report: hand-checked tables, states, groups, published figures, prices, traces, paired tests, plots."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT, error_line, write_rows
+
+from study import cli, record
+from study.cli import UserError
+from study.collect import comparable, find_runs
+from study.compare import compare
+from study.published import FIGURES
+from study.tables import all_tables
+
+GPU = "NVIDIA A10G"
+TABLE_1 = "Table 1: classification: accuracy by training share"
+TRAINING, SERVING = "Tables 4 and 5: time and cost to train", "Inference: speed and cost to serve"
+COST = {"gpu": GPU, "price_per_hour": 3.6, "price_source": "x", "price_date": "2024"}  # $0.001 a s
+METRICS = {  # by task, with how far below the first each is
+    "classification": {"accuracy": 0, "macro_f1": 1, "invalid_answers": 10},
+    "summarization": {"rouge1": 0, "rouge2": 25, "rougeL": 8},
+}
+
+
+def save(folder: Path, part: str, task: str, words: str, method: str, /, **more) -> dict:
+    """Write a finished record as the scripts do; `more` replaces or adds parts of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    baseline = method != "qlora"
+    args = cli.parse_args(None if baseline else task, "", ["--pretrained_ckpt", "a/small", *words.split()])
+    split = {"source": f"{part}.jsonl", "rows": 1000, "sha256": "5" * 64}
+    name = "baseline" if baseline else task + ("_inference" if part == "eval" else "")
+    content = {
+        **{"schema": 1, "status": "finished", "script": f"llama2_{name}.py", "task": args.task},
+        **{"method": method, "model": args.pretrained_ckpt, "prompt_sha256": method[0] * 64, "cost": COST},
+        "config": {name: value for name, value in vars(args).items() if name != "given"},
+        "data": {"train" if part == "train" else args.split: split},
+        "environment": {"git_commit": "c0ffee"},
+        "finished": "2024-01-01T00:00:00.000+00:00",
+    }
+    record.write_json(folder / f"{part}.json", content | more)
+    return content | more
+
+
+def evaluation(value: float, half: float = 2.0, task: str = "classification", **more) -> dict:
+    ends = {name: value - less for name, less in METRICS[task].items()}
+    metrics = {name: {"value": v, "ci95": [v - half, v + half]} for name, v in ends.items()}
+    sizes = {"examples": 1000, "input_tokens": 100_000, "output_tokens": 2000, "peak_memory_gib": 5.0}
+    speed = {"seconds": 50.0, "wall_seconds": 100.0, "examples_per_second": 20.0, "metrics_version": "1, r"}
+    return {"metrics": metrics, "decoding": "free", **sizes, **speed, **more}
+
+
+def tuned(folder: Path, value: float | None, words="", half=2.0, task="classification", train=None, **more):
+    """A finished training and, unless `value` is None, its evaluation."""
+    spent = {"seconds": 360.0, "wall_seconds": 400.0, "tokens_per_second": 1000.0, "peak_memory_gib": 10.0}
+    history = [[step, 2 / step] for step in range(1, 41)]
+    spent |= {"examples": 480, "loss_history": history, **(train or {})}
+    when = {"finished": more["finished"]} if "finished" in more else {}
+    content = save(folder, "train", task, words, "qlora", train=spent, **when)
+    if value is not None:
+        more = {"eval": evaluation(value, half, task), "training": content["finished"], **more}
+        save(folder, "eval", task, words, "qlora", **more)
+    return folder
+
+
+def baseline(root: Path, value: float, words: str = "", task: str = "classification", **more) -> None:
+    kind = "few-shot" if "few-shot" in words else "zero-shot"
+    folder = root / "baseline" / "a--small" / task / kind
+    more = {"eval": evaluation(value, 1.5, task, seconds=20.0, examples_per_second=50.0), **more}
+    save(folder, "eval", task, f"--task_type {task} {words}", kind, **more)
+
+
+def report(*words: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "study.report", *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def printed(text: str) -> dict[str, list[list[str]]]:
+    """The tables of Markdown: by heading the lines of cells, of which the first are the titles."""
+    found = {}
+    for section in re.split("^## ", text, flags=re.M)[1:]:
+        lines = [line.strip("| ") for line in section.splitlines() if line.startswith("|")]
+        rows = [re.split(r"\s+\|\s+", line) for line in lines if line[:2] != "--"]
+        found[section.partition("\n")[0]] = rows
+    return found
+
+
+def tables(*folders: Path) -> dict:
+    """By name and title."""
+    found, problems = find_runs(folders)
+    assert not problems
+    return {f"{t.name}: {t.title}": t for t in all_tables(comparable(found), [])}
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    """Two models, three seeds, a LoRA grid with a hole, a baseline, and both tasks."""
+    root = tmp_path_factory.mktemp("study")
+    for seed, value, half in ((1, 60, 2), (2, 62, 3), (3, 64, 4)):
+        words = f"--train_sample_fraction 0.1 --seed {seed}"
+        tuned(root / f"seed {seed}", value, words, half, train={"examples": 48})
+    tuned(root / "whole", 70)
+    tuned(root / "rank", 75, "--lora_r 16")
+    tuned(root / "epochs", 72.5, "--epochs 10")
+    long = {"seconds": 7000.0, "wall_seconds": 7200.0}
+    tuned(root / "big", 80, "--pretrained_ckpt b/big", half=1, train=long)
+    baseline(root, 20)
+    tuned(root / "summaries", 50, half=1, task="summarization")
+    baseline(root, 30, "--prompt_type few-shot", task="summarization")
+    return root
+
+
+# Tables
+
+GOLDEN = {
+    TABLE_1: [
+        ["training share", "examples", "a/small", "b/big"],
+        ["2.5 %", "—", "—", "—"],
+        ["5 %", "—", "—", "—"],
+        # t(2) = 4.3027: sqrt(((2 + 3 + 4) / 3)^2 + (4.3027 * 2 / sqrt(3))^2) = sqrt(9 + 24.68) = 5.80
+        ["10 %", "48", "62.00 ± 5.80 (3)", "—"],
+        ["25 %", "—", "—", "—"],
+        ["50 %", "—", "—", "—"],
+        ["100 %", "480", "70.00 ± 2.00", "80.00 ± 1.00"],
+    ],
+    "Table 2: classification: zero-shot, few-shot and fine-tuned": [
+        ["model", "method", "trained on", "accuracy", "macro F1", "invalid answers"],
+        ["a/small", "zero-shot", "—", "20.00 ± 1.50", "19.00 ± 1.50", "10.00 ± 1.50"],
+        ["a/small", "few-shot", "—", "—", "—", "—"],
+        ["a/small", "fine-tuned", "480", "70.00 ± 2.00", "69.00 ± 2.00", "60.00 ± 2.00"],
+        ["b/big", "zero-shot", "—", "—", "—", "—"],
+        ["b/big", "few-shot", "—", "—", "—", "—"],
+        ["b/big", "fine-tuned", "480", "80.00 ± 1.00", "79.00 ± 1.00", "70.00 ± 1.00"],
+    ],
+    "LoRA ablation: classification: accuracy by rank, epochs and dropout, a/small, 100 % of the examples": [
+        ["dropout", "rank", "5 epochs", "10 epochs"],
+        ["0.1", "8", "70.00 ± 2.00", "72.50 ± 2.00"],
+        ["0.1", "16", "**75.00 ± 2.00**", "—"],
+    ],
+    "LoRA effects: classification: mean accuracy at each level, a/small, 100 % of the examples": [
+        ["knob", "level", "accuracy", "cells"],
+        ["rank", "8", "70.00", "1"],  # at 5 epochs: rank 16 has no score at 10
+        ["rank", "16", "75.00", "1"],
+        ["epochs", "5", "70.00", "1"],
+        ["epochs", "10", "72.50", "1"],
+        ["dropout", "0.1", "72.50", "3"],  # (70 + 72.5 + 75) / 3
+    ],
+    "Table 2: summarization: zero-shot, few-shot and fine-tuned": [
+        ["model", "method", "trained on", "ROUGE-1", "ROUGE-2", "ROUGE-L"],
+        ["a/small", "zero-shot", "—", "—", "—", "—"],
+        ["a/small", "few-shot", "—", "30.00 ± 1.50", "5.00 ± 1.50", "22.00 ± 1.50"],
+        ["a/small", "fine-tuned", "480", "50.00 ± 1.00", "25.00 ± 1.00", "42.00 ± 1.00"],
+    ],
+    "Table 3: summarization: models fine-tuned on everything": [
+        ["model", "trained on", "ROUGE-1", "ROUGE-2", "ROUGE-L"],
+        ["a/small", "480", "50.00 ± 1.00", "25.00 ± 1.00", "42.00 ± 1.00"],
+    ],
+    TRAINING: [
+        [
+            *("model", "task", "trained on", "epochs", "seeds", "loading", "training", "evaluation", "all"),
+            *("tokens/s", "peak GiB", "GPU", "training cost", "evaluation cost", "cost"),
+        ],
+        [  # loading 400 - 360 s; $3.60/h is $0.001 per second of 400 and 100 s
+            *("a/small", "classification", "480", "5", "1", "40 s", "6.0 min", "1.7 min", "8.3 min"),
+            *("1,000", "10.0", GPU, "$0.40", "$0.10", "$0.50"),
+        ],
+        [  # 7,200 and 100 s are 2.03 h
+            *("b/big", "classification", "480", "5", "1", "3.3 min", "1.9 h", "1.7 min", "2.0 h"),
+            *("1,000", "10.0", GPU, "$7.20", "$0.10", "$7.30"),
+        ],
+        [
+            *("a/small", "summarization", "480", "1", "1", "40 s", "6.0 min", "1.7 min", "8.3 min"),
+            *("1,000", "10.0", GPU, "$0.40", "$0.10", "$0.50"),
+        ],
+    ],
+    SERVING: [
+        [
+            *("model", "task", "method", "examples", "examples/s", "tokens in", "tokens out", "peak GiB"),
+            *("GPU", "per 1,000 examples", "per 1K input tokens", "per 1K output tokens"),
+        ],
+        *(  # 50 s or 20 s at $0.001 for 1,000 examples, 100,000 tokens read and 2,000 written
+            [*place, "1,000", speed, "100,000", "2,000", "5.0", GPU, *rates]
+            for *place, speed, rates in (
+                ("a/small", "classification", "fine-tuned", "20.0", ["$0.050", "$0.00050", "$0.025"]),
+                ("a/small", "classification", "zero-shot", "50.0", ["$0.020", "$0.00020", "$0.010"]),
+                ("b/big", "classification", "fine-tuned", "20.0", ["$0.050", "$0.00050", "$0.025"]),
+                ("a/small", "summarization", "few-shot", "50.0", ["$0.020", "$0.00020", "$0.010"]),
+                ("a/small", "summarization", "fine-tuned", "20.0", ["$0.050", "$0.00050", "$0.025"]),
+            )
+        ),
+    ],
+}
+
+
+def test_every_table_has_the_cells_worked_out_by_hand(study):
+    done = report(study)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert printed(done.stdout) == GOLDEN
+
+
+def test_a_cell_of_a_grid_may_have_several_seeds_and_dropouts_make_rows(tmp_path):
+    for seed, value in ((1, 60), (2, 64)):
+        tuned(tmp_path / f"{seed}", value, f"--seed {seed} --dropout 0.2")
+    tuned(tmp_path / "other", 70, "--dropout 0.05")
+    grid = next(table for name, table in tables(tmp_path).items() if name.startswith("LoRA ablation"))
+    # t(1) = 12.7062, s = 2.8284: sqrt(2^2 + (12.7062 * 2)^2) = 25.49
+    assert [[cell.text for cell in row] for row in grid.rows] == [
+        ["0.05", "8", "**70.00 ± 2.00**"],
+        ["0.2", "8", "62.00 ± 25.49 (2)"],
+    ]
+
+
+# States
+
+
+def test_a_run_without_a_score_shows_how_it_stands_and_no_number(tmp_path):
+    for share, error in ((0.025, ValueError("x")), (0.05, MemoryError()), (0.1, KeyboardInterrupt())):
+        leave_unfinished(tmp_path / str(share), f"--train_sample_fraction {share}", error)
+    tuned(tmp_path / "trained", None, "--train_sample_fraction 0.25")
+    leave_unfinished(tuned(tmp_path / "eval", None), "", MemoryError(), "eval")
+    tuned(tmp_path / "good", 70, "--seed 1")
+    path, args = tmp_path / "now" / "train.json", flags("--train_sample_fraction 0.5")
+    with record.locked(path.parent), record.recording(path, args, "qlora", ()):
+        column = tables(tmp_path)[TABLE_1].rows
+    states = [(text, None) for text in ("failed", "OOM", "interrupted", "not scored", "running")]
+    assert [(row[2].text, row[2].value) for row in column] == [*states, ("70.00 ± 2.00; 1 OOM", 70)]
+
+
+def flags(words: str):
+    return cli.parse_args("classification", "", ["--pretrained_ckpt", "a/small", *words.split()])
+
+
+def leave_unfinished(folder: Path, words: str, error: BaseException, part: str = "train") -> None:
+    folder.mkdir(exist_ok=True)
+    path, known = folder / f"{part}.json", (UserError, KeyboardInterrupt)
+    with pytest.raises(known), record.recording(path, flags(words), "qlora", ()):
+        raise error
+
+
+def test_a_run_that_was_killed_is_unfinished_and_costs_nothing_known(tmp_path):
+    content = save(tmp_path / "run", "train", "classification", "", "qlora", status="running")
+    record.write_json(tmp_path / "run" / ".train.json", content)
+    (tmp_path / "run" / "train.json").unlink()
+    found = tables(tmp_path)
+    assert found[TABLE_1].rows[-1][2].text == "unfinished"
+    assert TRAINING not in found
+
+
+# Groups
+
+
+OTHER_TEST = {"data": {"test": {"source": "t.csv", "rows": 2000, "sha256": "9" * 64}}}
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (OTHER_TEST, "2,000 test examples of t.csv (sha256 99999999)"),
+        ({"prompt_sha256": "b" * 64}, "fine-tuned prompt bbbbbbbb"),
+        ({"eval": evaluation(90, metrics_version="2, r")}, "metrics of version 2, r"),
+    ],
+)
+def test_scores_that_can_not_be_compared_stand_apart_and_the_title_says_why(tmp_path, more, why):
+    tuned(tmp_path / "one", 70)
+    tuned(tmp_path / "two", 72, "--seed 1")
+    tuned(tmp_path / "other", 90, "--seed 2", **more)
+    found = tables(tmp_path)
+    assert found[TABLE_1].rows[-1][2].value == 71
+    assert found[f"{TABLE_1}, apart: {why}"].rows[-1][2].value == 90
+
+
+def test_settings_without_a_place_in_the_tables_make_models_of_their_own(tmp_path):
+    tuned(tmp_path / "one", 70)
+    tuned(tmp_path / "two", 60, "--learning_rate 1e-3 --seed 1")
+    tuned(tmp_path / "three", 50, "--learning_rate 1e-3 --loss_on all --seed 2")
+    shares = tables(tmp_path)[TABLE_1]
+    rates = (("0.0002", "answer"), ("0.001", "all"), ("0.001", "answer"))
+    assert shares.columns[2:] == [f"a/small (learning_rate {rate}, loss_on {on})" for rate, on in rates]
+    assert [cell.value for cell in shares.rows[-1][2:]] == [70, 50, 60]
+
+
+def test_two_checkpoints_share_no_cell_though_their_folders_have_the_same_name(tmp_path):
+    tuned(tmp_path / "one", 70, "--pretrained_ckpt v1/llama/7b")
+    tuned(tmp_path / "two", 50, "--pretrained_ckpt v2/llama/7b")
+    assert [cell.value for cell in tables(tmp_path)[TABLE_1].rows[-1][2:]] == [70, 50]
+
+
+def test_rows_of_cost_can_be_told_apart_where_a_training_is_scored_on_two_splits(tmp_path):
+    content = json.loads((tuned(tmp_path / "one", 70) / "eval.json").read_text())
+    content["data"] = {"validation": OTHER_TEST["data"]["test"]}
+    content["config"]["split"] = "validation"
+    record.write_json(tmp_path / "one" / "eval-12345678.json", content)
+    found = tables(tmp_path)
+    for table in (found[TRAINING], found[SERVING]):
+        keys = [tuple(cell.text for cell in row[: table.keys]) for row in table.rows]
+        assert len(set(keys)) == len(keys)
+
+
+# Published figures
+
+
+def test_published_figures_leave_ours_as_they_are_and_are_marked(study):
+    alone, beside = (printed(report(study, *words).stdout) for words in ((), ("--published",)))
+    for title, (columns, *rows) in alone.items():
+        theirs, *others = beside[title]
+        assert theirs[: len(columns)] == columns
+        assert [row[: len(columns)] for row in others[: len(rows)]] == rows
+        if title != TABLE_1:
+            assert all(row[0].endswith(" †") for row in others[len(rows) :])
+    names = FIGURES["tables"]["Table 1"]["columns"][1:]
+    assert beside[TABLE_1][0][4:] == [f"{name} †" for name in names]
+    assert sum(cell != "—" for row in beside[TABLE_1][1:] for cell in row[5:]) == 48
+
+
+def test_no_published_cell_has_a_value_or_records(study):
+    alone, both = (json.loads(report(study, "--json", *words).stdout) for words in ((), ("--published",)))
+    added = [cell for cell in both if cell not in alone]
+    assert len(added) == len(both) - len(alone) > 48
+    assert not any(cell["value"] or cell["half_width"] or cell["records"] or cell["seeds"] for cell in added)
+
+
+def test_the_published_figures_stand_alone_and_add_up():
+    done = report("--published")
+    assert (done.returncode, done.stderr) == (0, "")
+    _, *rows = printed(done.stdout)[TABLE_1]
+    sums = [sum(float(row[i]) for row in rows) for i in range(2, 10)]
+    assert sums == pytest.approx([348.02, 316.41, 425.27, 412.50, 388.36, 401.71, 376.38, 434.67])
+    columns, *served = printed(done.stdout)["Inference, published: speed and cost to serve"]
+    times = [float(row[columns.index("times more")]) for row in served]
+    assert (len(times), min(times), max(times)) == (30, 1.7, 36.4)
+    # FastApi on A10G, Llama-7B: 1.624 / 3600 / 0.11 * 1000 / 100 = 0.0410; 4 / 0.11 = 36.4
+    assert served[0][:5] == ["Llama-7B †", "classification", "A10G", "1.624", "FastApi"]
+    assert served[0][-2:] == ["$0.041", "36.4"]
+
+
+# Prices
+
+
+PRICE = '[{"gpu": "A10G", "instance": "none", "usd_per_hour": 7.2, "source": "x", "date": "2025"}]'
+
+
+def with_prices(folder: Path, path: Path, text: str) -> subprocess.CompletedProcess:
+    path.write_text(text)
+    return report(folder, "--prices", path)
+
+
+def test_other_prices_apply_without_a_new_run(study, tmp_path):
+    found = printed(with_prices(study, tmp_path / "prices.json", PRICE).stdout)
+    assert found[TRAINING][1][-3:] == ["$0.80", "$0.20", "$1.00"]
+    assert found[SERVING][1][-3:] == ["$0.10", "$0.0010", "$0.050"]
+    others = PRICE.replace("A10G", "H100")
+    assert printed(with_prices(study, tmp_path / "prices.json", others).stdout) == GOLDEN
+
+
+def test_an_unknown_price_is_unknown_and_not_zero(tmp_path):
+    tuned(tmp_path / "one", 70, cost=COST | {"price_per_hour": None})
+    tuned(tmp_path / "two", 70, "--seed 1")
+    found = printed(report(tmp_path).stdout)
+    assert found[TRAINING][1][-3:] == ["$0.40", "unknown", "unknown"]
+    assert found[SERVING][1][-3:] == ["unknown"] * 3
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [("per_hour", "per_hours"), ("7.2", "-7.2"), ("7.2", "NaN"), ("7.2", '"7"'), (PRICE, "{}"), ("}]", "")],
+)
+def test_a_price_list_that_is_none_is_refused_by_name(study, tmp_path, old, new):
+    done = with_prices(study, tmp_path / "prices.json", PRICE.replace(old, new))
+    assert f"--prices {tmp_path}/prices.json" in error_line(done)
+    assert done.returncode == 1
+
+
+# For programs, and traces
+
+
+def test_every_cell_is_given_to_programs_with_its_records(study):
+    found = json.loads(report(study, "--json").stdout)
+    (cell,) = [cell for cell in found if cell["column"] == "a/small" and cell["row"] == ["10 %", "48"]]
+    assert (cell["value"], cell["seeds"], cell["text"]) == (62, 3, "62.00 ± 5.80 (3)")
+    assert cell["half_width"] == pytest.approx(5.8038, abs=1e-4)
+    folders = [f"{study}/seed {seed}" for seed in (1, 2, 3)]
+    files = [f"{folder}/{part}.json" for folder in folders for part in ("eval", "train")]
+    assert sorted(cell["records"]) == files
+
+
+def test_a_trace_names_records_commands_and_commit(study):
+    done = report(study, "--trace", "table 1, 10 %")
+    assert done.returncode == 0
+    head, *lines = done.stdout.splitlines()
+    title = "Table 1 | classification: accuracy by training share"
+    assert head == f"{title} | 10 % | 48 | a/small = 62.00 ± 5.80 (3)"
+    stamp = "finished 2024-01-01T00:00:00.000+00:00, commit c0ffee"
+    assert f"  {study}/seed 2/eval.json: {stamp}" in lines
+    command = "--pretrained_ckpt a/small --seed 2 --train_sample_fraction 0.1"
+    assert f"    python llama2_classification_inference.py {command}" in lines
+    assert lines.count(f"    python llama2_classification.py {command}") == 1
+    assert len(lines) == 12
+
+
+def test_a_trace_without_a_match_is_one_line(study):
+    done = report(study, "--trace", "table 9")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "--trace table 9: no cell" in error_line(done)
+
+
+# Paired tests
+
+
+def predict(folder: Path, right: str, **more) -> Path:
+    """An evaluation with one prediction for each letter of `right`, correct where it is "1"."""
+    rows = [
+        {"index": i, "parsed": "yx"[int(mark)], "reference": "x", "correct": mark == "1"}
+        for i, mark in enumerate(right)
+    ]
+    score = evaluation(100 * right.count("1") / len(right), examples=len(right))
+    save(folder, "eval", "classification", "", "qlora", **{"eval": score, **more})
+    write_rows(folder / "predictions.jsonl", rows)
+    return folder
+
+
+def test_a_paired_test_has_the_numbers_worked_out_by_hand(tmp_path):
+    one, two = predict(tmp_path / "one", "1111111100"), predict(tmp_path / "two", "1110000000")
+    done = report("--compare", one, two)
+    assert done.returncode == 0, done.stderr
+    # 5 of 10 differ: of Binomial(10, 0.5) 1.1 % are at most 1 and 5.5 % at most 2, so the interval is 2 to 8
+    row = r"\| accuracy +\| 80.00 +\| 30.00 +\| \+50.00 +\| \+20.00 to \+80.00 +\| 0.00\d\d"
+    assert re.search(row, done.stdout)
+    assert "A alone is right 5 times, B alone 0 times, p = 0.0625." in done.stdout  # 2 * 0.5^5
+
+
+def test_a_run_does_not_differ_from_itself(tmp_path):
+    text = compare([predict(tmp_path / "one", "1101")] * 2)
+    rows = [re.split(r" +\| *", line)[3:6] for line in text.splitlines() if re.match(r"\| [ami]", line)]
+    assert rows == [["+0.00", "+0.00 to +0.00", "1.0000"]] * 3
+    assert "0 times, B alone 0 times, p = 1.0000" in text
+
+
+def test_a_paired_interval_of_rouge_is_that_of_another_bootstrap(tmp_path):
+    generator, names = np.random.default_rng(7), ("rouge1", "rouge2", "rougeL", "rougeLsum")
+    scores = generator.uniform(20, 60, (2, 40))
+    for folder, row in zip(("one", "two"), scores, strict=True):
+        entry = evaluation(row.mean(), task="summarization", examples=40)
+        save(tmp_path / folder, "eval", "summarization", "", "qlora", eval=entry)
+        write_rows(tmp_path / folder / "predictions.jsonl", [dict.fromkeys(names, value) for value in row])
+    line = next(x for x in compare([tmp_path / "one", tmp_path / "two"]).splitlines() if "ROUGE-1" in x)
+    difference, low, high = map(float, re.findall(r"[+-]\d+\.\d+", line))
+    drawn = (scores[0] - scores[1])[generator.integers(40, size=(20_000, 40))].mean(axis=1)
+    assert difference == pytest.approx((scores[0] - scores[1]).mean(), abs=0.005)
+    assert [low, high] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.3)
+
+
+def rewrite(change):
+    return lambda path: path.write_text(change(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("more", "spoil", "reason"),
+    [
+        (OTHER_TEST, None, "different test examples: 55555555, 99999999"),
+        ({"eval": evaluation(75, metrics_version="2, r", examples=4)}, None, "different metric versions"),
+        ({"status": "failed"}, None, "no finished evaluation"),
+        ({}, Path.unlink, "No such file"),
+        ({}, rewrite(lambda text: text[:-20]), "not readable"),
+        ({}, rewrite(lambda text: text.partition("\n")[0]), "not whole"),
+        ({}, rewrite(lambda text: "{}\n" * 4), "predictions.jsonl"),
+        ({}, rewrite(lambda text: "1\n" * 4), "predictions.jsonl"),
+    ],
+)
+def test_a_pair_that_can_not_be_compared_is_refused_in_one_line(tmp_path, more, spoil, reason):
+    one, two = predict(tmp_path / "one", "0111"), predict(tmp_path / "two", "1101", **more)
+    if spoil:
+        spoil(two / "predictions.jsonl")
+    done = report("--compare", one, two)
+    assert reason in error_line(done)
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+# Bad input
+
+DAMAGE = {  # a file's text to another one
+    "no JSON": lambda text: "hello",
+    "truncated": lambda text: text[: len(text) // 2],
+    "NaN": lambda text: re.sub(r'"peak_memory_gib": [\d.]+', '"peak_memory_gib": NaN', text),
+    "schema": lambda text: text.replace('"schema": 1', '"schema": 2'),
+}
+LACKING = {
+    "train": "status cost train.examples",
+    "eval": "status prompt_sha256 config config.split config.train_sample_fraction data.test.sha256 cost.gpu "
+    "eval.metrics eval.metrics.accuracy eval.metrics.accuracy.ci95",
+}
+ODD = {
+    "train": {"train.seconds": "360", "train.wall_seconds": -1, "train.examples": "480"},
+    "eval": {
+        **{"eval": "x", "eval.seconds": -1, "eval.metrics.accuracy.value": "70", "config.lora_r": "8"},
+        **{"cost.price_per_hour": "3", "task": "translation", "training": "2023-01-01T00:00:00.000+00:00"},
+    },
+}
+KEYS = [(part, key, None) for part, keys in LACKING.items() for key in keys.split()]
+KEYS += [(part, key, value) for part, odd in ODD.items() for key, value in odd.items()]
+
+
+@pytest.fixture
+def two_runs(tmp_path) -> Path:
+    """A good run, and one to damage in the folder "bad"."""
+    tuned(tmp_path / "good", 70)
+    tuned(tmp_path / "bad", 60, "--train_sample_fraction 0.5")
+    return tmp_path
+
+
+@pytest.mark.parametrize("part", ["train", "eval"])
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_record_is_named_and_left_out(two_runs, part, damage):
+    path = two_runs / "bad" / f"{part}.json"
+    path.write_text(DAMAGE[damage](path.read_text()))
+    done = report(two_runs)
+    assert str(path) in error_line(done)
+    assert done.returncode == 1
+    assert [row[2] for row in printed(done.stdout)[TABLE_1][5:]] == ["—", "70.00 ± 2.00"]
+
+
+@pytest.mark.parametrize(("part", "key", "value"), KEYS)
+def test_a_record_that_lacks_a_key_or_has_an_odd_value_is_named_and_left_out(two_runs, part, key, value):
+    path = two_runs / "bad" / f"{part}.json"
+    content = json.loads(path.read_text())
+    *parents, last = key.split(".")
+    place = content
+    for name in parents:
+        place = place[name]
+    place.pop(last) if value is None else place.update({last: value})
+    record.write_json(path, content)
+    found, problems = find_runs([two_runs])
+    shares, *_ = all_tables(comparable(found), [])
+    assert [row[2].text for row in shares.rows[4:]] == ["—", "70.00 ± 2.00"]
+    assert [str(path) in problem for problem in problems] == [True]
+
+
+def test_a_folder_without_records_is_named_and_the_others_show(study, tmp_path):
+    done = report(study, tmp_path)
+    assert (done.returncode, printed(done.stdout)) == (1, GOLDEN)
+    assert f"{tmp_path} holds no records" in error_line(done)
+    assert f"{tmp_path}/none holds no records" in error_line(report(tmp_path / "none"))
+
+
+def test_of_two_records_of_one_cell_and_seed_the_newer_counts(tmp_path):
+    for name, value, year in (("a", 50, 2023), ("b", 70, 2025), ("c", 60, 2024)):
+        tuned(tmp_path / name, value, finished=f"{year}-01-01T00:00:00.000+00:00")
+    done = report(tmp_path)
+    assert printed(done.stdout)[TABLE_1][-1][2] == "70.00 ± 2.00"
+    assert done.returncode == 1
+    kept = f"is left out: {tmp_path}/b/eval.json is of the same cell and seed, and newer"
+    assert done.stderr.splitlines() == [f"error: {tmp_path}/{name}/eval.json {kept}" for name in "ac"]
+
+
+def test_a_folder_named_twice_counts_once(study):
+    done = report(study, study / "whole", study)
+    assert (done.returncode, printed(done.stdout)) == (0, GOLDEN)
+
+
+# Files
+
+
+@pytest.fixture(scope="module")
+def written(study, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("written") / "results"
+    done = report(study, "--published", "--output_dir", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_a_report_is_written_with_each_table_as_csv(written):
+    text = (written / "report.md").read_text()
+    found = printed(text)
+    assert found[TRAINING][1] == GOLDEN[TRAINING][1]
+    files = sorted(written.glob("*.csv"))
+    assert len(files) == sum(bool(rows) for rows in found.values()) == 9
+    with open(files[0], newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert (rows[2]["a/small"], rows[2]["training share"]) == ("62", "10 %")
+    assert float(rows[2]["a/small ±"]) == pytest.approx(5.8038, abs=1e-4)
+    assert (rows[2]["b/big"], rows[5]["b/big"], rows[5]["b/big ±"]) == ("—", "80", "1.0")
+    assert rows[2]["Llama2-7B †"] == "55.97"
+
+
+PLOTS = {
+    "classification-score-by-number-of-training-examples": [
+        *("training examples", "accuracy (%)", "b/big", "Llama2-7B (published)")
+    ],
+    "classification-score-by-training-cost": ["training cost (USD)", "accuracy (%)", "Pareto front"],
+    "classification-lora-grid-a-small-100-of-the-examples": ["epochs", "LoRA rank", "dropout 0.1"],
+    "classification-training-loss": ["optimizer step"],
+    "summarization-score-by-number-of-training-examples": ["training examples", "ROUGE-1 (%)"],
+    "summarization-score-by-training-cost": ["training cost (USD)", "ROUGE-1 (%)"],
+    "summarization-training-loss": ["optimizer step"],
+}
+
+
+def test_every_plot_is_drawn_with_its_axes_named_and_shown_in_the_report(written):
+    assert {path.stem for path in written.glob("*.svg")} == set(PLOTS)
+    for name, labels in PLOTS.items():
+        assert (written / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert (written / f"{name}.png").stat().st_size > 10_000
+        drawn = (written / f"{name}.svg").read_text()
+        assert all(f"<!-- {label} -->" in drawn for label in labels), name
+        assert f"({name}.png)" in (written / "report.md").read_text()
+
+
+def test_the_same_records_give_the_same_files(study, written, tmp_path):
+    assert report(study, "--published", "--output_dir", tmp_path).returncode == 0
+    names = [path.name for path in written.iterdir() if path.suffix in {".svg", ".csv"}]
+    assert [name for name in names if (written / name).read_bytes() != (tmp_path / name).read_bytes()] == []
+
+
+def test_an_output_folder_that_is_a_file_is_refused_in_one_line(study, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert str(tmp_path / "file") in error_line(report(study, "--output_dir", tmp_path / "file"))
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_pareto_front_has_no_point_that_a_cheaper_one_equals():
+    from study.plots import pareto
+
+    points = [(4, 70), (2, 40), (1, 50), (3, 60), (2, 60), (5, 65)]
+    assert pareto(points) == [(1, 50), (2, 60), (4, 70)]
