@@ -39,7 +39,7 @@ def compare(paths: Sequence[Path]) -> str:
     if "mcnemar_p" in result.get("accuracy", {}):
         exact = result["accuracy"]
         alone = f"A alone is right {exact['won']:,} times, B alone {exact['lost']:,} times"
-        lines.append(f"McNemar's exact test: {alone}, p = {exact['mcnemar_p']:.4f}.")
+        lines.append(f"McNemar's exact test: {alone}, p = {exact['mcnemar_p']:.2g}.")
     return "\n".join(lines)
 
 

@@ -75,10 +75,11 @@ def score_title(task: str) -> str:
 def scale(axes, task: str, xlabel: str, show) -> None:
     """Scores in percent over a logarithmic axis with its values at 1, 2 and 5."""
     low, high = axes.get_ylim()
-    axes.set(xscale="log", xlabel=xlabel, ylabel=score_title(task), ylim=(max(0, low), min(100, high)))
+    axes.set(xscale="log", xlabel=xlabel, ylabel=score_title(task), ylim=(max(-1, low), min(101, high)))
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: show(x)))
     axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.tick_params(axis="x", labelsize=8)
 
 
 def plot_examples(task: str, group: Sequence[Run], published: bool):
@@ -183,18 +184,18 @@ def plot_grid(task: str, cells: dict):
 
 
 def plot_loss(group: Sequence[Run]):
-    """Training loss over the steps, of the runs on the largest training share, smoothed."""
+    """Training loss over the steps, smoothed, of the runs on the largest training share."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for model, dash in zip(models_of(tuned(group)), cycle(DASHES), strict=False):
         for number, run in enumerate(run for run in on_everything(group, model) if run.train):
             steps, losses = zip(*run.train["train"]["loss_history"], strict=True)
             window = max(1, len(losses) // 20)
             smooth = [mean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
-            label = None if number else f"{model}, one line for each seed"
+            label = None if number else f"{model}, a line for each seed, means over 1/20 of the steps"
             axes.plot(steps, smooth, ls=dash, color="0.25", lw=1.1, label=label)
     if not axes.has_data():
         return plt.close(figure)
-    axes.set(xlabel="optimizer step", ylabel="loss per learned token (nats), mean over 1/20 of the steps")
+    axes.set(xlabel="optimizer step", ylabel="loss per learned token (nats)")
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside lower center", fontsize=8)
     return figure

@@ -112,7 +112,9 @@ def write(
     except OSError as error:
         raise UserError(f"--output_dir {args.output_dir} can't be used: {error.strerror}") from None
     for number, table in enumerate(tables, 1):
-        name = "-".join(re.findall(r"\w+", f"{table.name} {table.title}".lower()))[:60]
+        task, colon, _ = table.title.partition(":")
+        place = f"{table.name} {task * bool(colon)} {'apart' * (', apart: ' in table.title)}"
+        name = "-".join(re.findall(r"\w+", place.lower()))
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(csv_rows(table))
         record.write_text(args.output_dir / f"{number:02d}-{name}.csv", text.getvalue())

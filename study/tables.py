@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from statistics import mean, stdev
 
 from study import cost
+from study.cli import DEFAULTS
 from study.collect import KNOBS, METHODS, SCORES, Run
 
 SHARES = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
@@ -103,11 +104,17 @@ def tuned(group: Iterable[Run], model: str | None = None) -> list[Run]:
 
 def reference(group: Iterable[Run], model: str) -> list[Run]:
     """A model's fine-tuned runs of one rank, epochs and dropout: those that were run with the most training
-    shares, or else seeds."""
+    shares, or else seeds; or else the task's defaults, or else the most epochs and the highest rank."""
     ours = tuned(group, model)
-    shares = {run.setting: {other.share for other in ours if other.setting == run.setting} for run in ours}
-    counts = Counter(run.setting for run in ours)
-    best = max(shares, key=lambda setting: (len(shares[setting]), counts[setting]), default=None)
+
+    def rank(setting: tuple) -> tuple:
+        same = [run for run in ours if run.setting == setting]
+        usual = {name: DEFAULTS[same[0].task].get(name, 0.1) for name in KNOBS}
+        knobs = dict(zip(KNOBS, setting, strict=True))
+        size = (knobs["epochs"], knobs["lora_r"], -knobs["dropout"])
+        return len({run.share for run in same}), len(same), knobs == usual, *size
+
+    best = max({run.setting for run in ours}, key=rank, default=None)
     return [run for run in ours if run.setting == best]
 
 
@@ -139,7 +146,7 @@ def share_table(task: str, group: Sequence[Run]) -> Table:
         of = {model: [run for run in kept[model] if run.share == share] for model in models}
         examples = trained_on(run for runs in of.values() for run in runs)
         table.add(percent(share), examples, *(score_cell(of[model], metric) for model in models))
-    table.note = "; ".join(f"{model}: {settings_of(of)}" for model, of in kept.items())
+    table.note = "".join(f"{model}: {settings_of(of)}. " for model, of in kept.items())
     return table
 
 
@@ -154,7 +161,9 @@ def method_table(task: str, group: Sequence[Run]) -> Table:
             models = models_of(run for run in ours if run.method == method) or [names[checkpoint].model]
             for model in models:
                 of = [run for run in ours if run.method == method and run.model == model]
-                of = on_everything(of, model) if method == "fine-tuned" and of else of
+                if method == "fine-tuned" and of:
+                    of = on_everything(of, model)
+                    table.note += f"{model}: {settings_of(of)}. "
                 table.add(model, method, trained_on(of), *(score_cell(of, metric) for metric in SCORES[task]))
     return table
 
@@ -166,6 +175,7 @@ def model_table(task: str, group: Sequence[Run]) -> Table:
     )
     for model in models_of(tuned(group)):
         of = on_everything(group, model)
+        table.note += f"{model}: {settings_of(of)}. "
         table.add(model, trained_on(of), *(score_cell(of, metric) for metric in SCORES[task]))
     return table
 
