@@ -7,9 +7,6 @@ first entry says whose `instance` stands in its name, or else the first whose `g
 import argparse
 import json
 import math
-import os
-import platform
-import subprocess
 from pathlib import Path
 
 from study.cli import UserError
@@ -64,21 +61,3 @@ def repriced(cost: dict, prices: list[dict]) -> float | None:
     """USD per hour of a record's device: by `prices` where it is listed there, else as recorded."""
     listed = price(cost["gpu"], prices=prices)["price_per_hour"]
     return cost["price_per_hour"] if listed is None else listed
-
-
-def this_device() -> str:
-    """Name of this machine's first GPU, by its driver, or of its processor. Asks no library that is slow to
-    load."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") != "":
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-        except (OSError, subprocess.CalledProcessError, IndexError):
-            pass
-    return processor()
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"CPU, {os.cpu_count()} cores ({names[0] if names else platform.machine()})"

@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from study.cli import UserError
-from study.cost import processor
+from study.plan import processor
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

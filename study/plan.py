@@ -1,6 +1,9 @@
 """What a run will take, from the speed of earlier ones: of the same model, task and method on this device."""
 
 import argparse
+import os
+import platform
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -31,7 +34,7 @@ def estimate(args: argparse.Namespace, path: Path, trained: bool) -> tuple[float
 
     An evaluation includes its training where that is not finished.
     """
-    gpu, method = args.gpu_name or cost.this_device(), getattr(args, "prompt_type", "qlora")
+    gpu, method = args.gpu_name or this_device(), getattr(args, "prompt_type", "qlora")
     seconds: list[float | None] = []
     if method == "qlora" and not trained:
         seconds.append(training_seconds(args, earlier(args, gpu, "train", method)))
@@ -87,3 +90,21 @@ def available(args: argparse.Namespace, records: Sequence[dict], split: str, fla
         if (content["config"][flag], content["config"]["dataset"]) == source and split in content["data"]:
             return content["data"][split]["available"]
     return None
+
+
+def this_device() -> str:
+    """Name of this machine's first GPU, by its driver, or of its processor. Asks no library that is slow to
+    load."""
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") != "":
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        except (OSError, subprocess.CalledProcessError, IndexError):
+            pass
+    return processor()
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU, {os.cpu_count()} cores ({names[0] if names else platform.machine()})"

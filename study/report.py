@@ -17,7 +17,6 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
-from itertools import chain
 from pathlib import Path
 
 from study import cost, record, runs
@@ -52,38 +51,11 @@ def result_block(content: dict) -> str:
     return "\n".join(lines)
 
 
-def markdown(table: Table) -> str:
-    from tabulate import tabulate
-
-    rows = [[cell.text for cell in row] for row in table.rows]
-    text = tabulate(rows, table.columns, tablefmt="github", disable_numparse=True)
-    return f"## {table.name}: {table.title}\n\n{text}\n\n{table.note}".rstrip() + "\n"
-
-
-def cells_of(tables: Sequence[Table]) -> list[dict]:
-    """Every cell of the tables as a row for programs, with the records behind it."""
-    return [
-        {
-            **{"table": table.name, "title": table.title},
-            **{"row": [key.text for key in row[: table.keys]], "column": column, "text": cell.text},
-            **{
-                "value": cell.value,
-                "half_width": cell.half,
-                "seeds": sum(bool(run.scored) for run in cell.runs),
-            },
-            "records": [str(path) for run in cell.runs for path in run.records()],
-        }
-        for table in tables
-        for row in table.rows
-        for column, cell in list(zip(table.columns, row, strict=True))[table.keys :]
-    ]
-
-
 def trace(tables: Sequence[Table], query: str) -> str:
     """The records, commands and commits behind each cell whose table, row and column have every word asked
     for."""
     lines = []
-    for cell in cells_of(tables):
+    for cell in [cell for table in tables for cell in table.cells()]:
         place = " | ".join([cell["table"], cell["title"], *cell["row"], cell["column"]])
         if cell["records"] and set(words(query)) <= set(words(place)):
             lines.append(f"{place} = {cell['text']}")
@@ -116,25 +88,15 @@ def write(
         place = f"{table.name} {task * bool(colon)} {'apart' * (', apart: ' in table.title)}"
         name = "-".join(re.findall(r"\w+", place.lower()))
         text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows(csv_rows(table))
+        csv.writer(text, lineterminator="\n").writerows(table.csv_rows())
         record.write_text(args.output_dir / f"{number:02d}-{name}.csv", text.getvalue())
     drawn = plots.draw(groups, prices, args.output_dir, args.published)
     intervals = __doc__.rpartition("\n\n")[2]
     about = f"# Results\n\nMade by `python -m study.report {shlex.join(sys.argv[1:])}`.\n\n{intervals}"
     pictures = [f"## {title}\n\n![{title}]({name}.png)\n" for name, title in drawn]
-    record.write_text(args.output_dir / "report.md", "\n".join([about, *map(markdown, tables), *pictures]))
-
-
-def csv_rows(table: Table) -> list[list]:
-    """Titles and rows; a column of scores has one with half of their intervals beside it."""
-    halves = [any(row[i].half is not None for row in table.rows) for i in range(len(table.columns))]
-    lines = [[[name, f"{name} ±"] for name in table.columns]]
-    lines += [
-        [[cell.text if cell.value is None else cell.value, cell.half] for cell in row] for row in table.rows
-    ]
-    return [
-        list(chain(*(pair[: 1 + half] for pair, half in zip(line, halves, strict=True)))) for line in lines
-    ]
+    record.write_text(
+        args.output_dir / "report.md", "\n".join([about, *(table.markdown() for table in tables), *pictures])
+    )
 
 
 def main() -> None:
@@ -180,9 +142,9 @@ def main() -> None:
     if args.trace:
         print(trace(tables, args.trace))
     elif args.json:
-        print(json.dumps(cells_of(tables), indent=1, ensure_ascii=False))
+        print(json.dumps([cell for table in tables for cell in table.cells()], indent=1, ensure_ascii=False))
     else:
-        print("\n".join(map(markdown, tables)))
+        print("\n".join(table.markdown() for table in tables))
     if args.output_dir:
         write(tables, groups, prices, args)
     for problem in problems:

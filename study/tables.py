@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from statistics import mean, stdev
 
 from study import cost
@@ -37,6 +38,43 @@ class Table:
 
     def add(self, *cells: Cell | str | float) -> None:
         self.rows.append([cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in cells])
+
+    def markdown(self) -> str:
+        from tabulate import tabulate
+
+        rows = [[cell.text for cell in row] for row in self.rows]
+        text = tabulate(rows, self.columns, tablefmt="github", disable_numparse=True)
+        return f"## {self.name}: {self.title}\n\n{text}\n\n{self.note}".rstrip() + "\n"
+
+    def csv_rows(self) -> list[list]:
+        """Titles and rows; a column of scores has one with half of their intervals beside it."""
+        halves = [any(row[i].half is not None for row in self.rows) for i in range(len(self.columns))]
+        lines = [[[name, f"{name} ±"] for name in self.columns]]
+        lines += [
+            [[cell.text if cell.value is None else cell.value, cell.half] for cell in row]
+            for row in self.rows
+        ]
+        return [
+            list(chain(*(pair[: 1 + half] for pair, half in zip(line, halves, strict=True))))
+            for line in lines
+        ]
+
+    def cells(self) -> list[dict]:
+        """Every cell as a row for programs, with the records behind it."""
+        return [
+            {
+                **{"table": self.name, "title": self.title},
+                **{"row": [key.text for key in row[: self.keys]], "column": column, "text": cell.text},
+                **{
+                    "value": cell.value,
+                    "half_width": cell.half,
+                    "seeds": sum(bool(run.scored) for run in cell.runs),
+                },
+                "records": [str(path) for run in cell.runs for path in run.records()],
+            }
+            for row in self.rows
+            for column, cell in list(zip(self.columns, row, strict=True))[self.keys :]
+        ]
 
 
 # Cells
