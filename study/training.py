@@ -6,6 +6,7 @@ by their count, however it is split.
 """
 
 import contextlib
+import importlib.util
 import json
 import math
 import os
@@ -80,11 +81,11 @@ def tokens_that_fit(model, examples, args, padded, checkpointing, device) -> int
 class PackedTrainer(Trainer):
     """A Trainer whose batch is one whole optimizer step, split to fit the device within `training_step`."""
 
-    def __init__(self, *, examples, steps, max_tokens, loss_on, padded, history, progress, **options):
+    def __init__(self, *, examples, steps, max_tokens, loss_on, padded, fast, history, progress, **options):
         super().__init__(train_dataset=list(range(len(steps))), callbacks=[progress], **options)
         self.progress = progress
         self.examples, self.steps, self.max_tokens = examples, steps, max_tokens
-        self.loss_on, self.padded, self.history = loss_on, padded, history
+        self.loss_on, self.padded, self.fast, self.history = loss_on, padded, fast, history
         self.lengths = [len(example.ids) for example in examples]
 
     def get_train_dataloader(self) -> DataLoader:
@@ -99,11 +100,30 @@ class PackedTrainer(Trainer):
         super().log(logs, start_time)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
-        """Forward and backward of one optimizer step. Returns its loss, the mean over its learned tokens."""
+        """Forward and backward of one optimizer step. Returns its loss, the mean over its learned tokens.
+
+        A step that exceeds the memory is begun again with half as many tokens at once.
+        """
         [number] = inputs
         model.train()
         indices = self.steps[number]
         learned = sum(len(learned_places(self.examples[i], self.loss_on)) for i in indices)
+        while True:
+            try:
+                total = self.pass_by_pass(model, number, indices, learned)
+                break
+            except torch.OutOfMemoryError:
+                longest = max(self.lengths[i] for i in indices)
+                if self.max_tokens <= longest or self.args.world_size > 1:
+                    raise
+                model.zero_grad(set_to_none=True)
+                self.max_tokens = max(longest, self.max_tokens // 2)
+            torch.cuda.empty_cache()
+            tqdm.write(f"out of memory: going on with {self.max_tokens:,} tokens at once")
+        self.history.append([number, total, learned])
+        return total
+
+    def pass_by_pass(self, model, number: int, indices: list[int], learned: int) -> torch.Tensor:
         rank, world = self.args.process_index, self.args.world_size
         # A process without an example repeats the first one with weight 0, since all must take part in the
         # exchange.
@@ -111,7 +131,8 @@ class PackedTrainer(Trainer):
         groups = split_to_fit(mine, self.lengths, self.max_tokens, self.padded)
         # The dropout of a step depends on seed and step only, so a resumed run draws what the first one would
         # have.
-        torch.manual_seed(hash((self.args.seed, number, rank)) % 2**63)
+        seed = hash((self.args.seed, number, rank)) % 2**63
+        torch.manual_seed(seed)
         total = torch.zeros((), device=self.args.device)
         for i, group in enumerate(groups):
             last = i == len(groups) - 1
@@ -120,12 +141,13 @@ class PackedTrainer(Trainer):
                 self.compute_loss_context_manager(),
             ):
                 examples = [self.examples[j] for j in group]
-                loss = loss_sum(model, examples, self.loss_on, self.padded, self.args.device) / learned
-            self.accelerator.backward(weight * world * loss)  # world: the exchange averages over processes
-            total += weight * loss.detach()
-        total = self.accelerator.reduce(total, "sum") if world > 1 else total
-        self.history.append([number, total, learned])
-        return total
+                if self.fast:
+                    loss = self.fast.loss_sum(examples, self.loss_on, (seed + i) % 2**31)
+                else:
+                    loss = loss_sum(model, examples, self.loss_on, self.padded, self.args.device)
+            self.accelerator.backward(weight * world * loss / learned)  # the exchange averages over processes
+            total += weight * loss.detach() / learned
+        return self.accelerator.reduce(total, "sum") if world > 1 else total
 
 
 class Progress(TrainerCallback):
@@ -237,9 +259,15 @@ def train(
     padded = choose_batching(model, args.attn_implementation, device)
     torch.manual_seed(args.seed)
     model = get_peft_model(model, lora)
-    max_tokens, checkpointing = fit_memory(model, examples, args, padded, device)
     steps = plan_steps(len(examples), args.batch_size, args.epochs, args.seed)
     tokens = [sum(len(examples[i].ids) for i in step) for step in steps]
+    slow = why_slow(model, args, padded, training)
+    if slow:
+        fast = None
+        max_tokens, checkpointing = fit_memory(model, examples, args, padded, device)
+    else:
+        fast = fast_path(model, examples, tokens, args)
+        max_tokens, checkpointing = fast.plan.tokens, False
     training.gradient_checkpointing = checkpointing
     training.gradient_checkpointing_kwargs = {"use_reentrant": False}
     training.max_steps = len(steps)
@@ -256,14 +284,21 @@ def train(
         max_tokens=max_tokens,
         loss_on=args.loss_on,
         padded=padded,
+        fast=fast,
         history=history,
         progress=progress,
     )
     trainer.remove_callback(PrinterCallback)
     print(
-        f"training   {len(examples):,} examples, {len(steps):,} steps, {sum(tokens):,} tokens in rows of "
-        f"at most {max_tokens:,}; {'padded' if padded else 'packed'}, "
-        f"{model.config._attn_implementation} attention, checkpointing {'on' if checkpointing else 'off'}"
+        f"training   {len(examples):,} examples, {len(steps):,} steps, {sum(tokens):,} tokens, at most "
+        f"{max_tokens:,} at once; "
+        + (f"fused layers, {fast.plan}" if fast else f"plain layers ({slow}), ")
+        + (
+            ""
+            if fast
+            else f"{'padded' if padded else 'packed'}, {model.config._attn_implementation} attention, "
+            f"checkpointing {'on' if checkpointing else 'off'}"
+        )
         + (f"; resumed from {checkpoint.name}" if checkpoint else ""),
         flush=True,
     )
@@ -285,13 +320,42 @@ def train(
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "batching": {
             "padded": padded,
-            "attention": model.config._attn_implementation,
-            "max_tokens_per_batch": max_tokens,
-            "gradient_checkpointing": checkpointing,
+            "attention": "fused" if fast else model.config._attn_implementation,
+            "max_tokens_per_batch": trainer.max_tokens,
+            "gradient_checkpointing": fast.plan.keep if fast else checkpointing,
             "processes": training.world_size,
         },
         "loss_history": thin([[step + 1, float(loss)] for step, loss, _ in history]),
     }
+
+
+def why_slow(model, args, padded: bool, training: TrainingArguments) -> str | None:
+    """The reason why training can't take the fast path, or None."""
+    if training.device.type != "cuda":
+        return "no CUDA"
+    if compute_dtype() != torch.bfloat16 or not importlib.util.find_spec("triton"):
+        return "no bfloat16 or no triton here"
+    if training.world_size > 1:
+        return "several processes"
+    if padded or args.attn_implementation != "auto":
+        return f"--attn_implementation {args.attn_implementation}" if not padded else "padded"
+    from study import fused
+
+    return fused.why_not(model)
+
+
+def fast_path(model, examples: Sequence[Example], tokens: Sequence[int], args):
+    """The model's fused layers, with the plan that fits the device's free memory."""
+    from study import fused
+
+    longest = max(len(example.ids) for example in examples)
+    wanted = None if args.max_tokens_per_batch == "auto" else max(longest, args.max_tokens_per_batch)
+    torch.cuda.empty_cache()
+    free = int(0.92 * torch.cuda.mem_get_info()[0])
+    learned = args.batch_size * max(len(learned_places(example, args.loss_on)) for example in examples)
+    step = min(MOST_TOKENS, max(tokens)), learned
+    plan = fused.choose_plan(model, free, longest, step, wanted, args.gradient_checkpointing)
+    return fused.FusedModel(model, plan)
 
 
 def resume(checkpoints: Path, run: dict, args) -> tuple[Path | None, dict, list]:

@@ -1,0 +1,559 @@
+"""The fast path of fine-tuning: Llama's decoder layers with forward and backward written out.
+
+A step's time is the products with the frozen weights, and what comes on top of them. So here a weight is
+unpacked into one shared buffer just before each product, the adapter rides along in the same product,
+
+    forward   [x, h] [W, B]^T      h = dropout(x) A^T
+    backward  [dy, dh] [W; A]      dh = dy B          (B holds the scale alpha / r)
+
+projections with the same input (q, k, v; gate, up) are one product, and what is cheap to compute again is not
+kept. The layers take the weights of a PEFT model over bitsandbytes and give its adapters their gradients: one
+autograd function spans all layers, so that optimizer, checkpoints and saved adapters are those of PEFT.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from study import kernels
+from study.encoding import Example
+from study.packing import learned_places
+
+KEEPS = ("all", "attention", "middle", "input")  # what a layer keeps for its backward, from most to least
+NAMES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+HEAD_ROWS = 4096  # logits at a time; more are computed again in the backward
+UNPACK_TOKENS = 300  # tokens in whose time a pass unpacks all weights (7B on an H200)
+LAUNCH_TOKENS = 2400  # and in whose time its kernels are launched
+
+
+def why_not(model) -> str | None:
+    """The reason why a PEFT model can't take this path, or None if it can."""
+    base, config = model.get_base_model(), model.config
+    reasons = {
+        f"{type(base).__name__} is not Llama or Mistral": type(base).__name__
+        not in ("LlamaForCausalLM", "MistralForCausalLM"),
+        "its attention has a window": getattr(config, "sliding_window", None),
+        "its activation is not SiLU": getattr(config, "hidden_act", None) != "silu",
+        f"its heads have {head_size(config)} columns": head_size(config) not in (32, 64, 128, 256),
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            return reason
+    modules = [module for layer in base.model.layers for module in linear_layers(layer)]
+    found = next(filter(None, map(why_not_layer, modules)), None)
+    if found or len({(module.r["default"], module.scaling["default"]) for module in modules}) == 1:
+        return found
+    return "its adapters differ in rank or scale"
+
+
+def why_not_layer(module) -> str | None:
+    """Likewise for a linear layer."""
+    if "default" not in getattr(module, "lora_A", {}) or module.use_dora.get("default"):
+        return "not every linear layer has a plain adapter"
+    state = getattr(module.base_layer.weight, "quant_state", None)
+    if state is None or state.quant_type != "nf4" or not state.nested or state.blocksize != kernels.NF4_BLOCK:
+        return "its weights are not NF4 with double quantization"
+    if module.base_layer.bias is not None or module.lora_A["default"].bias is not None:
+        return "its linear layers have biases"
+    return "its weights have rows of broken blocks" if module.in_features % kernels.NF4_BLOCK else None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step is computed: at most `tokens` at once, what each layer keeps, and whether on the host."""
+
+    tokens: int
+    keep: str
+    on_host: bool = False
+
+    def __str__(self) -> str:
+        kept = {
+            "all": "nothing computed twice",
+            "attention": "MLPs computed twice",
+            "middle": "MLPs and attention's projections computed twice",
+            "input": "layers computed twice",
+        }
+        return kept[self.keep] + (", their inputs in host memory" if self.on_host else "")
+
+
+def choose_plan(
+    model,
+    free: float,
+    longest: int,
+    step: tuple[int, int],
+    tokens: int | None = None,
+    checkpointing: str = "auto",
+) -> Plan:
+    """The fastest plan for steps of `step` (tokens, learned tokens) that fits `free` bytes, of those that
+    --max_tokens_per_batch (or None) and --gradient_checkpointing allow; if none fits, the most frugal."""
+    step_tokens, learned = step
+    plans = []
+    keeps = {"on": ("input",), "off": ("all",)}.get(checkpointing, KEEPS)
+    for keep, on_host in [
+        *((keep, False) for keep in keeps),
+        *([("input", True)] if "input" in keeps else []),
+    ]:
+        fixed, each, extra = costs(model, keep, on_host, learned)
+        fitting = int((free - fixed) / each)
+        if fitting >= (tokens or longest):
+            most = tokens or min(fitting, step_tokens)
+            passes = math.ceil(step_tokens / most)
+            each_pass = max(LAUNCH_TOKENS, step_tokens / passes + UNPACK_TOKENS)
+            slower = (1 + extra) * each_pass * passes
+            plans.append((slower, Plan(min(most, math.ceil(step_tokens / passes) + longest), keep, on_host)))
+    return (
+        min(plans, key=lambda plan: plan[0])[1]
+        if plans
+        else Plan(tokens or longest, keeps[-1], keeps[-1] == "input")
+    )
+
+
+def costs(model, keep: str, on_host: bool, learned: int) -> tuple[float, float, float]:
+    """What a plan takes: bytes, bytes for each token, and the share of a step's time that it adds."""
+    lora = next(iter(model.peft_config.values()))
+    config, trainable = model.config, sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rank, layers = lora.r, config.num_hidden_layers
+    hidden, inner = config.hidden_size, config.intermediate_size
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    out = heads * head_size(config)
+    qkv, room = out + 2 * key_heads * head_size(config), math.ceil(3 * rank / 64) * 64
+    parts = {"gate_up": 2 * inner + room, "qkv": qkv, "rest": out + room + hidden}
+    left_out = KEEPS.index(keep)
+    kept = sum(list(parts.values())[left_out:]) + (0 if on_host else hidden) + 8 * rank
+    work = sum(parts.values()) + (3 if lora.lora_dropout else 2) * inner + 3 * (hidden + room)  # of one layer
+    logits = min(HEAD_ROWS, learned) * config.vocab_size * 14
+    fixed = 2 * max(qkv, 2 * inner) * (hidden + room) + trainable * 20 + logits
+    again = hidden * sum((2 * inner, qkv, out)[:left_out])
+    return (
+        fixed,
+        2 * (kept * layers + work),
+        0.45 * again / (hidden * (3 * inner + qkv + out)) + 0.01 * on_host,
+    )
+
+
+def head_size(config) -> int:
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def linear_layers(layer) -> list:
+    return [
+        getattr(layer.self_attn if i < 2 else layer.mlp, name)
+        for i, group in enumerate(NAMES)
+        for name in group
+    ]
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b in float32, also of bfloat16 matrices."""
+    if a.is_cuda and a.dtype == torch.bfloat16:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+@dataclass
+class Space:
+    """Memory that all layers share: one unpacked weight, and inputs of the products with room for h."""
+
+    weight: torch.Tensor
+    input: torch.Tensor
+    product: torch.Tensor
+    dropped: torch.Tensor | None
+    room: int
+
+
+class Group:
+    """Linear layers with the same input: frozen weights [sizes, width], adapters A [ranks, width] and B
+    [sizes, ranks], block-diagonal and scaled. `ranks` is the sum of theirs, rounded up to whole 16 bytes."""
+
+    def __init__(self, modules: Sequence, dtype: torch.dtype):
+        self.weights = [module.base_layer.weight for module in modules]
+        self.sizes = [module.out_features for module in modules]
+        self.width, self.rank = modules[0].in_features, modules[0].r["default"]
+        self.scale = modules[0].scaling["default"]
+        self.dropout = getattr(modules[0].lora_dropout["default"], "p", 0.0)
+        self.size, self.ranks = sum(self.sizes), math.ceil(self.rank * len(modules) / 8) * 8
+        self.a_parameters = [module.lora_A["default"].weight for module in modules]
+        self.b_parameters = [module.lora_B["default"].weight for module in modules]
+        device = self.weights[0].device
+        self.a = torch.zeros(self.ranks, self.width, dtype=dtype, device=device)
+        self.b = torch.zeros(self.size, self.ranks, dtype=dtype, device=device)
+        self.a_views = self.a[: self.rank * len(modules)].split(self.rank)
+        self.b_views = self.blocks(self.b)
+
+    def blocks(self, matrix: torch.Tensor) -> list[torch.Tensor]:
+        """The diagonal blocks of a matrix like B."""
+        rows = matrix.split(self.sizes)
+        return [row[:, i * self.rank : (i + 1) * self.rank] for i, row in enumerate(rows)]
+
+    def unpack(self, out: torch.Tensor) -> None:
+        for weight, rows in zip(self.weights, out.split(self.sizes), strict=True):
+            kernels.unpack_nf4(weight, rows)
+
+    def forward(self, x: torch.Tensor, out: torch.Tensor, space: Space, seed: int) -> torch.Tensor:
+        """out [rows, size] = x W^T + h B^T, from x in the first columns of `x`; returns h [rows, ranks]."""
+        source = dropped(x[:, : self.width], space, seed, self.dropout)
+        wide = self.width + self.ranks
+        h = torch.mm(source, self.a.T)
+        x[:, self.width : wide] = h
+        weight = space.weight[: self.size * (self.width + space.room)].view(self.size, -1)
+        self.unpack(weight[:, : self.width])
+        weight[:, self.width : wide] = self.b
+        torch.mm(x[:, :wide], weight[:, :wide].T, out=out)
+        return h
+
+    def backward(self, dy: torch.Tensor, space: Space, seed: int, apart: bool = False) -> tuple:
+        """dx [rows, width] and dh [rows, ranks], from dy in the first columns of `dy`, which has room for dh.
+
+        With dropout dx needs the adapter's share apart, masked; it is left to the caller if `apart` says so.
+        """
+        wide = self.size + self.ranks
+        dh = dy[:, self.size : wide]
+        torch.mm(dy[:, : self.size], self.b, out=dh)
+        weight = space.weight[: wide * self.width].view(wide, self.width)
+        self.unpack(weight[: self.size])
+        if not self.dropout:
+            weight[self.size :] = self.a
+            return torch.mm(dy[:, :wide], weight), dh
+        dx = torch.mm(dy[:, : self.size], weight[: self.size])
+        if not apart:
+            kernels.add_adapter(dx, dh, self.a, seed, self.dropout)
+        return dx, dh
+
+    def gradients(self, da: torch.Tensor, db: torch.Tensor) -> list[torch.Tensor]:
+        """Gradients of the parameters, all A and then all B, from those of the stacked and scaled ones."""
+        return [
+            *da[: self.rank * len(self.sizes)].split(self.rank),
+            *(self.scale * block for block in self.blocks(db)),
+        ]
+
+
+def dropped(x: torch.Tensor, space: Space, seed: int, probability: float) -> torch.Tensor:
+    """x [rows, width] after dropout, in shared memory."""
+    if not probability:
+        return x
+    out = space.dropped[: x.numel()].view(x.shape)
+    kernels.dropout(x, out, seed, probability)
+    return out
+
+
+@dataclass
+class Batch:
+    """Packed examples. The last layer needs only `rows`, from the first learned place of each example on."""
+
+    ids: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+    attention: kernels.Attention
+    last_attention: kernels.Attention
+    rows: torch.Tensor
+    places: torch.Tensor  # of the learned places among `rows`
+    targets: torch.Tensor
+    seed: int
+
+
+class Layer:
+    """One decoder layer. `forward` saves what `backward` needs for the adapters' gradients."""
+
+    def __init__(self, layer, config, number: int, last: bool):
+        modules, self.config = linear_layers(layer), config
+        dtype = layer.input_layernorm.weight.dtype
+        self.qkv, self.out = Group(modules[:3], dtype), Group(modules[3:4], dtype)
+        self.gate_up, self.down = Group(modules[4:6], dtype), Group(modules[6:], dtype)
+        self.groups = (self.qkv, self.out, self.gate_up, self.down)
+        self.norm_1, self.norm_2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        self.number, self.last, self.epsilon = number, last, config.rms_norm_eps
+        self.hidden, self.inner = config.hidden_size, config.intermediate_size
+
+    def parameters(self) -> list:
+        return [p for group in self.groups for p in (*group.a_parameters, *group.b_parameters)]
+
+    def seed(self, batch: Batch, group: Group) -> int:
+        return (batch.seed * 1_000_003 + self.number * 4 + self.groups.index(group)) % 2**31
+
+    def forward(self, x, delta, batch: Batch, space: Space, keep: str) -> tuple:
+        """The layer's input is x + delta [rows, hidden], and so is its output. Returns (x, delta, saved)."""
+        s = SimpleNamespace()
+        normed = space.input[: len(x)]
+        s.x, s.inverse_1 = kernels.rms_norm(x, self.norm_1, self.epsilon, normed, delta)
+        self.attend(s, batch, space)
+        self.project_out(s, batch, space)
+        self.project_gate_up(s, batch, space)
+        inner = space.product[: len(s.middle)]
+        kernels.swiglu(s.gate_up, inner[:, : self.inner])
+        delta = torch.empty_like(s.middle)
+        s.h_down = self.down.forward(inner, delta, space, self.seed(batch, self.down))
+        middle = s.middle
+        for name in {"all": (), "attention": ("gate_up",), "middle": ("gate_up", "qkv")}.get(
+            keep, ("gate_up", "qkv", "attended", "logsumexp", "middle")
+        ):
+            delattr(s, name)
+        return middle, delta, s
+
+    def attend(self, s, batch: Batch, space: Space) -> None:
+        """From the normed input in `space`: rotated qkv, attention's output and softmax denominators."""
+        c, rows = self.config, len(s.x)
+        if not hasattr(s, "qkv"):
+            s.qkv = s.x.new_empty(rows, self.qkv.size)
+            s.h_qkv = self.qkv.forward(space.input[:rows], s.qkv, space, self.seed(batch, self.qkv))
+            kernels.rotate(s.qkv, batch.cos, batch.sin, c.num_attention_heads + c.num_key_value_heads)
+        if not hasattr(s, "attended"):
+            s.attended = s.x.new_empty(rows, self.out.width + space.room)
+            attention = batch.last_attention if self.last else batch.attention
+            s.logsumexp = attention.forward(s.qkv, s.attended[:, : self.out.width])
+
+    def project_out(self, s, batch: Batch, space: Space) -> None:
+        """The middle of the residual stream, and its norm in `space`; in the last layer of `rows` only."""
+        attended, x = (s.attended[batch.rows], s.x[batch.rows]) if self.last else (s.attended, s.x)
+        delta = torch.empty_like(x)
+        s.h_out = self.out.forward(attended, delta, space, self.seed(batch, self.out))
+        normed = space.input[: len(x)]
+        s.middle, s.inverse_2 = kernels.rms_norm(x, self.norm_2, self.epsilon, normed, delta)
+
+    def project_gate_up(self, s, batch: Batch, space: Space) -> None:
+        rows = len(s.middle)
+        s.gate_up = s.x.new_empty(rows, self.gate_up.size + space.room)
+        out = s.gate_up[:, : self.gate_up.size]
+        s.h_gate_up = self.gate_up.forward(space.input[:rows], out, space, self.seed(batch, self.gate_up))
+
+    def compute_again(self, s, batch: Batch, space: Space) -> None:
+        """What `forward` did not keep."""
+        if not hasattr(s, "attended") or not hasattr(s, "qkv"):
+            kernels.rms_norm(s.x, self.norm_1, self.epsilon, space.input[: len(s.x)])
+            self.attend(s, batch, space)
+        if not hasattr(s, "middle"):
+            self.project_out(s, batch, space)
+            self.project_gate_up(s, batch, space)
+        elif not hasattr(s, "gate_up"):
+            kernels.rms_norm(s.middle, self.norm_2, self.epsilon, space.input[: len(s.middle)])
+            self.project_gate_up(s, batch, space)
+
+    def backward(self, grad: torch.Tensor, s, batch: Batch, space: Space) -> tuple[torch.Tensor, list]:
+        """Turn `grad` [rows, hidden + room], the gradient of the output, into that of the input, in place
+        where the rows are the same. Returns it and the gradients of `parameters`."""
+        self.compute_again(s, batch, space)
+        seeds = {group: self.seed(batch, group) for group in self.groups}
+
+        dy = grad[:, : self.hidden]
+        dp, dh = self.down.backward(grad, space, seeds[self.down], apart=True)
+        db_down = product(dy.T, s.h_down)
+        da_down, db_gate_up = self.through_swiglu(s, dp, dh, seeds[self.down])
+        del dp
+
+        dx, dh = self.gate_up.backward(s.gate_up, space, seeds[self.gate_up])
+        da_gate_up = self.norm_gradient(self.gate_up, dh, s.middle, self.norm_2, s.inverse_2, space, seeds)
+        kernels.rms_norm_backward(dx, s.middle, self.norm_2, s.inverse_2, dy)
+        del dx, s.gate_up, s.middle
+
+        attended = s.attended[batch.rows] if self.last else s.attended
+        d_attended, dh = self.out.backward(grad, space, seeds[self.out])
+        db_out = product(dy.T, s.h_out)
+        da_out = product(
+            dh.T, dropped(attended[:, : self.out.width], space, seeds[self.out], self.out.dropout)
+        )
+        del attended
+        if self.last:  # back to all rows
+            grad, d_attended = (scatter(part, batch.rows, len(s.x)) for part in (grad, d_attended))
+            dy = grad[:, : self.hidden]
+
+        dqkv = s.x.new_zeros if self.last else s.x.new_empty
+        dqkv = dqkv(len(s.x), self.qkv.size + space.room)
+        attention = batch.last_attention if self.last else batch.attention
+        out = s.attended[:, : self.out.width]
+        attention.backward(d_attended, s.qkv, out, s.logsumexp, batch.cos, batch.sin, dqkv)
+        del d_attended, out, s.attended, s.qkv
+
+        dx, dh = self.qkv.backward(dqkv, space, seeds[self.qkv])
+        db_qkv = product(dqkv[:, : self.qkv.size].T, s.h_qkv)
+        da_qkv = self.norm_gradient(self.qkv, dh, s.x, self.norm_1, s.inverse_1, space, seeds)
+        if self.number:  # the first layer's input is the embedding, which is frozen
+            kernels.rms_norm_backward(dx, s.x, self.norm_1, s.inverse_1, dy)
+        pairs = ((da_qkv, db_qkv), (da_out, db_out), (da_gate_up, db_gate_up), (da_down, db_down))
+        gradients = (group.gradients(*pair) for group, pair in zip(self.groups, pairs, strict=True))
+        return grad, [gradient for group in gradients for gradient in group]
+
+    def through_swiglu(self, s, dp, dh, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Turn s.gate_up into its gradient; A's of down and B's of gate and up come with it."""
+        rank, down, gate_up = self.down.rank, self.down, self.gate_up
+        da, db = kernels.swiglu_backward(s.gate_up, dp, dh, down.a[:rank], s.h_gate_up, seed, down.dropout)
+        blocks = db.new_zeros(gate_up.size, gate_up.ranks)
+        for place, block in zip(gate_up.blocks(blocks), db.split(gate_up.sizes), strict=True):
+            place.copy_(block)
+        return da, blocks
+
+    def norm_gradient(self, group: Group, dh, x, weight, inverse, space: Space, seeds: dict) -> torch.Tensor:
+        """A's gradient, dh^T dropout(norm(x)); without dropout the norm is not computed again."""
+        if not group.dropout:
+            return product((dh * inverse[:, None]).to(dh.dtype).T, x) * weight
+        normed = space.input[: len(x)]
+        kernels.rms_norm(x, weight, self.epsilon, normed)
+        return product(dh.T, dropped(normed[:, : self.hidden], space, seeds[group], group.dropout))
+
+
+def scatter(part: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    whole = part.new_zeros(count, part.shape[1])
+    whole[rows] = part
+    return whole
+
+
+class Stack(torch.autograd.Function):
+    """All decoder layers: packed examples -> the residual stream [rows of the last layer, hidden]."""
+
+    @staticmethod
+    def forward(ctx, fused: "FusedModel", batch: Batch, *parameters: torch.Tensor) -> torch.Tensor:
+        x, delta, ctx.saved = F.embedding(batch.ids, fused.embedding), None, []
+        for layer in fused.layers:
+            x, delta, saved = layer.forward(x, delta, batch, fused.space, fused.plan.keep)
+            fused.store.put(layer.number, saved)
+            ctx.saved.append(saved)
+        ctx.fused, ctx.batch = fused, batch
+        return x + delta
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor):
+        fused, gradients = ctx.fused, []
+        grad = F.pad(grad, (0, fused.space.room))
+        for layer in reversed(fused.layers):
+            saved = ctx.saved.pop()
+            fused.store.get(layer.number, saved)
+            grad, more = layer.backward(grad, saved, ctx.batch, fused.space)
+            gradients = more + gradients
+        return None, None, *gradients
+
+
+class Kept:
+    """Layer inputs stay on the device."""
+
+    def put(self, number: int, saved) -> None:
+        pass
+
+    get = put
+
+
+@dataclass
+class OnHost:
+    """Layer inputs wait in pinned host memory; each is fetched while the layer above it is at work."""
+
+    host: list[torch.Tensor]
+    stream: torch.cuda.Stream = field(default_factory=torch.cuda.Stream)
+    coming: dict[int, tuple] = field(default_factory=dict)
+
+    def put(self, number: int, saved) -> None:
+        rows = len(saved.x)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            self.host[number][:rows].copy_(saved.x, non_blocking=True)
+        saved.x.record_stream(self.stream)
+        saved.rows, saved.x = rows, None
+
+    def get(self, number: int, saved) -> None:
+        if number not in self.coming:
+            self.fetch(number, saved.rows)
+        saved.x, ready = self.coming.pop(number)
+        torch.cuda.current_stream().wait_event(ready)
+        if number:
+            self.fetch(number - 1, saved.rows)
+
+    def fetch(self, number: int, rows: int) -> None:
+        x = torch.empty(rows, self.host[number].shape[1], dtype=self.host[number].dtype, device="cuda")
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            x.copy_(self.host[number][:rows], non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record(self.stream)
+        x.record_stream(self.stream)
+        self.coming[number] = x, ready
+
+
+class FusedModel:
+    """The decoder layers, embedding and head of a PEFT model, for training on packed examples."""
+
+    def __init__(self, model, plan: Plan):
+        base, config = model.get_base_model(), model.config
+        self.config, self.rotary = config, base.model.rotary_emb
+        self.embedding, self.norm, self.head = (
+            base.model.embed_tokens.weight,
+            base.model.norm.weight,
+            base.lm_head,
+        )
+        layers = base.model.layers
+        self.layers = [Layer(layer, config, i, i == len(layers) - 1) for i, layer in enumerate(layers)]
+        self.plan = plan
+        self.parameters = [parameter for layer in self.layers for parameter in layer.parameters()]
+        groups = [group for layer in self.layers for group in layer.groups]
+        room = math.ceil(max(group.ranks for group in groups) / 64) * 64
+        widest = max(max(g.size * (g.width + room), (g.size + g.ranks) * g.width) for g in groups)
+        make = self.embedding.new_empty
+        self.space = Space(
+            weight=make(widest),
+            input=make(plan.tokens, config.hidden_size + room),
+            product=make(plan.tokens, config.intermediate_size + room),
+            dropped=make(plan.tokens * max(group.width for group in groups)) if groups[0].dropout else None,
+            room=room,
+        )
+        self.store = Kept()
+        if plan.on_host:
+            shape, dtype = (plan.tokens, config.hidden_size), self.embedding.dtype
+            self.store = OnHost([torch.empty(shape, dtype=dtype, pin_memory=True) for _ in layers])
+
+    def refresh(self) -> None:
+        """Take the adapters' weights over into the layers."""
+        groups = [group for layer in self.layers for group in layer.groups]
+        for views, parameters, scale in (
+            ([v for g in groups for v in g.a_views], [p for g in groups for p in g.a_parameters], 1.0),
+            (
+                [v for g in groups for v in g.b_views],
+                [p for g in groups for p in g.b_parameters],
+                groups[0].scale,
+            ),
+        ):
+            torch._foreach_copy_(views, torch._foreach_mul([p.detach() for p in parameters], scale))
+
+    def batch(self, examples: Sequence[Example], loss_on: str, seed: int) -> Batch:
+        ids, positions, rows, places, targets = [], [], [], [], []
+        lengths, firsts = [len(example.ids) for example in examples], []
+        for example in examples:
+            learned = learned_places(example, loss_on)
+            firsts.append(learned[0])
+            places += range(len(rows), len(rows) + len(learned))
+            rows += range(len(ids) + learned[0], len(ids) + len(example.ids))
+            targets += [example.ids[place + 1] for place in learned]
+            ids += example.ids
+            positions += range(len(example.ids))
+        device, c = self.embedding.device, self.config
+        table = torch.tensor([ids, positions]).to(device, non_blocking=True)
+        cos, sin = self.rotary(torch.empty(0, dtype=torch.float32, device=device), table[1:])
+        half = cos.shape[-1] // 2
+        shape = c.num_attention_heads, c.num_key_value_heads, head_size(c), device
+        rows, places, targets = (torch.tensor(column).to(device) for column in (rows, places, targets))
+        return Batch(
+            ids=table[0],
+            cos=cos[0, :, :half].contiguous(),
+            sin=sin[0, :, :half].contiguous(),
+            attention=kernels.Attention(lengths, [0] * len(lengths), *shape),
+            last_attention=kernels.Attention(lengths, firsts, *shape),
+            rows=rows,
+            places=places,
+            targets=targets,
+            seed=seed,
+        )
+
+    def loss_sum(self, examples: Sequence[Example], loss_on: str, seed: int) -> torch.Tensor:
+        """Cross-entropy summed over the learned tokens of `examples`, in float32; dropout follows from the
+        seed."""
+        with torch.autocast(self.embedding.device.type, enabled=False):
+            self.refresh()
+            batch = self.batch(examples, loss_on, seed)
+            hidden = Stack.apply(self, batch, *self.parameters)[batch.places]
+            if len(hidden) <= HEAD_ROWS:
+                return self.head_loss(hidden, batch.targets)
+            pieces = zip(hidden.split(HEAD_ROWS), batch.targets.split(HEAD_ROWS), strict=True)
+            return sum(checkpoint(self.head_loss, *piece, use_reentrant=False) for piece in pieces)
+
+    def head_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        normed = F.rms_norm(hidden.float(), hidden.shape[1:], self.norm.float(), self.config.rms_norm_eps)
+        return F.cross_entropy(self.head(normed.to(hidden.dtype)).float(), targets, reduction="sum")

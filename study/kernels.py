@@ -1,0 +1,573 @@
+"""Triton kernels for what a decoder layer does beside its matrix products, attention included.
+
+Matrices are row-major with a row stride of their own, so that an adapter's columns can lie beside them; sums
+are float32. With TRITON_INTERPRET=1 the kernels run on the CPU.
+"""
+
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+
+NF4_BLOCK = 64  # weights that share a scale in bitsandbytes' NF4
+EXACT = tl.constexpr("ieee")  # float32 products in float32; bfloat16 ones are exact anyway
+
+
+def power_of_2(number: int) -> int:
+    return triton.next_power_of_2(number)
+
+
+TILES = {  # measured best on an H200
+    "swiglu": (16, 128, 4, 16),  # rows, columns, warps, splits of the rows
+    "forward": (64, 32, 4, 3),  # queries, keys, warps, stages
+    "dq": (64, 32, 4, 2),
+    "dkv": (32, 64, 4, 2),
+}
+
+
+# Frozen weights
+
+
+@triton.jit
+def unpack_nf4_kernel(
+    packed, scales, scale_code, outer, offset, code, out, stride, blocks: tl.constexpr, tile: tl.constexpr
+):
+    """Some blocks of one row: a byte holds two 4-bit indices into `code`, the first in its high half."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * tile + tl.arange(0, tile)
+    inside = block < blocks
+    place = row * blocks + block
+    scale = tl.load(scale_code + tl.load(scales + place, inside, 0).to(tl.int32))
+    scale = scale * tl.load(outer + place // 256, inside, 0.0) + tl.load(offset)
+    byte = tl.load(packed + place[:, None] * 32 + tl.arange(0, 32)[None, :], inside[:, None], 0).to(tl.int32)
+    flat = tl.reshape(byte, [tile * 32])
+    table = tl.load(code + tl.arange(0, 16))
+    high = tl.reshape(tl.gather(table, flat >> 4, 0), [tile, 32]) * scale[:, None]
+    low = tl.reshape(tl.gather(table, flat & 15, 0), [tile, 32]) * scale[:, None]
+    columns = block[:, None] * 64 + tl.arange(0, 64)[None, :]
+    tl.store(out + row * stride + columns, tl.interleave(high, low).to(out.dtype.element_ty), inside[:, None])
+
+
+def unpack_nf4(weight, out: torch.Tensor) -> None:
+    """Write a bitsandbytes NF4 weight (Params4bit, double quantized) to `out` [rows, columns]."""
+    state = weight.quant_state
+    blocks = out.shape[1] // NF4_BLOCK
+    tile = min(64, power_of_2(blocks))
+    # Without fusing, product and sum of the scale are rounded as in bitsandbytes' own kernel.
+    options = {"enable_fp_fusion": False} if out.is_cuda else {}
+    unpack_nf4_kernel[(out.shape[0], triton.cdiv(blocks, tile))](
+        *(weight.data, state.absmax, state.state2.code, state.state2.absmax, state.offset, state.code),
+        *(out, out.stride(0), blocks, tile),
+        **options,
+    )
+
+
+# Dropout: a mask is never stored but drawn again, from a seed and the element's number.
+
+
+@triton.jit
+def keep(seed, row, column, width, probability):
+    """1 / (1 - p) for the elements of x [rows, width] that dropout keeps, and 0 for the others."""
+    number = (row * width + column).to(tl.uint32) ^ seed.to(tl.uint32)
+    number = (number ^ (number >> 16)) * 0x7FEB352D  # the integer mixer lowbias32 (C. Wellons, 2018)
+    number = (number ^ (number >> 15)) * 0x846CA68B
+    number = number ^ (number >> 16)
+    uniform = (number >> 8).to(tl.float32) * (1.0 / 16777216.0)
+    return tl.where(uniform >= probability, 1.0 / (1.0 - probability), 0.0)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def dropout_kernel(x, out, x_stride, out_stride, seed, probability, width: tl.constexpr, tile: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * tile + tl.arange(0, tile)
+    inside = column < width
+    value = tl.load(x + row * x_stride + column, inside, 0.0).to(tl.float32)
+    value *= keep(seed, row, column, width, probability)
+    tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), inside)
+
+
+def dropout(x: torch.Tensor, out: torch.Tensor, seed: int, probability: float) -> None:
+    """out = x [rows, width] after dropout."""
+    tile = min(2048, power_of_2(x.shape[1]))
+    dropout_kernel[(x.shape[0], triton.cdiv(x.shape[1], tile))](
+        x, out, x.stride(0), out.stride(0), seed, probability, x.shape[1], tile
+    )
+
+
+@triton.jit(do_not_specialize=["rows", "seed"])
+def add_adapter_kernel(
+    dx,
+    dh,
+    a,
+    dx_stride,
+    dh_stride,
+    rows,
+    seed,
+    probability,
+    width: tl.constexpr,
+    rank: tl.constexpr,
+    padded: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile: tl.constexpr,
+):
+    row = (tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)).to(tl.int64)[:, None]
+    column = (tl.program_id(1) * tile + tl.arange(0, tile))[None, :]
+    part = tl.arange(0, padded)
+    inside = (row < rows) & (column < width)
+    left = tl.load(dh + row * dh_stride + part[None, :], (row < rows) & (part[None, :] < rank), 0.0)
+    right = tl.load(a + part[:, None] * width + column, (part[:, None] < rank) & (column < width), 0.0)
+    adapter = tl.dot(left, right, input_precision=EXACT) * keep(seed, row, column, width, probability)
+    value = tl.load(dx + row * dx_stride + column, inside, 0.0).to(tl.float32) + adapter
+    tl.store(dx + row * dx_stride + column, value.to(dx.dtype.element_ty), inside)
+
+
+def add_adapter(dx: torch.Tensor, dh: torch.Tensor, a: torch.Tensor, seed: int, probability: float) -> None:
+    """dx [rows, width] += dropout's mask * (dh [rows, rank] @ a [rank, width])."""
+    rows, width = dx.shape
+    tile_rows, tile, rank = 64, 128, a.shape[0]
+    add_adapter_kernel[(triton.cdiv(rows, tile_rows), triton.cdiv(width, tile))](
+        *(dx, dh, a, dx.stride(0), dh.stride(0), rows, seed, probability),
+        *(width, rank, max(16, power_of_2(rank)), tile_rows, tile),
+    )
+
+
+# RMSNorm (Zhang and Sennrich, 2019)
+
+
+@triton.jit
+def rms_norm_kernel(
+    x,
+    delta,
+    weight,
+    total,
+    out,
+    inverse,
+    x_stride,
+    delta_stride,
+    out_stride,
+    epsilon,
+    width: tl.constexpr,
+    tile: tl.constexpr,
+    add: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, tile)
+    inside = column < width
+    value = tl.load(x + row * x_stride + column, inside, 0.0).to(tl.float32)
+    if add:
+        value += tl.load(delta + row * delta_stride + column, inside, 0.0).to(tl.float32)
+        rounded = value.to(total.dtype.element_ty)
+        tl.store(total + row * width + column, rounded, inside)
+        value = rounded.to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / width + epsilon)
+    tl.store(inverse + row, scale)
+    value = value * scale * tl.load(weight + column, inside, 0.0).to(tl.float32)
+    tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), inside)
+
+
+def rms_norm(x, weight, epsilon: float, out, delta=None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norm of x [rows, width], or of x + delta, into `out`. Returns that sum and the inverse root mean
+    squares [rows]."""
+    rows, width = x.shape
+    inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
+    total = x if delta is None else torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    rms_norm_kernel[(rows,)](
+        *(x, x if delta is None else delta, weight, total, out, inverse),
+        *(x.stride(0), 0 if delta is None else delta.stride(0), out.stride(0), epsilon),
+        *(width, power_of_2(width), delta is not None),
+        num_warps=4 if width <= 4096 else 8,
+    )
+    return total, inverse
+
+
+@triton.jit
+def rms_norm_backward_kernel(
+    dy, x, weight, inverse, dx, dy_stride, x_stride, dx_stride, width: tl.constexpr, tile: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, tile)
+    inside = column < width
+    value = tl.load(x + row * x_stride + column, inside, 0.0).to(tl.float32)
+    slope = tl.load(dy + row * dy_stride + column, inside, 0.0).to(tl.float32)
+    slope *= tl.load(weight + column, inside, 0.0).to(tl.float32)
+    scale = tl.load(inverse + row)
+    value *= tl.sum(slope * value, 0) / width * scale * scale
+    result = tl.load(dx + row * dx_stride + column, inside, 0.0).to(tl.float32) + scale * (slope - value)
+    tl.store(dx + row * dx_stride + column, result.to(dx.dtype.element_ty), inside)
+
+
+def rms_norm_backward(dy, x, weight, inverse, dx) -> None:
+    """dx [rows, width] += the gradient of the norm's input x, from that of its output."""
+    rows, width = x.shape
+    rms_norm_backward_kernel[(rows,)](
+        *(dy, x, weight, inverse, dx, dy.stride(0), x.stride(0), dx.stride(0), width, power_of_2(width)),
+        num_warps=4 if width <= 4096 else 8,
+    )
+
+
+# Rotary positions (Su et al., 2021), a head's halves as pairs, as transformers has them
+
+
+@triton.jit
+def rotate_kernel(x, cos, sin, stride, heads: tl.constexpr, padded: tl.constexpr, half: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    head, column = tl.arange(0, padded)[:, None], tl.arange(0, half)[None, :]
+    inside = head < heads
+    c, s = tl.load(cos + row * half + column), tl.load(sin + row * half + column)
+    place = x + row * stride + head * 2 * half + column
+    first = tl.load(place, inside, 0.0).to(tl.float32)
+    second = tl.load(place + half, inside, 0.0).to(tl.float32)
+    tl.store(place, (first * c - second * s).to(x.dtype.element_ty), inside)
+    tl.store(place + half, (second * c + first * s).to(x.dtype.element_ty), inside)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> None:
+    """Turn the first `heads` heads of x [rows, ...] in place; cos and sin [rows, size / 2]."""
+    rotate_kernel[(x.shape[0],)](x, cos, sin, x.stride(0), heads, power_of_2(heads), cos.shape[1])
+
+
+# SwiGLU (Shazeer, 2020)
+
+
+@triton.jit
+def swiglu_kernel(gate_up, out, stride, out_stride, width: tl.constexpr, tile: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * tile + tl.arange(0, tile)
+    inside = column < width
+    gate = tl.load(gate_up + row * stride + column, inside, 0.0).to(tl.float32)
+    up = tl.load(gate_up + row * stride + width + column, inside, 0.0).to(tl.float32)
+    tl.store(out + row * out_stride + column, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), inside)
+
+
+def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
+    """out [rows, width] = silu(gate) * up, which lie side by side in the columns of gate_up."""
+    rows, width = out.shape
+    tile = min(2048, power_of_2(width))
+    swiglu_kernel[(rows, triton.cdiv(width, tile))](
+        gate_up, out, gate_up.stride(0), out.stride(0), width, tile
+    )
+
+
+@triton.jit(do_not_specialize=["rows", "split", "seed"])
+def swiglu_backward_kernel(
+    gate_up,
+    dp,
+    dh,
+    a,
+    h,
+    sum_a,
+    sum_b,
+    stride,
+    dp_stride,
+    dh_stride,
+    h_stride,
+    rows,
+    split,
+    seed,
+    probability,
+    width: tl.constexpr,
+    rank: tl.constexpr,
+    padded: tl.constexpr,
+    tile_rows: tl.constexpr,
+    tile: tl.constexpr,
+    drop: tl.constexpr,
+):
+    column = tl.program_id(0) * tile + tl.arange(0, tile)[None, :]
+    part = tl.arange(0, padded)[None, :]
+    in_width = column < width
+    right = tl.load(a + tl.trans(part) * width + column, (tl.trans(part) < rank) & in_width, 0.0)
+    da = tl.zeros([padded, tile], tl.float32)
+    db_gate = tl.zeros([tile, padded], tl.float32)
+    db_up = tl.zeros([tile, padded], tl.float32)
+    for first in range(0, split, tile_rows):
+        row = (tl.program_id(1) * split + first + tl.arange(0, tile_rows)).to(tl.int64)[:, None]
+        inside = (row < rows) & in_width
+        in_rank = (row < rows) & (part < rank)
+        gate = tl.load(gate_up + row * stride + column, inside, 0.0).to(tl.float32)
+        up = tl.load(gate_up + row * stride + width + column, inside, 0.0).to(tl.float32)
+        slope = tl.load(dp + row * dp_stride + column, inside, 0.0).to(tl.float32)
+        small = tl.load(dh + row * dh_stride + part, in_rank, 0.0)
+        sigmoid = tl.sigmoid(gate)
+        silu = gate * sigmoid
+        product = silu * up
+        if drop:
+            mask = keep(seed, row, column, width, probability)
+            slope += tl.dot(small, right, input_precision=EXACT) * mask
+            product *= mask
+        da = tl.dot(tl.trans(small), product.to(small.dtype), da, input_precision=EXACT)
+        d_gate = (slope * up * (sigmoid + silu * (1.0 - sigmoid))).to(gate_up.dtype.element_ty)
+        d_up = (slope * silu).to(gate_up.dtype.element_ty)
+        tl.store(gate_up + row * stride + column, d_gate, inside)
+        tl.store(gate_up + row * stride + width + column, d_up, inside)
+        h_gate = tl.load(h + row * h_stride + part, in_rank, 0.0)
+        h_up = tl.load(h + row * h_stride + rank + part, in_rank, 0.0)
+        db_gate = tl.dot(tl.trans(d_gate), h_gate, db_gate, input_precision=EXACT)
+        db_up = tl.dot(tl.trans(d_up), h_up, db_up, input_precision=EXACT)
+    part_a = sum_a + tl.program_id(1).to(tl.int64) * rank * width
+    tl.store(part_a + tl.trans(part) * width + column, da, (tl.trans(part) < rank) & in_width)
+    part_b = sum_b + tl.program_id(1).to(tl.int64) * 2 * width * rank + tl.trans(column) * rank + part
+    tl.store(part_b, db_gate, tl.trans(in_width) & (part < rank))
+    tl.store(part_b + width * rank, db_up, tl.trans(in_width) & (part < rank))
+
+
+def swiglu_backward(gate_up, dp, dh, a, h, seed: int, probability: float):
+    """Backward of p = swiglu(gate_up), the down projection's input; gate_up [rows, 2 width] becomes its own
+    gradient.
+
+    `dp` [rows, width] is the gradient of p, which with dropout still lacks the adapter's share, mask *
+    (dh @ a). `dh` [rows, rank] and `a` [rank, width] are of the down projection's adapter, `h` [rows, 2 rank]
+    is x A^T of gate and up. Returns the adapters' gradients that come from the same reading: dh^T p
+    [rank, width] and, for gate and up one below the other, dgate^T h [2 width, rank].
+    """
+    rows, width, rank = dp.shape[0], a.shape[1], a.shape[0]
+    tile_rows, tile, warps, most = TILES["swiglu"]
+    splits = max(1, min(most, rows // 512))
+    split = triton.cdiv(triton.cdiv(rows, splits), tile_rows) * tile_rows
+    splits = triton.cdiv(rows, split)
+    sum_a = torch.empty(splits, rank, width, dtype=torch.float32, device=dp.device)
+    sum_b = torch.empty(splits, 2 * width, rank, dtype=torch.float32, device=dp.device)
+    swiglu_backward_kernel[(triton.cdiv(width, tile), splits)](
+        *(gate_up, dp, dh, a, h, sum_a, sum_b, gate_up.stride(0), dp.stride(0), dh.stride(0), h.stride(0)),
+        *(rows, split, seed, probability, width, rank, max(16, power_of_2(rank)), tile_rows, tile),
+        probability > 0,
+        num_warps=warps,
+    )
+    return sum_a.sum(0), sum_b.sum(0)
+
+
+# Causal attention within each of the sequences that lie end to end: FlashAttention 2 (Dao, 2023), with tiles
+# for the short sequences of fine-tuning. A work item is (first row of the sequence, its length, first row of
+# the tile within it, first query row within it that is wanted).
+
+
+@triton.jit(do_not_specialize=["rows"])
+def attention_kernel(
+    qkv,
+    out,
+    logsumexp,
+    work,
+    stride,
+    out_stride,
+    rows,
+    scale,
+    heads: tl.constexpr,
+    key_heads: tl.constexpr,
+    size: tl.constexpr,
+    tile_q: tl.constexpr,
+    tile_k: tl.constexpr,
+):
+    item = work + tl.program_id(0) * 4
+    start, length, offset = tl.load(item).to(tl.int64), tl.load(item + 1), tl.load(item + 2)
+    head = tl.program_id(1)
+    column = tl.arange(0, size)[None, :]
+    place = offset + tl.arange(0, tile_q)
+    wanted = (place < length)[:, None]
+    query = tl.load(qkv + (start + place)[:, None] * stride + head * size + column, wanted, 0.0)
+    keys = qkv + heads * size + head // (heads // key_heads) * size
+    largest = tl.full([tile_q], -1e30, tl.float32)
+    weight = tl.zeros([tile_q], tl.float32)
+    total = tl.zeros([tile_q, size], tl.float32)
+    log2_scale = scale * 1.4426950408889634
+    for first in range(0, tl.minimum(offset + tile_q, length), tile_k):
+        other = first + tl.arange(0, tile_k)
+        at = keys + (start + other)[:, None] * stride + column
+        key = tl.load(at, (other < length)[:, None], 0.0)
+        value = tl.load(at + key_heads * size, (other < length)[:, None], 0.0)
+        score = tl.dot(query, tl.trans(key), input_precision=EXACT) * log2_scale
+        score = tl.where(place[:, None] >= other[None, :], score, -1e30)
+        larger = tl.maximum(largest, tl.max(score, 1))
+        share = tl.exp2(score - larger[:, None])
+        fade = tl.exp2(largest - larger)
+        weight = weight * fade + tl.sum(share, 1)
+        total = tl.dot(share.to(value.dtype), value, total * fade[:, None], input_precision=EXACT)
+        largest = larger
+    result = (total / weight[:, None]).to(out.dtype.element_ty)
+    tl.store(out + (start + place)[:, None] * out_stride + head * size + column, result, wanted)
+    tl.store(logsumexp + head.to(tl.int64) * rows + start + place, largest + tl.log2(weight), place < length)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def attention_dq_kernel(
+    qkv,
+    d_out,
+    out,
+    logsumexp,
+    delta,
+    dqkv,
+    cos,
+    sin,
+    work,
+    stride,
+    d_out_stride,
+    out_stride,
+    dqkv_stride,
+    rows,
+    scale,
+    heads: tl.constexpr,
+    key_heads: tl.constexpr,
+    half: tl.constexpr,
+    tile_q: tl.constexpr,
+    tile_k: tl.constexpr,
+):
+    item = work + tl.program_id(0) * 4
+    start, length, offset = tl.load(item).to(tl.int64), tl.load(item + 1), tl.load(item + 2)
+    head = tl.program_id(1)
+    column, wide = tl.arange(0, half)[None, :], tl.arange(0, 2 * half)[None, :]
+    place = offset + tl.arange(0, tile_q)
+    row, wanted = (start + place)[:, None], (place < length)[:, None]
+    at = qkv + row * stride + head * 2 * half + column
+    query_1, query_2 = tl.load(at, wanted, 0.0), tl.load(at + half, wanted, 0.0)
+    slope = tl.load(d_out + row * d_out_stride + head * 2 * half + wide, wanted, 0.0)
+    output = tl.load(out + row * out_stride + head * 2 * half + wide, wanted, 0.0)
+    inner = tl.sum(slope.to(tl.float32) * output.to(tl.float32), 1)
+    saved = head.to(tl.int64) * rows + start + place
+    tl.store(delta + saved, inner, place < length)
+    log_weight = tl.load(logsumexp + saved, place < length, 0.0)
+    keys = qkv + heads * 2 * half + head // (heads // key_heads) * 2 * half
+    dq_1 = tl.zeros([tile_q, half], tl.float32)
+    dq_2 = tl.zeros([tile_q, half], tl.float32)
+    for first in range(0, tl.minimum(offset + tile_q, length), tile_k):
+        other = first + tl.arange(0, tile_k)
+        in_length = (other < length)[:, None]
+        source = keys + (start + other)[:, None] * stride
+        key_1, key_2 = (
+            tl.load(source + column, in_length, 0.0),
+            tl.load(source + half + column, in_length, 0.0),
+        )
+        value = tl.load(source + key_heads * 2 * half + wide, in_length, 0.0)
+        score = tl.dot(query_1, tl.trans(key_1), input_precision=EXACT)
+        score = tl.dot(query_2, tl.trans(key_2), score, input_precision=EXACT)
+        share = tl.exp2(score * (scale * 1.4426950408889634) - log_weight[:, None])
+        share = tl.where(place[:, None] >= other[None, :], share, 0.0)
+        d_share = tl.dot(slope, tl.trans(value), input_precision=EXACT)
+        d_score = (share * (d_share - inner[:, None])).to(key_1.dtype)
+        dq_1 = tl.dot(d_score, key_1, dq_1, input_precision=EXACT)
+        dq_2 = tl.dot(d_score, key_2, dq_2, input_precision=EXACT)
+    c = tl.load(cos + row * half + column, wanted, 0.0) * scale
+    s = tl.load(sin + row * half + column, wanted, 0.0) * scale
+    at = dqkv + row * dqkv_stride + head * 2 * half + column
+    tl.store(at, (dq_1 * c + dq_2 * s).to(dqkv.dtype.element_ty), wanted)
+    tl.store(at + half, (dq_2 * c - dq_1 * s).to(dqkv.dtype.element_ty), wanted)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def attention_dkv_kernel(
+    qkv,
+    d_out,
+    logsumexp,
+    delta,
+    dqkv,
+    cos,
+    sin,
+    work,
+    stride,
+    d_out_stride,
+    dqkv_stride,
+    rows,
+    scale,
+    heads: tl.constexpr,
+    key_heads: tl.constexpr,
+    half: tl.constexpr,
+    tile_q: tl.constexpr,
+    tile_k: tl.constexpr,
+):
+    item = work + tl.program_id(0) * 4
+    start, length, offset = tl.load(item).to(tl.int64), tl.load(item + 1), tl.load(item + 2)
+    first_query = tl.load(item + 3)
+    key_head = tl.program_id(1)
+    column, wide = tl.arange(0, half)[None, :], tl.arange(0, 2 * half)[None, :]
+    place = offset + tl.arange(0, tile_k)
+    row, inside = (start + place)[:, None], (place < length)[:, None]
+    at = qkv + row * stride + (heads + key_head) * 2 * half
+    key_1, key_2 = tl.load(at + column, inside, 0.0), tl.load(at + half + column, inside, 0.0)
+    value = tl.load(at + key_heads * 2 * half + wide, inside, 0.0)
+    dk_1 = tl.zeros([tile_k, half], tl.float32)
+    dk_2 = tl.zeros([tile_k, half], tl.float32)
+    dv = tl.zeros([tile_k, 2 * half], tl.float32)
+    for sharer in range(heads // key_heads):
+        head = key_head * (heads // key_heads) + sharer
+        for first in range(tl.maximum(offset, first_query) // tile_q * tile_q, length, tile_q):
+            other = first + tl.arange(0, tile_q)
+            wanted = (other < length) & (other >= first_query)
+            source = qkv + (start + other)[:, None] * stride + head * 2 * half + column
+            query_1, query_2 = (
+                tl.load(source, wanted[:, None], 0.0),
+                tl.load(source + half, wanted[:, None], 0.0),
+            )
+            source_out = d_out + (start + other)[:, None] * d_out_stride + head * 2 * half + wide
+            slope = tl.load(source_out, wanted[:, None], 0.0)
+            saved = head.to(tl.int64) * rows + start + other
+            log_weight, inner = tl.load(logsumexp + saved, wanted, 0.0), tl.load(delta + saved, wanted, 0.0)
+            score = tl.dot(key_1, tl.trans(query_1), input_precision=EXACT)
+            score = tl.dot(key_2, tl.trans(query_2), score, input_precision=EXACT)
+            share = tl.exp2(score * (scale * 1.4426950408889634) - log_weight[None, :])
+            share = tl.where((place[:, None] <= other[None, :]) & wanted[None, :], share, 0.0)
+            dv = tl.dot(share.to(slope.dtype), slope, dv, input_precision=EXACT)
+            d_share = tl.dot(value, tl.trans(slope), input_precision=EXACT)
+            d_score = (share * (d_share - inner[None, :])).to(query_1.dtype)
+            dk_1 = tl.dot(d_score, query_1, dk_1, input_precision=EXACT)
+            dk_2 = tl.dot(d_score, query_2, dk_2, input_precision=EXACT)
+    c = tl.load(cos + row * half + column, inside, 0.0) * scale
+    s = tl.load(sin + row * half + column, inside, 0.0) * scale
+    at = dqkv + row * dqkv_stride + (heads + key_head) * 2 * half
+    tl.store(at + column, (dk_1 * c + dk_2 * s).to(dqkv.dtype.element_ty), inside)
+    tl.store(at + half + column, (dk_2 * c - dk_1 * s).to(dqkv.dtype.element_ty), inside)
+    tl.store(at + key_heads * 2 * half + wide, dv.to(dqkv.dtype.element_ty), inside)
+
+
+class Attention:
+    """Causal attention of packed sequences, for each from the first query row on that is wanted."""
+
+    def __init__(
+        self, lengths: list[int], first_queries: list[int], heads: int, key_heads: int, size: int, device
+    ):
+        self.heads, self.key_heads, self.size = heads, key_heads, size
+        starts = [0, *accumulate(lengths)]
+        sequences = list(zip(starts, lengths, first_queries, strict=False))
+
+        def work(kernel: str, over_keys: bool) -> torch.Tensor:
+            tile = TILES[kernel][over_keys]
+            items = [
+                (start, length, place, first)
+                for start, length, first in sequences
+                for place in range(0 if over_keys else first // tile * tile, length, tile)
+            ]
+            # The longest work first: keys are seen by the queries after them, queries see the keys before.
+            items.sort(key=lambda item: max(item[2], item[3]) - item[1] if over_keys else -item[2])
+            return torch.tensor(items, dtype=torch.int32).to(device, non_blocking=True)
+
+        self.work = {"forward": work("forward", False), "dq": work("dq", False), "dkv": work("dkv", True)}
+
+    def forward(self, qkv: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """qkv [rows, (heads + 2 key heads) size] -> out [rows, heads size]. Returns log2 of the softmax's
+        denominators [heads, rows]."""
+        rows = out.shape[0]
+        logsumexp = torch.empty(self.heads, rows, dtype=torch.float32, device=out.device)
+        attention_kernel[(len(self.work["forward"]), self.heads)](
+            *(qkv, out, logsumexp, self.work["forward"], qkv.stride(0), out.stride(0), rows, self.size**-0.5),
+            *(self.heads, self.key_heads, self.size, *TILES["forward"][:2]),
+            num_warps=TILES["forward"][2],
+            num_stages=TILES["forward"][3],
+        )
+        return logsumexp
+
+    def backward(self, d_out, qkv, out, logsumexp, cos, sin, dqkv) -> None:
+        """Write to `dqkv` the gradient of the qkv that `rotate` was given, from that of `out`."""
+        rows = out.shape[0]
+        delta = torch.empty_like(logsumexp)
+        shape = (self.heads, self.key_heads, self.size // 2)
+        attention_dq_kernel[(len(self.work["dq"]), self.heads)](
+            *(qkv, d_out, out, logsumexp, delta, dqkv, cos, sin, self.work["dq"]),
+            *(qkv.stride(0), d_out.stride(0), out.stride(0), dqkv.stride(0), rows, self.size**-0.5),
+            *(*shape, *TILES["dq"][:2]),
+            num_warps=TILES["dq"][2],
+            num_stages=TILES["dq"][3],
+        )
+        attention_dkv_kernel[(len(self.work["dkv"]), self.key_heads)](
+            *(qkv, d_out, logsumexp, delta, dqkv, cos, sin, self.work["dkv"]),
+            *(qkv.stride(0), d_out.stride(0), dqkv.stride(0), rows, self.size**-0.5),
+            *(*shape, *TILES["dkv"][:2]),
+            num_warps=TILES["dkv"][2],
+            num_stages=TILES["dkv"][3],
+        )

@@ -1,0 +1,79 @@
+"""The fast path computes what the plain layers compute: loss and every gradient, against float64.
+
+On the CPU, with Triton's interpreter, in a process of its own for each case, since that is chosen at import.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+pytest.importorskip("triton")
+from study import fused
+
+
+@pytest.fixture(scope="module")
+def errors():
+    """Run every case of fused_cases.py at once: its results by name."""
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TRITON_INTERPRET": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+    }
+    script = Path(__file__).with_name("fused_cases.py")
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_weights_are_unpacked_as_bitsandbytes_does(errors):
+    assert errors["unpacked"] == 0
+
+
+@pytest.mark.parametrize(
+    "case", [*(f"{keep}, loss on answer" for keep in fused.KEEPS), "all, loss on all", "input, loss on all"]
+)
+def test_loss_and_gradients_are_right_whatever_a_layer_keeps(errors, case):
+    loss, gradient = errors[case]
+    assert loss < 1e-6
+    assert gradient < 1e-5
+
+
+@pytest.mark.parametrize(("rank", "dropout"), [(2, 0.0), (2, 0.3), (64, 0.3)])
+def test_loss_and_gradients_are_right_for_every_rank_and_with_dropout(errors, rank, dropout):
+    loss, gradient = errors[f"rank {rank}, dropout {dropout}"]
+    assert loss < 1e-6
+    assert gradient < 1e-5
+
+
+def test_dropout_keeps_the_share_it_should_and_differs_by_seed(errors):
+    shares, agreement = errors["dropout"]
+    assert shares == pytest.approx([0.9, 0.7, 0.5], abs=0.01)
+    assert agreement == pytest.approx(0.5, abs=0.02)  # two masks of one half each
+
+
+def test_one_example_does_not_change_anothers_loss(errors):
+    assert errors["isolation"] == [0.0, True]
+
+
+def test_models_that_can_not_take_the_path_say_why(errors):
+    reasons = errors["reasons"]
+    assert reasons["llama"] is None
+    assert "not every linear layer" in reasons["some layers only"]
+    assert "GPTNeoX" in reasons["neox"]
+
+
+def test_a_plan_fits_the_memory_and_prefers_speed(errors):
+    plans = errors["plans"]
+    assert plans["80 GiB"] == ["all", 16384, False]
+    assert [plans[name][0] for name in ("22 GiB", "14 GiB")] == ["all", "all"]  # in more passes
+    assert plans["22 GiB"][1] > plans["14 GiB"][1]
+    assert plans["3 GiB"] == ["input", 16384, True]
+    assert plans["checkpointing on"][0] == "input"
+    assert plans["1000 tokens"][1] == 1000
