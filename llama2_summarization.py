@@ -65,7 +65,7 @@ def main() -> None:
             schedule = training.settings(
                 folder,
                 report_to=args.report_to,
-                optim="paged_adamw_32bit" if torch.cuda.is_available() else "adamw_torch",
+                optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
                 learning_rate=args.learning_rate,
                 lr_scheduler_type="constant_with_warmup",
                 warmup_steps=0.03,

@@ -113,7 +113,7 @@ def ours(args: argparse.Namespace, mode: str, tokens: int, length: int) -> dict:
     if mode != "plain":
         free = 0.92 * torch.cuda.mem_get_info()[0]
         if mode.isdigit():
-            free = int(mode) * GIB - torch.cuda.memory_allocated() - 0.3 * GIB
+            free = int(mode) * GIB - torch.cuda.memory_allocated() - 0.2 * GIB
         path = fused.FusedModel(tuned, fused.choose_plan(tuned, free, length, (tokens, learned)))
 
     def run(step) -> None:

@@ -289,16 +289,14 @@ def train(
         progress=progress,
     )
     trainer.remove_callback(PrinterCallback)
+    plain = (
+        f"plain layers ({slow}), {'padded' if padded else 'packed'}, {model.config._attn_implementation} "
+        f"attention, checkpointing {'on' if checkpointing else 'off'}"
+    )
     print(
         f"training   {len(examples):,} examples, {len(steps):,} steps, {sum(tokens):,} tokens, at most "
         f"{max_tokens:,} at once; "
-        + (f"fused layers, {fast.plan}" if fast else f"plain layers ({slow}), ")
-        + (
-            ""
-            if fast
-            else f"{'padded' if padded else 'packed'}, {model.config._attn_implementation} attention, "
-            f"checkpointing {'on' if checkpointing else 'off'}"
-        )
+        + (f"fused layers, {fast.plan}" if fast else plain)
         + (f"; resumed from {checkpoint.name}" if checkpoint else ""),
         flush=True,
     )

@@ -74,6 +74,6 @@ def test_a_plan_fits_the_memory_and_prefers_speed(errors):
     assert plans["80 GiB"] == ["all", 16384, False]
     assert [plans[name][0] for name in ("22 GiB", "14 GiB")] == ["all", "all"]  # in more passes
     assert plans["22 GiB"][1] > plans["14 GiB"][1]
-    assert plans["3 GiB"] == ["input", 16384, True]
+    assert (plans["3 GiB"][0], plans["3 GiB"][2]) == ("input", True)
     assert plans["checkpointing on"][0] == "input"
     assert plans["1000 tokens"][1] == 1000

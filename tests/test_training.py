@@ -199,3 +199,34 @@ def test_a_finished_run_is_found_and_changed_data_under_it_is_not_overlooked(who
     line = error_line(run_script(SCRIPT, *flags, "--max_train_samples=16"))
     assert "--force" in line
     assert str(file) in line
+
+
+SHORT_OF_MEMORY = """
+import runpy, sys, torch
+from study import training
+
+plain = training.loss_sum
+
+def loss_sum(model, examples, *more):
+    if sum(len(example.ids) for example in examples) > 600:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return plain(model, examples, *more)
+
+training.loss_sum = loss_sum
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_step_that_exceeds_the_memory_goes_on_in_smaller_passes_and_learns_the_same(tmp_path):
+    flags = ("--epochs=1", "--dropout=0", "--max_train_samples=60")
+    reference = train(tmp_path / "reference", *flags)
+    command = [sys.executable, "-c", SHORT_OF_MEMORY, ROOT / SCRIPT, *DATA, *flags]
+    command += ["--experiment_dir", tmp_path / "short"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "out of memory: going on with" in done.stdout
+    record = json.loads((tmp_path / "short" / "train.json").read_text())
+    assert record["train"]["batching"]["max_tokens_per_batch"] <= 600
+    assert record["train"]["loss"] == pytest.approx(reference["train"]["loss"], rel=2e-3)
