@@ -171,7 +171,7 @@ class Group:
     [sizes, ranks], block-diagonal and scaled. `ranks` is the sum of theirs, rounded up to whole 16 bytes."""
 
     def __init__(self, modules: Sequence, dtype: torch.dtype):
-        self.weights = [module.base_layer.weight for module in modules]
+        self.weights = kernels.PackedWeights([module.base_layer.weight for module in modules])
         self.sizes = [module.out_features for module in modules]
         self.width, self.rank = modules[0].in_features, modules[0].r["default"]
         self.scale = modules[0].scaling["default"]
@@ -179,7 +179,7 @@ class Group:
         self.size, self.ranks = sum(self.sizes), math.ceil(self.rank * len(modules) / 8) * 8
         self.a_parameters = [module.lora_A["default"].weight for module in modules]
         self.b_parameters = [module.lora_B["default"].weight for module in modules]
-        device = self.weights[0].device
+        device = self.weights.packed.device
         self.a = torch.zeros(self.ranks, self.width, dtype=dtype, device=device)
         self.b = torch.zeros(self.size, self.ranks, dtype=dtype, device=device)
         self.a_views = self.a[: self.rank * len(modules)].split(self.rank)
@@ -190,10 +190,6 @@ class Group:
         rows = matrix.split(self.sizes)
         return [row[:, i * self.rank : (i + 1) * self.rank] for i, row in enumerate(rows)]
 
-    def unpack(self, out: torch.Tensor) -> None:
-        for weight, rows in zip(self.weights, out.split(self.sizes), strict=True):
-            kernels.unpack_nf4(weight, rows)
-
     def forward(self, x: torch.Tensor, out: torch.Tensor, space: Space, seed: int) -> torch.Tensor:
         """out [rows, size] = x W^T + h B^T, from x in the first columns of `x`; returns h [rows, ranks]."""
         source = dropped(x[:, : self.width], space, seed, self.dropout)
@@ -201,7 +197,7 @@ class Group:
         h = torch.mm(source, self.a.T)
         x[:, self.width : wide] = h
         weight = space.weight[: self.size * (self.width + space.room)].view(self.size, -1)
-        self.unpack(weight[:, : self.width])
+        self.weights.unpack(weight[:, : self.width])
         weight[:, self.width : wide] = self.b
         torch.mm(x[:, :wide], weight[:, :wide].T, out=out)
         return h
@@ -215,7 +211,7 @@ class Group:
         dh = dy[:, self.size : wide]
         torch.mm(dy[:, : self.size], self.b, out=dh)
         weight = space.weight[: wide * self.width].view(wide, self.width)
-        self.unpack(weight[: self.size])
+        self.weights.unpack(weight[: self.size])
         if not self.dropout:
             weight[self.size :] = self.a
             return torch.mm(dy[:, :wide], weight), dh

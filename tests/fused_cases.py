@@ -156,10 +156,14 @@ def main() -> None:
     base, results = llama(), {}
     lengths = ((12, 8), (5, 2), (19, 15))  # the interpreter is slow
     examples, tokens = make_examples(lengths, 96), 36
-    weight = base.model.layers[0].self_attn.q_proj.weight
-    unpacked = torch.empty(64, 64)
-    kernels.unpack_nf4(weight, unpacked)
-    results["unpacked"] = (unpacked - bnb.dequantize_4bit(weight.data, weight.quant_state)).abs().max().item()
+    attention = copy.deepcopy(base.model.layers[0].self_attn)
+    weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    expected = torch.cat([bnb.dequantize_4bit(weight.data, weight.quant_state) for weight in weights])
+    unpacked = torch.empty_like(expected)
+    kernels.PackedWeights(weights).unpack(unpacked)
+    results["unpacked"] = (unpacked - expected).abs().max().item()
+    still = torch.cat([bnb.dequantize_4bit(weight.data, weight.quant_state) for weight in weights])
+    results["still readable"] = torch.equal(still, expected)
 
     model = with_adapters(base, 4, 0.0)
     for loss_on in ("answer", "all"):

@@ -34,6 +34,7 @@ def errors():
 
 def test_weights_are_unpacked_as_bitsandbytes_does(errors):
     assert errors["unpacked"] == 0
+    assert errors["still readable"]
 
 
 @pytest.mark.parametrize(
