@@ -13,18 +13,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from study.cells import score_cell, usd_text
 from study.collect import SCORES, Run
 from study.published import FIGURES
-from study.tables import (
-    grids,
-    models_of,
-    on_everything,
-    reference,
-    score_cell,
-    training_usd,
-    tuned,
-    usd_text,
-)
+from study.tables import grids, models_of, on_everything, reference, training_usd, tuned
 
 STYLE = {
     "font.size": 10,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from study import cost
-from study.tables import Cell, Table, usd_text
+from study.cells import Cell, Table, usd_text
 
 FIGURES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 TOKENS = 100  # about that many in each request of the study's load test

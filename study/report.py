@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from study import cost, record, runs
+from study.cells import Table, usd_text
 from study.cli import UserError, run_script, underscored
 from study.collect import comparable, find_runs, read_whole
-from study.tables import Table, all_tables, usd_text
+from study.tables import all_tables
 
 
 def result_block(content: dict) -> str:
