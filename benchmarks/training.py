@@ -20,7 +20,8 @@ from statistics import median
 
 from study import cli, data, plan
 
-PEERS = ("trl", "unsloth", "published")
+MODES = ("fast", "dropout", "plain")
+PEERS = ("trl", "unsloth", "unsloth-fast", "published")
 GIB = 2**30
 
 
@@ -32,15 +33,29 @@ def flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--model", required=True, metavar="CKPT", help="hub id or local folder of a Llama")
     add("--dataset", required=True, metavar="FILE", help="train examples, .jsonl .json .csv or .parquet")
     add("--task", choices=tuple(cli.DEFAULTS), default="classification", help="of the examples (%(default)s)")
-    add("--modes", default="fast", help="comma-separated: fast, dropout, plain, or GiB (%(default)s)")
-    add("--peers", default="", help=f"comma-separated: {', '.join(PEERS)}")
+    add(
+        "--modes",
+        type=names,
+        default="fast",
+        help="comma-separated: fast, dropout, plain, or GiB (%(default)s)",
+    )
+    add("--peers", type=names, default="", help=f"comma-separated: {', '.join(PEERS)}")
     add("--tokens", default="16384", help="tokens of a step, comma-separated (%(default)s)")
     add("--lengths", default="512", help="most tokens of an example, comma-separated (%(default)s)")
     add("--steps", type=int, default=20, help="steps that are timed, with the first fifth (%(default)s)")
     add("--lora_r", type=int, default=8, help="rank (%(default)s)")
     add("--output", type=Path, metavar="FILE", help="write the table as JSON here, too")
     add("--worker", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for flag, given, known in (("--modes", args.modes, MODES), ("--peers", args.peers, PEERS)):
+        for name in given:
+            if name not in known and not (flag == "--modes" and name.isdigit()):
+                parser.error(f"{flag} {name}: choose among {', '.join(known)}")
+    return args
+
+
+def names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
 
 
 # Workers: one mode or peer, in a process of its own
@@ -78,6 +93,12 @@ def timed(steps: Iterable, run, count) -> dict:
         run(step)
         torch.cuda.synchronize()
         rates.append(count(step) / (time.perf_counter() - began))
+    return summary(rates)
+
+
+def summary(rates: Sequence[float]) -> dict:
+    import torch
+
     kept = sorted(rates[len(rates) // 5 :])
     return {
         "tokens_per_second": median(kept),
@@ -272,13 +293,7 @@ def sft(model, tokenizer, rows, args, length, lora, batch, accumulation, checkpo
         )
         torch.cuda.reset_peak_memory_stats()
         trainer.train()
-    rates = [batch * accumulation * length / (end - begin) for begin, end in times]
-    kept = sorted(rates[len(rates) // 5 :])
-    return {
-        "tokens_per_second": median(kept),
-        "spread": [kept[len(kept) // 10], kept[-1 - len(kept) // 10]],
-        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
-    }
+    return summary([batch * accumulation * length / (end - begin) for begin, end in times])
 
 
 WORKERS = {"ceiling": ceiling, "trl": trl, "published": trl, "unsloth": unsloth, "unsloth-fast": unsloth}
@@ -344,11 +359,10 @@ def main() -> None:
         mode, tokens, length = args.worker.split("/")
         row = WORKERS.get(mode, ours)(args, mode, int(tokens), int(length))
         return print(json.dumps(row))
-    names = ["ceiling", *args.modes.split(","), *filter(None, args.peers.split(","))]
     rows = []
     for length in map(int, args.lengths.split(",")):
         for tokens in map(int, args.tokens.split(",")):
-            for name in names:
+            for name in ("ceiling", *args.modes, *args.peers):
                 rows.append(measure(args, name, tokens, length))
                 print(show(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     print(f"{plan.this_device()}, {args.model}, {args.dataset}\n\n{show(rows)}\n")

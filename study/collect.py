@@ -145,6 +145,8 @@ def read_whole(path: Path, part: str) -> dict | None:
         content = record.read(record.beside(path)) or content
     if content is None:
         return None
+    if content.get("task") not in SCORES:
+        raise UserError(f"{path} lacks a task of ours: --force redoes the run")
     wanted = dict(NEEDED["any"])
     if content["status"] == "finished":
         wanted |= (
@@ -154,14 +156,11 @@ def read_whole(path: Path, part: str) -> dict | None:
     if part == "eval" and not lacking and content["status"] == "finished":
         split = f"data.{content['config']['split']}"
         wanted = {f"{split}.sha256": str, f"{split}.source": str, f"{split}.rows": int}
-        for metric in SCORES.get(content["task"], {}):
+        for metric in SCORES[content["task"]]:
             wanted |= {f"eval.metrics.{metric}.{name}": NUMBER for name in ("value", "ci95.0", "ci95.1")}
         lacking = [name for name, kind in wanted.items() if not isinstance(lookup(content, name), kind)]
-    if (
-        not isinstance(lookup(content, "cost.price_per_hour"), int | float | None)
-        or content.get("task") not in SCORES
-    ):
-        lacking.append("a task of ours" if content.get("task") not in SCORES else "cost.price_per_hour")
+    if not isinstance(lookup(content, "cost.price_per_hour"), int | float | None):
+        lacking.append("cost.price_per_hour")
     if lacking:
         raise UserError(
             f"{path} lacks {', '.join(lacking)}, or has it in another form: --force redoes the run"

@@ -177,6 +177,7 @@ def command(content: dict) -> str:
     }
     words = ["python", content["script"]]
     for name, value in config.items():
-        if name in plain and value not in (plain[name], None, False):
-            words += [f"--{name}", *(map(str, value) if isinstance(value, list) else [str(value)])]
-    return shlex.join(word for word in words if word != "True")
+        if name in plain and value != plain[name] and value is not None:
+            values = [] if value is True else value if isinstance(value, list) else [value]
+            words += [f"--{name}", *map(str, values)]
+    return shlex.join(words)

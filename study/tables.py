@@ -262,7 +262,7 @@ def evaluation_usd(run: Run, prices: Sequence[dict]) -> float | None:
 
 
 def total_usd(run: Run, prices: Sequence[dict]) -> float | None:
-    parts = [evaluation_usd(run, prices)] + ([training_usd(run, prices)] if run.train else [])
+    parts = evaluation_usd(run, prices), training_usd(run, prices)
     return None if None in parts else sum(parts)
 
 

@@ -335,8 +335,10 @@ def why_slow(model, args, padded: bool, training: TrainingArguments) -> str | No
         return "no bfloat16 or no triton here"
     if training.world_size > 1:
         return "several processes"
-    if padded or args.attn_implementation != "auto":
-        return f"--attn_implementation {args.attn_implementation}" if not padded else "padded"
+    if padded:
+        return "padded"
+    if args.attn_implementation != "auto":
+        return f"--attn_implementation {args.attn_implementation}"
     from study import fused
 
     return fused.why_not(model)

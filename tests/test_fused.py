@@ -1,6 +1,6 @@
 """The fast path computes what the plain layers compute: loss and every gradient, against float64.
 
-On the CPU, with Triton's interpreter, in a process of its own for each case, since that is chosen at import.
+On the CPU, with Triton's interpreter, in a process of its own, since that is chosen at import.
 """
 
 import json

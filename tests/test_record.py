@@ -444,6 +444,21 @@ def test_a_lock_is_held_by_one_and_free_again_when_that_one_fails(tmp_path):
             take_and_fail()
 
 
+@pytest.mark.parametrize(
+    ("task", "words"),
+    [
+        ("classification", "--dropout 0.0 --seed 0 --target_modules q_proj v_proj --force"),
+        ("summarization", "--epochs 3 --train_file it.jsonl"),
+        (None, "--task_type summarization --prompt_type few-shot --shots 3"),
+    ],
+)
+def test_the_command_of_a_record_has_the_flags_it_was_made_with(task, words):
+    args = flags(*words.split(), task=task)
+    config = {name: value for name, value in vars(args).items() if name != "given"}
+    command = runs.command({"task": args.task, "script": "script.py", "config": config})
+    assert sorted(command.split()) == sorted(["python", "script.py", *words.split()])
+
+
 # Finding finished runs
 
 
