@@ -202,14 +202,17 @@ class Group:
         torch.mm(x[:, :wide], weight[:, :wide].T, out=out)
         return h
 
+    def backward_h(self, dy: torch.Tensor) -> torch.Tensor:
+        """dh [rows, ranks], from dy in the first columns of `dy`, written beside it."""
+        dh = dy[:, self.size : self.size + self.ranks]
+        return torch.mm(dy[:, : self.size], self.b, out=dh)
+
     def backward(self, dy: torch.Tensor, space: Space, seed: int, apart: bool = False) -> tuple:
         """dx [rows, width] and dh [rows, ranks], from dy in the first columns of `dy`, which has room for dh.
 
         With dropout dx needs the adapter's share apart, masked; it is left to the caller if `apart` says so.
         """
-        wide = self.size + self.ranks
-        dh = dy[:, self.size : wide]
-        torch.mm(dy[:, : self.size], self.b, out=dh)
+        wide, dh = self.size + self.ranks, self.backward_h(dy)
         weight = space.weight[: wide * self.width].view(wide, self.width)
         self.weights.unpack(weight[: self.size])
         if not self.dropout:
@@ -363,11 +366,13 @@ class Layer:
         attention.backward(d_attended, s.qkv, out, s.logsumexp, batch.cos, batch.sin, dqkv)
         del d_attended, out, s.attended, s.qkv
 
-        dx, dh = self.qkv.backward(dqkv, space, seeds[self.qkv])
+        if self.number:
+            dx, dh = self.qkv.backward(dqkv, space, seeds[self.qkv])
+            kernels.rms_norm_backward(dx, s.x, self.norm_1, s.inverse_1, dy)
+        else:  # its input is the embedding, which is frozen
+            dh = self.qkv.backward_h(dqkv)
         db_qkv = product(dqkv[:, : self.qkv.size].T, s.h_qkv)
         da_qkv = self.norm_gradient(self.qkv, dh, s.x, self.norm_1, s.inverse_1, space, seeds)
-        if self.number:  # the first layer's input is the embedding, which is frozen
-            kernels.rms_norm_backward(dx, s.x, self.norm_1, s.inverse_1, dy)
         pairs = ((da_qkv, db_qkv), (da_out, db_out), (da_gate_up, db_gate_up), (da_down, db_down))
         gradients = (group.gradients(*pair) for group, pair in zip(self.groups, pairs, strict=True))
         return grad, [gradient for group in gradients for gradient in group]
