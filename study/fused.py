@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
@@ -125,7 +126,7 @@ def costs(model, keep: str, on_host: bool, learned: int) -> tuple[float, float, 
     parts = {"gate_up": 2 * inner + room, "qkv": qkv, "rest": out + room + hidden}
     left_out = KEEPS.index(keep)
     kept = sum(list(parts.values())[left_out:]) + (0 if on_host else hidden) + 8 * rank
-    work = sum(parts.values()) + (3 if lora.lora_dropout else 2) * inner + 3 * (hidden + room)  # of one layer
+    work = sum(parts.values()) + (2 if lora.lora_dropout else 1) * inner + 3 * (hidden + room)  # of one layer
     logits = min(HEAD_ROWS, learned) * config.vocab_size * 14
     fixed = 2 * max(qkv, 2 * inner) * (hidden + room) + trainable * 20 + logits
     again = hidden * sum((2 * inner, qkv, out)[:left_out])
@@ -167,8 +168,9 @@ class Space:
 
 
 class Group:
-    """Linear layers with the same input: frozen weights [sizes, width], adapters A [ranks, width] and B
-    [sizes, ranks], block-diagonal and scaled. `ranks` is the sum of theirs, rounded up to whole 16 bytes."""
+    """Linear layers with the same input: frozen weights [sizes, width], adapters A [room, width] and B
+    [sizes, room], block-diagonal and scaled. `ranks` is the sum of theirs, rounded up to whole 16 bytes; from
+    there to `room`, whole tiles of a product, the adapters are zero."""
 
     def __init__(self, modules: Sequence, dtype: torch.dtype):
         self.weights = kernels.PackedWeights([module.base_layer.weight for module in modules])
@@ -180,8 +182,9 @@ class Group:
         self.a_parameters = [module.lora_A["default"].weight for module in modules]
         self.b_parameters = [module.lora_B["default"].weight for module in modules]
         device = self.weights.packed.device
-        self.a = torch.zeros(self.ranks, self.width, dtype=dtype, device=device)
-        self.b = torch.zeros(self.size, self.ranks, dtype=dtype, device=device)
+        self.room = math.ceil(self.ranks / 64) * 64
+        self.a = torch.zeros(self.room, self.width, dtype=dtype, device=device)
+        self.b = torch.zeros(self.size, self.room, dtype=dtype, device=device)
         self.a_views = self.a[: self.rank * len(modules)].split(self.rank)
         self.b_views = self.blocks(self.b)
 
@@ -193,34 +196,34 @@ class Group:
     def forward(self, x: torch.Tensor, out: torch.Tensor, space: Space, seed: int) -> torch.Tensor:
         """out [rows, size] = x W^T + h B^T, from x in the first columns of `x`; returns h [rows, ranks]."""
         source = dropped(x[:, : self.width], space, seed, self.dropout)
-        wide = self.width + self.ranks
-        h = torch.mm(source, self.a.T)
-        x[:, self.width : wide] = h
-        weight = space.weight[: self.size * (self.width + space.room)].view(self.size, -1)
+        wide = self.width + self.room
+        h = torch.mm(source, self.a.T, out=x[:, self.width : wide])
+        weight = space.weight[: self.size * wide].view(self.size, wide)
         self.weights.unpack(weight[:, : self.width])
-        weight[:, self.width : wide] = self.b
-        torch.mm(x[:, :wide], weight[:, :wide].T, out=out)
-        return h
+        weight[:, self.width :] = self.b
+        torch.mm(x[:, :wide], weight.T, out=out)
+        return h[:, : self.ranks].clone()
 
     def backward_h(self, dy: torch.Tensor) -> torch.Tensor:
         """dh [rows, ranks], from dy in the first columns of `dy`, written beside it."""
         dh = dy[:, self.size : self.size + self.ranks]
-        return torch.mm(dy[:, : self.size], self.b, out=dh)
+        return torch.mm(dy[:, : self.size], self.b[:, : self.ranks], out=dh)
 
-    def backward(self, dy: torch.Tensor, space: Space, seed: int, apart: bool = False) -> tuple:
+    def backward(self, dy: torch.Tensor, space: Space, seed: int, out: torch.Tensor | None = None) -> tuple:
         """dx [rows, width] and dh [rows, ranks], from dy in the first columns of `dy`, which has room for dh.
 
-        With dropout dx needs the adapter's share apart, masked; it is left to the caller if `apart` says so.
+        With dropout dx needs the adapter's share apart, masked; with `out`, where dx is to be written, that
+        is left to the caller.
         """
         wide, dh = self.size + self.ranks, self.backward_h(dy)
         weight = space.weight[: wide * self.width].view(wide, self.width)
         self.weights.unpack(weight[: self.size])
         if not self.dropout:
-            weight[self.size :] = self.a
-            return torch.mm(dy[:, :wide], weight), dh
-        dx = torch.mm(dy[:, : self.size], weight[: self.size])
-        if not apart:
-            kernels.add_adapter(dx, dh, self.a, seed, self.dropout)
+            weight[self.size :] = self.a[: self.ranks]
+            return torch.mm(dy[:, :wide], weight, out=out), dh
+        dx = torch.mm(dy[:, : self.size], weight[: self.size], out=out)
+        if out is None:
+            kernels.add_adapter(dx, dh, self.a[: self.ranks], seed, self.dropout)
         return dx, dh
 
     def gradients(self, da: torch.Tensor, db: torch.Tensor) -> list[torch.Tensor]:
@@ -338,10 +341,10 @@ class Layer:
         seeds = {group: self.seed(batch, group) for group in self.groups}
 
         dy = grad[:, : self.hidden]
-        dp, dh = self.down.backward(grad, space, seeds[self.down], apart=True)
+        dp = space.product[: len(dy), : self.inner]
+        _, dh = self.down.backward(grad, space, seeds[self.down], out=dp)
         db_down = product(dy.T, s.h_down)
         da_down, db_gate_up = self.through_swiglu(s, dp, dh, seeds[self.down])
-        del dp
 
         dx, dh = self.gate_up.backward(s.gate_up, space, seeds[self.gate_up])
         da_gate_up = self.norm_gradient(self.gate_up, dh, s.middle, self.norm_2, s.inverse_2, space, seeds)
@@ -470,6 +473,16 @@ class OnHost:
         self.coming[number] = x, ready
 
 
+def starts(lengths: np.ndarray) -> np.ndarray:
+    """Where each of several runs begins that lie end to end."""
+    return np.cumsum(lengths) - lengths
+
+
+def counting(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, ... lengths[0] - 1, 0, 1, ... lengths[1] - 1, ..."""
+    return np.arange(lengths.sum()) - np.repeat(starts(lengths), lengths)
+
+
 class FusedModel:
     """The decoder layers, embedding and head of a PEFT model, for training on packed examples."""
 
@@ -486,8 +499,8 @@ class FusedModel:
         self.plan = plan
         self.parameters = [parameter for layer in self.layers for parameter in layer.parameters()]
         groups = [group for layer in self.layers for group in layer.groups]
-        room = math.ceil(max(group.ranks for group in groups) / 64) * 64
-        widest = max(max(g.size * (g.width + room), (g.size + g.ranks) * g.width) for g in groups)
+        room = max(group.room for group in groups)
+        widest = max(max(g.size * (g.width + g.room), (g.size + g.ranks) * g.width) for g in groups)
         make = self.embedding.new_empty
         self.space = Space(
             weight=make(widest),
@@ -515,28 +528,24 @@ class FusedModel:
             torch._foreach_copy_(views, torch._foreach_mul([p.detach() for p in parameters], scale))
 
     def batch(self, examples: Sequence[Example], loss_on: str, seed: int) -> Batch:
-        ids, positions, rows, places, targets = [], [], [], [], []
-        lengths, firsts = [len(example.ids) for example in examples], []
-        for example in examples:
-            learned = learned_places(example, loss_on)
-            firsts.append(learned[0])
-            places += range(len(rows), len(rows) + len(learned))
-            rows += range(len(ids) + learned[0], len(ids) + len(example.ids))
-            targets += [example.ids[place + 1] for place in learned]
-            ids += example.ids
-            positions += range(len(example.ids))
-        device, c = self.embedding.device, self.config
-        table = torch.tensor([ids, positions]).to(device, non_blocking=True)
-        cos, sin = self.rotary(torch.empty(0, dtype=torch.float32, device=device), table[1:])
-        half = cos.shape[-1] // 2
-        shape = c.num_attention_heads, c.num_key_value_heads, head_size(c), device
-        rows, places, targets = (torch.tensor(column).to(device) for column in (rows, places, targets))
+        lengths = np.array([len(example.ids) for example in examples])
+        learned = [learned_places(example, loss_on) for example in examples]
+        firsts, counts = np.array([places.start for places in learned]), np.array([len(p) for p in learned])
+        ids = np.concatenate([example.ids for example in examples])
+        rows = counting(lengths - firsts) + np.repeat(starts(lengths) + firsts, lengths - firsts)
+        places = counting(counts) + np.repeat(starts(lengths - firsts), counts)
+        columns = (ids, counting(lengths), rows, places, ids[rows[places] + 1])
+        table = kernels.to_device(np.concatenate(columns), self.embedding.device)
+        ids, positions, rows, places, targets = table.split([len(column) for column in columns])
+        cos, sin = self.rotary(torch.empty(0, dtype=torch.float32, device=table.device), positions[None])
+        half, c = cos.shape[-1] // 2, self.config
+        shape = c.num_attention_heads, c.num_key_value_heads, head_size(c), table.device
         return Batch(
-            ids=table[0],
+            ids=ids,
             cos=cos[0, :, :half].contiguous(),
             sin=sin[0, :, :half].contiguous(),
-            attention=kernels.Attention(lengths, [0] * len(lengths), *shape),
-            last_attention=kernels.Attention(lengths, firsts, *shape),
+            attention=kernels.Attention(lengths.tolist(), [0] * len(lengths), *shape),
+            last_attention=kernels.Attention(lengths.tolist(), firsts.tolist(), *shape),
             rows=rows,
             places=places,
             targets=targets,

@@ -6,6 +6,7 @@ are float32. With TRITON_INTERPRET=1 the kernels run on the CPU.
 
 from itertools import accumulate
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -19,11 +20,17 @@ def power_of_2(number: int) -> int:
 
 
 TILES = {  # measured best on an H200
-    "swiglu": (16, 128, 4, 16),  # rows, columns, warps, splits of the rows
+    "swiglu": (32, 64, 4, 16),  # rows, columns, warps, splits of the rows
     "forward": (64, 32, 4, 3),  # queries, keys, warps, stages
     "dq": (64, 32, 4, 2),
     "dkv": (32, 64, 4, 2),
 }
+
+
+def to_device(array: np.ndarray, device) -> torch.Tensor:
+    """Without waiting for the device: from pageable memory a copy would wait until it has caught up."""
+    tensor = torch.from_numpy(array)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 # Frozen weights
@@ -570,7 +577,7 @@ class Attention:
             ]
             # The longest work first: keys are seen by the queries after them, queries see the keys before.
             items.sort(key=lambda item: max(item[2], item[3]) - item[1] if over_keys else -item[2])
-            return torch.tensor(items, dtype=torch.int32).to(device, non_blocking=True)
+            return to_device(np.array(items, dtype=np.int32), device)
 
         self.work = {"forward": work("forward", False), "dq": work("dq", False), "dkv": work("dkv", True)}
 
