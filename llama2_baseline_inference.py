@@ -75,8 +75,16 @@ def main() -> None:
                 flush=True,
             )
             allowed = generation.label_answers(tokenizer, labels) if args.decoding == "constrained" else None
+            progress = generation.Progress(path, runs.identity(content), args.force)
             answers = generation.generate(
-                base, tokenizer, prompts, args.max_new_tokens, args.eval_batch_size, allowed
+                base,
+                tokenizer,
+                prompts,
+                args.max_new_tokens,
+                args.eval_batch_size,
+                allowed=allowed,
+                merging=args.merge,
+                progress=progress,
             )
             scores, rows = metrics.score(
                 args.task, answers.texts, [answer for _, answer in test.examples], labels
@@ -86,6 +94,7 @@ def main() -> None:
             content["quantization"] = quantization.to_dict()
             content["cost"] = cost.of_run(args, model.device_name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)
+        progress.discard()
         print(report.result_block(content))
 
 

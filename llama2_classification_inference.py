@@ -55,13 +55,22 @@ def main() -> None:
             tuned = model.load_adapter(base, folder / "adapter")
             labels = trained["labels"]
             allowed = generation.label_answers(tokenizer, labels) if args.decoding == "constrained" else None
+            progress = generation.Progress(path, runs.identity(content), args.force)
             answers = generation.generate(
-                tuned, tokenizer, prompts, args.max_new_tokens, args.eval_batch_size, allowed
+                tuned,
+                tokenizer,
+                prompts,
+                args.max_new_tokens,
+                args.eval_batch_size,
+                allowed=allowed,
+                merging=args.merge,
+                progress=progress,
             )
             scores, rows = metrics.score(TASK, answers.texts, [label for _, label in test.examples], labels)
             content["eval"] = generation.describe(answers, scores, args.decoding)
             content["cost"] = cost.of_run(args, model.device_name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)
+        progress.discard()
         print(report.result_block(content))
 
 

@@ -49,13 +49,21 @@ def main() -> None:
             base = model.load_base(args.pretrained_ckpt, model.quantization_from(trained["quantization"]))
             model.check_length(base, tokenizer, args)
             tuned = model.load_adapter(base, folder / "adapter")
+            progress = generation.Progress(path, runs.identity(content), args.force)
             answers = generation.generate(
-                tuned, tokenizer, prompts, args.max_new_tokens, args.eval_batch_size
+                tuned,
+                tokenizer,
+                prompts,
+                args.max_new_tokens,
+                args.eval_batch_size,
+                merging=args.merge,
+                progress=progress,
             )
             scores, rows = metrics.score(TASK, answers.texts, [summary for _, summary in test.examples])
             content["eval"] = generation.describe(answers, scores, "free")
             content["cost"] = cost.of_run(args, model.device_name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)
+        progress.discard()
         print(report.result_block(content))
 
 

@@ -1,12 +1,15 @@
 """Training speed, beside the alternatives: real tokens per second and peak memory, on the same examples.
 
     python -m benchmarks.training --model CKPT --dataset FILE --modes fast,22,7,dropout,plain --peers trl
+    python -m benchmarks.training --model CKPT --dataset FILE --samples 100,400,1600
 
 Every mode and peer runs in a process of its own, on steps of the same examples. A mode is "fast" (whatever
 fits the card), a number (within so many GiB), "dropout" (fast, with dropout 0.1) or "plain" (PEFT and
-bitsandbytes without the fused layers). The first fifth of the steps is left out; the median of the others
+bitsandbytes without the fused layers). A step lasts from the end of the one before it to its own, by the
+GPU's clock, so preparing its data counts. The first fifth of the steps is left out; the median of the others
 stands in the table with their spread. The ceiling is what the products with the frozen weights alone reach,
-sustained over seconds. The last line is the table as JSON.
+sustained over seconds. With --samples the table shows instead how the time of an epoch grows with its
+examples. The last line is all of it as JSON.
 """
 
 import argparse
@@ -14,15 +17,25 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from importlib.util import find_spec
+from itertools import islice, pairwise, product
 from pathlib import Path
 from statistics import median
 
-from study import cli, data, plan
+from benchmarks.profiling import kinds, show_kinds
+from benchmarks.provenance import headline, provenance
+from study import cli, data
 
 MODES = ("fast", "dropout", "plain")
-PEERS = ("trl", "unsloth", "unsloth-fast", "published")
+PEERS = {  # and what each needs
+    "trl": ("trl", "liger_kernel"),
+    "unsloth": ("unsloth",),
+    "unsloth-fast": ("unsloth",),
+    "published": ("trl",),
+}
 GIB = 2**30
+MARGIN = 0.06  # GiB by which a run may exceed what its plan counts
 
 
 def flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,9 +53,22 @@ def flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="comma-separated: fast, dropout, plain, or GiB (%(default)s)",
     )
     add("--peers", type=names, default="", help=f"comma-separated: {', '.join(PEERS)}")
-    add("--tokens", default="16384", help="tokens of a step, comma-separated (%(default)s)")
-    add("--lengths", default="512", help="most tokens of an example, comma-separated (%(default)s)")
+    add("--tokens", type=numbers, default="16384", help="tokens of a step, comma-separated (%(default)s)")
+    add(
+        "--lengths",
+        type=numbers,
+        default="512",
+        help="most tokens of an example, comma-separated (%(default)s)",
+    )
     add("--steps", type=int, default=20, help="steps that are timed, with the first fifth (%(default)s)")
+    add(
+        "--samples",
+        type=numbers,
+        default="",
+        metavar="N,N",
+        help="time one epoch of each of these numbers of examples, in mode fast, and nothing else",
+    )
+    add("--profile", action="store_true", help="show where the time of a step goes, for each mode")
     add("--lora_r", type=int, default=8, help="rank (%(default)s)")
     add("--output", type=Path, metavar="FILE", help="write the table as JSON here, too")
     add("--worker", help=argparse.SUPPRESS)
@@ -58,42 +84,78 @@ def names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
+def numbers(text: str) -> list[int]:
+    return [cli.positive_int(word) for word in names(text)]
+
+
+def installed(peers: Sequence[str]) -> list[str]:
+    """Those of `peers` that can run here; one line says what the others lack."""
+    found = []
+    for peer in peers:
+        missing = [package for package in PEERS[peer] if not find_spec(package)]
+        if missing:
+            print(f"{peer} is left out: {' and '.join(missing)} not installed", file=sys.stderr)
+        else:
+            found.append(peer)
+    return found
+
+
 # Workers: one mode or peer, in a process of its own
 
 
-def read_steps(args: argparse.Namespace, tokenizer, tokens: int, length: int) -> list[list]:
-    """Steps of the examples, each of at most `tokens` tokens."""
+def read_examples(args: argparse.Namespace, tokenizer, length: int) -> Iterator:
+    """The train examples, each encoded when it is asked for."""
     from study import encoding
 
     words = ["--train_file", args.dataset, "--max_seq_length", str(length)]
     settings = cli.parse_args(args.task, "", words)
-    train = data.sample_train(data.load(settings, ["train"])["train"], settings)
-    examples, _ = encoding.encode_examples(tokenizer, args.task, train.examples, settings)
-    steps, step, count = [], [], 0
+    for pair in data.sample_train(data.load(settings, ["train"])["train"], settings).examples:
+        yield encoding.encode_examples(tokenizer, args.task, [pair], settings)[0][0]
+
+
+def split_to_steps(examples: Iterable, tokens: int) -> Iterator[list]:
+    """Steps of the examples, each of at most `tokens` tokens. The last may have fewer."""
+    step, count = [], 0
     for example in examples:
-        if count + len(example.ids) > tokens:
-            steps.append(step)
+        if step and count + len(example.ids) > tokens:
+            yield step
             step, count = [], 0
-            if len(steps) == args.steps:
-                return steps
         step.append(example)
         count += len(example.ids)
-    return steps
+    yield step
 
 
-def timed(steps: Iterable, run, count) -> dict:
+def read_steps(args: argparse.Namespace, tokenizer, tokens: int, length: int) -> list[list]:
+    """The first --steps steps that are full."""
+    steps = split_to_steps(read_examples(args, tokenizer, length), tokens)
+    full = [step for step, _ in islice(pairwise(steps), args.steps)]
+    return full or sys.exit(f"{args.dataset} does not fill a step of {tokens} tokens")
+
+
+def mark():
+    """A moment on the GPU, when what has been asked of it so far is done."""
+    import torch
+
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(marks: Sequence) -> list[float]:
+    marks[-1].synchronize()
+    return [earlier.elapsed_time(later) / 1000 for earlier, later in pairwise(marks)]
+
+
+def timed(steps: Sequence, run: Callable, count: Callable) -> dict:
     """Real tokens per second of each step, the first fifth left out, and the peak memory."""
     import torch
 
-    rates = []
     torch.cuda.reset_peak_memory_stats()
+    marks = [mark()]
     for step in steps:
-        torch.cuda.synchronize()
-        began = time.perf_counter()
         run(step)
-        torch.cuda.synchronize()
-        rates.append(count(step) / (time.perf_counter() - began))
-    return summary(rates)
+        marks.append(mark())
+    return summary([count(step) / took for step, took in zip(steps, seconds_between(marks), strict=True)])
 
 
 def summary(rates: Sequence[float]) -> dict:
@@ -113,44 +175,113 @@ def step_tokens(step: Sequence) -> int:
 
 def ours(args: argparse.Namespace, mode: str, tokens: int, length: int) -> dict:
     """The fused layers within `mode`, or the plain ones."""
+    tuned, tokenizer = load(args, mode)
+    steps = read_steps(args, tokenizer, tokens, length)
+    run, how = trainer(tuned, mode, tokens, length, steps)
+    row = timed(steps, run, step_tokens) | {"how": how}
+    return row | ({"kinds": kinds(lambda: run(steps[-1]))} if args.profile else {})
+
+
+def by_samples(args: argparse.Namespace, mode: str, tokens: int, length: int) -> dict:
+    """Seconds of an epoch of the first N examples, for each N of --samples, after two steps to warm up."""
+    tuned, tokenizer = load(args, "fast")
+    examples = list(islice(read_examples(args, tokenizer, length), max(args.samples)))
+    if len(examples) < max(args.samples):
+        sys.exit(f"--samples {max(args.samples)}: {args.dataset} has {len(examples)} examples")
+    epochs = [list(split_to_steps(examples[:count], tokens)) for count in args.samples]
+    longest = max(epochs, key=len)
+    run, how = trainer(tuned, "fast", tokens, length, longest)
+    for _ in range(2):
+        run(longest[0])
+    return {"epochs": [timed_epoch(steps, run) for steps in epochs], "how": how}
+
+
+def timed_epoch(steps: Sequence, run: Callable) -> dict:
     import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    began = mark()
+    for step in steps:
+        run(step)
+    [seconds] = seconds_between([began, mark()])
+    return {
+        "examples": sum(map(len, steps)),
+        "tokens": sum(map(step_tokens, steps)),
+        "seconds": seconds,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+    }
+
+
+def load(args: argparse.Namespace, mode: str) -> tuple:
+    """The model with its adapter, and its tokenizer."""
     from peft import LoraConfig, get_peft_model
 
-    from study import fused, model, packing
+    from study import model, packing
 
-    tokenizer = model.load_tokenizer(args.model)
     base = model.load_base(args.model, nf4(), packing.training_attention("auto"))
     dropout = 0.1 if mode == "dropout" else 0.0
     lora = LoraConfig(
         r=args.lora_r, lora_alpha=16, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    device = torch.device("cuda")
-    padded = mode == "plain" and packing.choose_batching(base, "auto", device)
-    tuned = get_peft_model(base, lora).train()
-    steps = read_steps(args, tokenizer, tokens, length)
+    return get_peft_model(base, lora).train(), model.load_tokenizer(args.model)
+
+
+def trainer(tuned, mode: str, tokens: int, length: int, steps: Sequence) -> tuple[Callable, str]:
+    """What trains on one of the steps, and how it goes about it."""
+    import torch
+
+    from study import packing
+
     parameters = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0, fused=True)
     learned = max(sum(len(packing.learned_places(example, "answer")) for example in step) for step in steps)
-    if mode != "plain":
-        free = 0.92 * torch.cuda.mem_get_info()[0]
-        if mode.isdigit():
-            free = int(mode) * GIB - torch.cuda.memory_allocated() - 0.2 * GIB
-        path = fused.FusedModel(tuned, fused.choose_plan(tuned, free, length, (tokens, learned)))
+    losses, how = (
+        plain_losses(tuned) if mode == "plain" else fused_losses(tuned, mode, length, (tokens, learned))
+    )
 
-    def run(step) -> None:
-        if mode == "plain":
-            with torch.autocast("cuda", torch.bfloat16):
-                (packing.loss_sum(tuned, step, "answer", padded, device) / learned).backward()
-        else:
-            lengths = [len(example.ids) for example in step]
-            for group in packing.split_to_fit(range(len(step)), lengths, path.plan.tokens, False):
-                (path.loss_sum([step[i] for i in group], "answer", group[0]) / learned).backward()
+    def run(step: Sequence) -> None:
+        for loss in losses(step):
+            (loss / learned).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.3)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    how = "plain layers" if mode == "plain" else f"{path.plan.tokens:,} at once, {path.plan}"
-    return timed(steps, run, step_tokens) | {"how": how}
+    return run, how
+
+
+def plain_losses(tuned) -> tuple[Callable, str]:
+    import torch
+
+    from study import packing
+
+    device = torch.device("cuda")
+    padded = packing.choose_batching(tuned.get_base_model(), "auto", device)
+    tuned.train()  # the choice was made without dropout
+
+    def losses(step: Sequence) -> list:
+        with torch.autocast("cuda", torch.bfloat16):
+            return [packing.loss_sum(tuned, step, "answer", padded, device)]
+
+    return losses, "plain layers"
+
+
+def fused_losses(tuned, mode: str, length: int, step: tuple[int, int]) -> tuple[Callable, str]:
+    """Losses are computed one by one, since the memory is for one at a time."""
+    import torch
+
+    from study import fused, packing
+
+    free = 0.92 * torch.cuda.mem_get_info()[0]
+    if mode.isdigit():
+        free = (int(mode) - MARGIN) * GIB - torch.cuda.memory_allocated()
+    path = fused.FusedModel(tuned, fused.choose_plan(tuned, free, length, step))
+
+    def losses(step: Sequence) -> Iterator:
+        lengths = [len(example.ids) for example in step]
+        for group in packing.split_to_fit(range(len(step)), lengths, path.plan.tokens, False):
+            yield path.loss_sum([step[i] for i in group], "answer", group[0])
+
+    return losses, f"{path.plan.tokens:,} at once, {path.plan}"
 
 
 def nf4():
@@ -235,14 +366,15 @@ def unsloth(args: argparse.Namespace, mode: str, tokens: int, length: int) -> di
 
 
 def rows_for_peers(args: argparse.Namespace, tokens: int, length: int) -> tuple:
-    """The tokenizer and the same examples as rows of token ids, enough for all steps."""
+    """The tokenizer and the same examples as rows of token ids, one step more than is timed: a peer fills
+    its steps to the last token."""
     from datasets import Dataset
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    steps = read_steps(args, tokenizer, tokens, length)
-    return tokenizer, Dataset.from_list([{"input_ids": example.ids} for step in steps for example in step])
+    steps = split_to_steps(read_examples(args, tokenizer, length), tokens * (args.steps + 1))
+    return tokenizer, Dataset.from_list([{"input_ids": example.ids} for example in next(steps)])
 
 
 def sft(model, tokenizer, rows, args, length, lora, batch, accumulation, checkpointing) -> dict:
@@ -253,16 +385,13 @@ def sft(model, tokenizer, rows, args, length, lora, batch, accumulation, checkpo
     from transformers import TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    times = []
+    marks = []
 
     class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            torch.cuda.synchronize()
-            times.append([time.perf_counter()])
-
         def on_step_end(self, *_, **__):
-            torch.cuda.synchronize()
-            times[-1].append(time.perf_counter())
+            marks.append(mark())
+
+        on_train_begin = on_step_end
 
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
@@ -293,13 +422,20 @@ def sft(model, tokenizer, rows, args, length, lora, batch, accumulation, checkpo
         )
         torch.cuda.reset_peak_memory_stats()
         trainer.train()
-    return summary([batch * accumulation * length / (end - begin) for begin, end in times])
+    return summary([batch * accumulation * length / seconds for seconds in seconds_between(marks)])
 
 
-WORKERS = {"ceiling": ceiling, "trl": trl, "published": trl, "unsloth": unsloth, "unsloth-fast": unsloth}
+WORKERS = {
+    "ceiling": ceiling,
+    "samples": by_samples,
+    "trl": trl,
+    "published": trl,
+    "unsloth": unsloth,
+    "unsloth-fast": unsloth,
+}
 
 
-# The table
+# The tables
 
 
 def measure(args: argparse.Namespace, mode: str, tokens: int, length: int) -> dict:
@@ -353,20 +489,50 @@ def show(rows: Sequence[dict]) -> str:
     return tabulate(lines, titles, tablefmt="github", disable_numparse=True)
 
 
+def show_samples(rows: Sequence[dict]) -> str:
+    from tabulate import tabulate
+
+    lines = []
+    for row in rows:
+        start = [f"{row['tokens']:,}", row["length"]]
+        if "failed" in row:
+            lines.append([*start, *["—"] * 6, row["failed"]])
+        for epoch in row.get("epochs", ()):
+            examples, tokens, seconds = epoch["examples"], epoch["tokens"], epoch["seconds"]
+            cost = f"{seconds:.2f}", f"{tokens / seconds:,.0f}", f"{seconds / examples:.4f}"
+            peak = f"{epoch['peak_gib']:.1f}"
+            lines.append([*start, f"{examples:,}", f"{tokens:,}", *cost, peak, row["how"]])
+    titles = [
+        "tokens a step",
+        "length",
+        "examples",
+        "tokens",
+        "seconds",
+        "tokens/s",
+        "seconds an example",
+        "peak GiB",
+        "how",
+    ]
+    return tabulate(lines, titles, tablefmt="github", disable_numparse=True)
+
+
 def main() -> None:
     args = flags()
     if args.worker:
         mode, tokens, length = args.worker.split("/")
         row = WORKERS.get(mode, ours)(args, mode, int(tokens), int(length))
         return print(json.dumps(row))
+    modes = ["samples"] if args.samples else ["ceiling", *args.modes, *installed(args.peers)]
+    table = show_samples if args.samples else show
     rows = []
-    for length in map(int, args.lengths.split(",")):
-        for tokens in map(int, args.tokens.split(",")):
-            for name in ("ceiling", *args.modes, *args.peers):
-                rows.append(measure(args, name, tokens, length))
-                print(show(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-    print(f"{plan.this_device()}, {args.model}, {args.dataset}\n\n{show(rows)}\n")
-    result = {"device": plan.this_device(), "rows": rows}
+    for length, tokens, mode in product(args.lengths, args.tokens, modes):
+        rows.append(measure(args, mode, tokens, length))
+        print(*table(rows[-1:]).splitlines()[2:], sep="\n", file=sys.stderr, flush=True)
+    result = provenance() | {"rows": rows}
+    print(f"{headline(result)}\n\n{table(rows)}\n")
+    for row in rows:
+        if "kinds" in row:
+            print(f"{row['mode']}, {row['tokens']:,} tokens a step:\n\n{show_kinds(row['kinds'])}\n")
     if args.output:
         args.output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))

@@ -223,6 +223,13 @@ def add_decoding_flags(parser: argparse.ArgumentParser, task: str | None) -> Non
         metavar="N",
         help="examples decoded at once (%(default)s)",
     )
+    add(
+        "--merge",
+        choices=("auto", "on", "off"),
+        default="auto",
+        help="decode with dense weights that the adapter is merged into, or with those in 4 bits; auto "
+        "merges on a GPU with room for it (%(default)s)",
+    )
     if task != "summarization":
         add(
             "--decoding",

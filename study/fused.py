@@ -34,10 +34,24 @@ LAUNCH_TOKENS = 2400  # and in whose time its kernels are launched
 
 def why_not(model) -> str | None:
     """The reason why a PEFT model can't take this path, or None if it can."""
-    base, config = model.get_base_model(), model.config
+    base = model.get_base_model()
+    reason = why_not_base(base)
+    if reason:
+        return reason
+    modules = [module for layer in base.model.layers for module in linear_layers(layer)]
+    if any("default" not in getattr(module, "lora_A", {}) for module in modules):
+        return "not every linear layer has an adapter"
+    if not all(hasattr(module.base_layer.weight, "quant_state") for module in modules):
+        return "its weights are not in 4 bits"
+    alike = len({(module.r["default"], module.scaling["default"]) for module in modules}) == 1
+    return None if alike else "its adapters differ in rank or scale"
+
+
+def why_not_base(base) -> str | None:
+    """The reason why layers written out for Llama can't take the place of a model's own, or None."""
+    config, name = base.config, type(base).__name__
     reasons = {
-        f"{type(base).__name__} is not Llama or Mistral": type(base).__name__
-        not in ("LlamaForCausalLM", "MistralForCausalLM"),
+        f"{name} is not Llama or Mistral": name not in ("LlamaForCausalLM", "MistralForCausalLM"),
         "its attention has a window": getattr(config, "sliding_window", None),
         "its activation is not SiLU": getattr(config, "hidden_act", None) != "silu",
         f"its heads have {head_size(config)} columns": head_size(config) not in (32, 64, 128, 256),
@@ -46,22 +60,22 @@ def why_not(model) -> str | None:
         if holds:
             return reason
     modules = [module for layer in base.model.layers for module in linear_layers(layer)]
-    found = next(filter(None, map(why_not_layer, modules)), None)
-    if found or len({(module.r["default"], module.scaling["default"]) for module in modules}) == 1:
-        return found
-    return "its adapters differ in rank or scale"
+    return next(filter(None, map(why_not_layer, modules)), None)
 
 
 def why_not_layer(module) -> str | None:
-    """Likewise for a linear layer."""
-    if "default" not in getattr(module, "lora_A", {}) or module.use_dora.get("default"):
-        return "not every linear layer has a plain adapter"
-    state = getattr(module.base_layer.weight, "quant_state", None)
-    if state is None or state.quant_type != "nf4" or not state.nested or state.blocksize != kernels.NF4_BLOCK:
-        return "its weights are not NF4 with double quantization"
-    if module.base_layer.bias is not None or module.lora_A["default"].bias is not None:
+    """Likewise for a linear layer, with an adapter or without."""
+    layer = getattr(module, "base_layer", module)
+    state = getattr(layer.weight, "quant_state", None)
+    if state and (state.quant_type != "nf4" or not state.nested or state.blocksize != kernels.NF4_BLOCK):
+        return "its 4-bit weights are not NF4 with double quantization"
+    if state and layer.in_features % kernels.NF4_BLOCK:
+        return "its weights have rows of broken blocks"
+    adapters = dict(getattr(module, "lora_A", {}))
+    if layer.bias is not None or any(adapter.bias is not None for adapter in adapters.values()):
         return "its linear layers have biases"
-    return "its weights have rows of broken blocks" if module.in_features % kernels.NF4_BLOCK else None
+    plain = set(adapters) <= {"default"} and not any(module.use_dora[name] for name in adapters)
+    return None if plain else "its adapters are not plain LoRA"
 
 
 @dataclass(frozen=True)

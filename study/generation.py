@@ -1,9 +1,18 @@
-"""Greedy decoding in batches of like length, with the answers in the order of the prompts."""
+"""Greedy decoding, with the answers in the order of the prompts: by the fast path, or by `generate` in
+batches of like length.
 
+Answers are written down as they come, so an evaluation that was killed goes on with those it has.
+"""
+
+import contextlib
+import hashlib
 import importlib.metadata
+import importlib.util
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import GenerationConfig
@@ -11,19 +20,73 @@ from transformers import GenerationConfig
 from study import record
 from study.encoding import answer_ids
 from study.metrics import VERSION
-from study.model import device, peak_memory_gib
+from study.model import compute_dtype, device, free_memory, merge, peak_memory_gib, should_merge
 
 AUTO_EXAMPLES = 256
+FLUSH_SECONDS = 1.0
 
 
 @dataclass
 class Answers:
-    """Generated texts, in the order of the prompts, and the tokens read and written for them."""
+    """Generated texts, in the order of the prompts, the tokens read and written for them, and how."""
 
     texts: list[str]
     input_tokens: int
     output_tokens: int
-    seconds: float
+    seconds: float  # of decoding, those of killed attempts included
+    earlier_seconds: float  # of the killed attempts as a whole
+    how: str
+
+
+class Progress:
+    """The answers of an evaluation so far, in a file beside its record to be until that is written."""
+
+    def __init__(self, path: Path | None = None, run: dict | None = None, force: bool = False):
+        self.path = path and path.with_name(f".{path.stem}.answers.jsonl")
+        self.run, self.answers, self.new = run, {}, {}
+        self.seconds = self.wall_seconds = 0.0
+        self.began = self.flushed = time.time()
+        if self.path and force:
+            self.path.unlink(missing_ok=True)
+
+    def resume(self, prompts: Sequence[list[int]]) -> None:
+        """Take over the answers of an earlier attempt at the same run and prompts; a broken last line is
+        left out."""
+        self.began = self.flushed = time.time()
+        if not self.path:
+            return
+        key = hashlib.sha256(json.dumps([self.run, prompts]).encode()).hexdigest()
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        if lines[:1] == [key]:
+            for line in lines[1:]:
+                with contextlib.suppress(ValueError):
+                    step = json.loads(line)
+                    self.answers |= {int(index): ids for index, ids in step["answers"].items()}
+                    self.seconds, self.wall_seconds = step["seconds"], step["wall_seconds"]
+            print(f"resumed    {len(self.answers):,} of {len(prompts):,} answers are there", flush=True)
+        else:
+            self.path.write_text(f"{key}\n")
+
+    def spent(self) -> float:
+        return self.seconds + time.time() - self.began
+
+    def add(self, index: int, ids: list[int]) -> None:
+        self.answers[index] = self.new[index] = ids
+        if time.time() - self.flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.path and self.new:
+            wall = self.wall_seconds + record.wall_seconds()
+            step = {"answers": self.new, "seconds": self.spent(), "wall_seconds": wall}
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(step) + "\n")
+        self.new, self.flushed = {}, time.time()
+
+    def discard(self) -> None:
+        """Once the record is written."""
+        if self.path:
+            self.path.unlink(missing_ok=True)
 
 
 def generate(
@@ -33,45 +96,39 @@ def generate(
     max_new_tokens: int,
     batch_size: int | str = "auto",
     allowed: Sequence[list[int]] | None = None,
+    merging: str = "off",
+    progress: Progress | None = None,
 ) -> Answers:
     """Continue every prompt (token ids) greedily up to its EOS or `max_new_tokens`.
 
-    With `allowed` (token ids of the possible answers, EOS included) only these can come out. A batch that
-    exceeds the GPU's memory is halved; a single example that does raises torch.OutOfMemoryError.
+    With `allowed` (token ids of the possible answers, EOS included) only these can come out. `merging` is
+    --merge; a merged `model` is used up. What exceeds the GPU's memory is tried again with half of it, but a
+    single example that does raises torch.OutOfMemoryError.
     """
-    began = time.time()
-    model.eval()
-    order = sorted(
-        range(len(prompts)), key=lambda i: -len(prompts[i])
-    )  # the longest first: too large shows at once
-    answers: list[list[int]] = [[] for _ in prompts]
-    size = batch_size
-    while order:
-        if batch_size == "auto":
-            size = min(
-                size if size != "auto" else AUTO_EXAMPLES,
-                fitting(model, len(prompts[order[0]]) + max_new_tokens),
-            )
-        batch, rest = order[:size], order[size:]
-        try:
-            continuations = continue_batch(
-                model, tokenizer, [prompts[i] for i in batch], max_new_tokens, allowed
-            )
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise
-            torch.cuda.empty_cache()
-            size = batch_size = len(batch) // 2
-            print(f"out of memory: going on with batches of {size}", flush=True)
-            continue
-        for i, continuation in zip(batch, continuations, strict=True):
-            answers[i] = continuation
-        order = rest
+    progress = progress or Progress()
+    ends, slow = stop_tokens(model, tokenizer), why_slow(model)
+    merged = should_merge(model, merging)
+    if merged:
+        model = merge(model)
+    dtype = str(compute_dtype()).removeprefix("torch.")
+    how = f"plain generate ({slow})" if slow else "fused layers"
+    how += f", weights dense in {dtype}" if merged else ", weights in 4 bits"
+    print(f"decoding   {how}", flush=True)
+    progress.resume(prompts)
+    answer = fast_answers if slow is None else plain_answers
+    left = {i: prompt for i, prompt in enumerate(prompts) if i not in progress.answers}
+    most = None if batch_size == "auto" else batch_size
+    for index, ids in answer(model.eval(), left, max_new_tokens, ends, allowed, most) if left else ():
+        progress.add(index, ids)
+    progress.flush()
+    answers = [progress.answers[i] for i in range(len(prompts))]
     return Answers(
         texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids in answers],
         input_tokens=sum(map(len, prompts)),
         output_tokens=sum(map(len, answers)),
-        seconds=time.time() - began,
+        seconds=progress.spent(),
+        earlier_seconds=progress.wall_seconds,
+        how=how,
     )
 
 
@@ -82,16 +139,65 @@ def describe(answers: Answers, metrics: dict, decoding: str) -> dict:
     return {
         "examples": examples,
         "seconds": answers.seconds,
-        "wall_seconds": record.wall_seconds(),
+        "wall_seconds": answers.earlier_seconds + record.wall_seconds(),
         "examples_per_second": examples / answers.seconds,
         "invalid_answers": None if invalid is None else round(invalid["value"] * examples / 100),
         "peak_memory_gib": peak_memory_gib(),
         "input_tokens": answers.input_tokens,
         "output_tokens": answers.output_tokens,
         "decoding": decoding,
+        "how": answers.how,
         "metrics": metrics,
         "metrics_version": f"{VERSION}, rouge-score {importlib.metadata.version('rouge-score')}",
     }
+
+
+def why_slow(model) -> str | None:
+    """The reason why decoding can't take the fast path, or None."""
+    if not torch.cuda.is_available():
+        return "no CUDA"
+    if compute_dtype() != torch.bfloat16 or not importlib.util.find_spec("triton"):
+        return "no bfloat16 or no triton here"
+    from study import engine
+
+    return engine.why_not(model)
+
+
+def fast_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, allowed, most) -> Iterator:
+    """(index, answer) of each of `prompts`, by the fast path in what memory is free."""
+    from study import engine
+
+    path, left = engine.Engine(model, 0.92 * free_memory()), dict(prompts)
+    while left:
+        try:
+            for index, ids in path.answers(left, max_new_tokens, ends, allowed, most):
+                yield index, ids
+                left.pop(index)
+        except torch.OutOfMemoryError:
+            path.memory /= 2
+            if path.memory < 0.05 * free_memory():
+                raise
+            print("out of memory: going on with half of it", flush=True)
+
+
+def plain_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, allowed, most) -> Iterator:
+    """The same by transformers' `generate`, in batches of like length."""
+    order = sorted(prompts, key=lambda i: -len(prompts[i]))  # the longest first: too large shows at once
+    size = most or AUTO_EXAMPLES
+    while order:
+        room = fitting(model, len(prompts[order[0]]) + max_new_tokens)
+        batch = order[: size if most else min(size, room)]
+        try:
+            continuations = continue_batch(model, [prompts[i] for i in batch], max_new_tokens, ends, allowed)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            torch.cuda.empty_cache()
+            size = len(batch) // 2
+            print(f"out of memory: going on with batches of {size}", flush=True)
+            continue
+        yield from zip(batch, continuations, strict=True)
+        order = order[len(batch) :]
 
 
 def fitting(model, tokens: int) -> int:
@@ -102,16 +208,13 @@ def fitting(model, tokens: int) -> int:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * heads * size * 2 * tokens
-    free = torch.cuda.mem_get_info(device())[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return max(
-        1, int(0.8 * free / (3 * cache))
-    )  # the cache is copied as it grows; the rest is for activations
+    # The cache is copied as it grows; the rest is for activations.
+    return max(1, int(0.8 * free_memory() / (3 * cache)))
 
 
-def continue_batch(model, tokenizer, prompts, max_new_tokens, allowed) -> list[list[int]]:
+def continue_batch(model, prompts, max_new_tokens, ends, allowed) -> list[list[int]]:
     """The new tokens of each prompt up to and including its EOS; prompts are padded on the left."""
     width = max(map(len, prompts))
-    ends = stop_tokens(model, tokenizer)
     ids = torch.tensor([[ends[0]] * (width - len(prompt)) + prompt for prompt in prompts], device=device())
     mask = torch.tensor(
         [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device()

@@ -383,6 +383,19 @@ def swiglu_backward(gate_up, dp, dh, a, h, seed: int, probability: float):
 # the tile within it, first query row within it that is wanted).
 
 
+@triton.jit
+def absorb(query, key, value, seen, log2_scale, largest, weight, total):
+    """One more tile of keys: the largest score so far, and the sums of weights and of weighted values."""
+    score = tl.dot(query, tl.trans(key), input_precision=EXACT) * log2_scale
+    score = tl.where(seen, score, -1e30)
+    larger = tl.maximum(largest, tl.max(score, 1))
+    share = tl.exp2(score - larger[:, None])
+    fade = tl.exp2(largest - larger)
+    weight = weight * fade + tl.sum(share, 1)
+    total = tl.dot(share.to(value.dtype), value, total * fade[:, None], input_precision=EXACT)
+    return larger, weight, total
+
+
 @triton.jit(do_not_specialize=["rows"])
 def attention_kernel(
     qkv,
@@ -416,14 +429,8 @@ def attention_kernel(
         at = keys + (start + other)[:, None] * stride + column
         key = tl.load(at, (other < length)[:, None], 0.0)
         value = tl.load(at + key_heads * size, (other < length)[:, None], 0.0)
-        score = tl.dot(query, tl.trans(key), input_precision=EXACT) * log2_scale
-        score = tl.where(place[:, None] >= other[None, :], score, -1e30)
-        larger = tl.maximum(largest, tl.max(score, 1))
-        share = tl.exp2(score - larger[:, None])
-        fade = tl.exp2(largest - larger)
-        weight = weight * fade + tl.sum(share, 1)
-        total = tl.dot(share.to(value.dtype), value, total * fade[:, None], input_precision=EXACT)
-        largest = larger
+        seen = place[:, None] >= other[None, :]
+        largest, weight, total = absorb(query, key, value, seen, log2_scale, largest, weight, total)
     result = (total / weight[:, None]).to(out.dtype.element_ty)
     tl.store(out + (start + place)[:, None] * out_stride + head * size + column, result, wanted)
     tl.store(logsumexp + head.to(tl.int64) * rows + start + place, largest + tl.log2(weight), place < length)

@@ -101,6 +101,50 @@ def load_adapter(model, folder: Path):
     return model.eval()
 
 
+def four_bit_layers(model) -> dict:
+    """The linear layers in 4 bits by name, each with its adapter around it if it has one."""
+    found = {}
+    for name, module in model.named_modules():
+        layer = getattr(module, "base_layer", module)
+        if hasattr(getattr(layer, "weight", None), "quant_state") and not name.endswith(".base_layer"):
+            found[name] = module
+    return found
+
+
+def free_memory() -> int:
+    """Bytes of the GPU that this process can still take."""
+    cached = torch.cuda.memory_reserved(device()) - torch.cuda.memory_allocated(device())
+    return torch.cuda.mem_get_info(device())[0] + cached
+
+
+def should_merge(model, wanted: str) -> bool:
+    """--merge, or for "auto" whether a GPU holds the dense weights and half as much again beside them."""
+    if wanted != "auto" or not torch.cuda.is_available():
+        return wanted == "on"
+    layers = [getattr(module, "base_layer", module) for module in four_bit_layers(model).values()]
+    dense = compute_dtype().itemsize * sum(layer.in_features * layer.out_features for layer in layers)
+    return free_memory() >= 1.5 * dense
+
+
+def merge(model):
+    """The base model with dense weights in place of those in 4 bits, which it uses up: dequantized, the
+    adapters added in float32, rounded once to the dtype they compute in."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for name, module in four_bit_layers(base).items():
+        layer = getattr(module, "base_layer", module)
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        for adapter in getattr(module, "active_adapters", []):
+            weight = (weight.float() + module.get_delta_weight(adapter).float()).to(weight.dtype)
+        dense = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        dense.weight, dense.bias = torch.nn.Parameter(weight, requires_grad=False), layer.bias
+        parent, _, leaf = name.rpartition(".")
+        setattr(base.get_submodule(parent), leaf, dense)
+        layer.weight.data = layer.weight.data.new_empty(0)
+    return base.eval()
+
+
 def context_length(model, tokenizer) -> int:
     """The most tokens that a sequence may have."""
     length = (

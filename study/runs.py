@@ -113,6 +113,11 @@ def find_finished(
     return content
 
 
+def identity(content: dict) -> dict:
+    """What an evaluation's answers depend on, by its record so far."""
+    return {name: content.get(name) for name in ("config_hash", "training", "data")}
+
+
 def check_same_data(recorded: dict, data: dict, where: Path) -> None:
     """Raise UserError if the splits in `data` hold other examples than those `recorded`."""
     for name, split in data.items():

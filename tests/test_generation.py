@@ -63,7 +63,7 @@ def test_every_answer_is_one_of_the_labels_when_constrained(model, tokenizer, pr
 
 def test_constrained_greedy_takes_the_likeliest_allowed_token(model, tokenizer, prompts):
     first = [[token, tokenizer.eos_token_id] for token in (300, 500, 700, 900)]
-    answers = generation.continue_batch(model, tokenizer, prompts[:3], 5, first)
+    answers = generation.continue_batch(model, prompts[:3], 5, [tokenizer.eos_token_id], first)
     for ids, answer in zip(prompts[:3], answers, strict=True):
         logits = model(torch.tensor([ids])).logits[0, -1]
         assert answer[0] == max((300, 500, 700, 900), key=lambda token: logits[token])

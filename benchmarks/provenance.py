@@ -1,0 +1,32 @@
+"""How a result came about: what stands above its table and in its JSON."""
+
+import contextlib
+import importlib.metadata
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+
+from study import plan
+
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "triton", "trl", "unsloth", "liger-kernel")
+
+
+def provenance() -> dict:
+    """Device, versions of the packages that are installed, date in UTC, and the command line."""
+    versions = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return {
+        "device": plan.this_device(),
+        "versions": versions,
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+    }
+
+
+def headline(about: dict) -> str:
+    """One line of Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    return f"{about['device']}; {versions}; {about['date']}; `{about['command']}`"

@@ -1,0 +1,393 @@
+"""The cache of keys and values that decoding reads, and the Triton kernels that fill and read it.
+
+A layer's keys and values [rows, key heads * size] hold a row for each token. The first `shared` rows are what
+all prompts begin with; an example's own rows lie together, from its first row on. With TRITON_INTERPRET=1 the
+kernels run on the CPU.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+
+from study.kernels import absorb, power_of_2, to_device
+
+LOG2_E = 1.4426950408889634
+APART = 256  # shared rows from which on they are read once for many queries, apart from the own rows
+TILES = {  # queries, keys, warps, stages
+    "prompts": (64, 32, 4, 3),
+    "tokens": (16, 64, 4, 3),
+    "shared": (128, 64, 8, 3),
+}
+
+
+@triton.jit
+def rotate_kernel(
+    qkv,
+    positions,
+    cos,
+    sin,
+    places,
+    keys,
+    values,
+    stride,
+    heads: tl.constexpr,
+    key_heads: tl.constexpr,
+    padded: tl.constexpr,
+    half: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    head, column = tl.arange(0, padded)[:, None], tl.arange(0, half)[None, :]
+    angle = tl.load(positions + row) * half + column
+    c, s = tl.load(cos + angle), tl.load(sin + angle)
+    at = qkv + row * stride + head * 2 * half + column
+    inside = head < heads + 2 * key_heads
+    first = tl.load(at, inside, 0.0).to(tl.float32)
+    second = tl.load(at + half, inside, 0.0).to(tl.float32)
+    turned_1 = (first * c - second * s).to(keys.dtype.element_ty)
+    turned_2 = (second * c + first * s).to(keys.dtype.element_ty)
+    tl.store(at, turned_1, head < heads)
+    tl.store(at + half, turned_2, head < heads)
+    to = tl.load(places + row) * (key_heads * 2 * half) + (head - heads) * 2 * half + column
+    is_key = (head >= heads) & (head < heads + key_heads)
+    tl.store(keys + to, turned_1, is_key)
+    tl.store(keys + to + half, turned_2, is_key)
+    to -= key_heads * 2 * half
+    is_value = inside & (head >= heads + key_heads)
+    tl.store(values + to, first.to(values.dtype.element_ty), is_value)
+    tl.store(values + to + half, second.to(values.dtype.element_ty), is_value)
+
+
+@triton.jit
+def absorb_rows(
+    query,
+    last,
+    keys,
+    values,
+    column,
+    start,
+    begin,
+    end,
+    log2_scale,
+    width: tl.constexpr,
+    tile_k: tl.constexpr,
+    largest,
+    weight,
+    total,
+):
+    """The cache's rows `start` + `begin` to `start` + `end`; a query sees those up to `start` + `last`."""
+    for first in range(begin, end, tile_k):
+        other = first + tl.arange(0, tile_k)
+        at = (start + other)[:, None] * width + column
+        key = tl.load(keys + at, (other < end)[:, None], 0.0)
+        value = tl.load(values + at, (other < end)[:, None], 0.0)
+        seen = last[:, None] >= other[None, :]
+        largest, weight, total = absorb(query, key, value, seen, log2_scale, largest, weight, total)
+    return largest, weight, total
+
+
+@triton.jit
+def add_parts(part, part_weight, place, width, wanted, splits, count, largest, weight, total):
+    """What `shared_kernel` has found, as more tiles of keys."""
+    column = tl.arange(0, width)[None, :]
+    for split in range(splits):
+        at = split * count + place
+        other = tl.load(part_weight + at, wanted, -1e30)
+        output = tl.load(part + at[:, None] * width + column, wanted[:, None], 0.0)
+        larger = tl.maximum(largest, other)
+        fade, share = tl.exp2(largest - larger), tl.exp2(other - larger)
+        weight = weight * fade + share
+        total = total * fade[:, None] + output * share[:, None]
+        largest = larger
+    return largest, weight, total
+
+
+@triton.jit(do_not_specialize=["rows", "shared", "splits"])
+def prompts_kernel(
+    qkv,
+    keys,
+    values,
+    out,
+    work,
+    part,
+    part_weight,
+    stride,
+    out_stride,
+    rows,
+    shared,
+    splits,
+    log2_scale,
+    heads: tl.constexpr,
+    key_heads: tl.constexpr,
+    size: tl.constexpr,
+    tile_q: tl.constexpr,
+    tile_k: tl.constexpr,
+):
+    """A work item is (first row of the prompt, its length, first row of the tile within it, its place in the
+    cache)."""
+    item = work + tl.program_id(0) * 4
+    start, length, offset = tl.load(item).to(tl.int64), tl.load(item + 1), tl.load(item + 2)
+    own = tl.load(item + 3).to(tl.int64)
+    head = tl.program_id(1)
+    column = tl.arange(0, size)[None, :]
+    query_place = offset + tl.arange(0, tile_q)
+    wanted = query_place < length
+    at = qkv + (start + query_place)[:, None] * stride + head * size + column
+    query = tl.load(at, wanted[:, None], 0.0)
+    column += head // (heads // key_heads) * size
+    width: tl.constexpr = key_heads * size
+    largest = tl.full([tile_q], -1e30, tl.float32)
+    weight = tl.zeros([tile_q], tl.float32)
+    total = tl.zeros([tile_q, size], tl.float32)
+    all_shared = tl.full([tile_q], shared - 1, tl.int32)
+    largest, weight, total = absorb_rows(
+        query,
+        all_shared,
+        keys,
+        values,
+        column,
+        0,
+        0,
+        shared,
+        log2_scale,
+        width,
+        tile_k,
+        largest,
+        weight,
+        total,
+    )
+    end = tl.minimum(offset + tile_q, length)
+    largest, weight, total = absorb_rows(
+        query,
+        query_place,
+        keys,
+        values,
+        column,
+        own,
+        0,
+        end,
+        log2_scale,
+        width,
+        tile_k,
+        largest,
+        weight,
+        total,
+    )
+    place = (start + query_place) * heads + head
+    largest, weight, total = add_parts(
+        part, part_weight, place, size, wanted, splits, rows * heads, largest, weight, total
+    )
+    result = (total / weight[:, None]).to(out.dtype.element_ty)
+    at = out + (start + query_place)[:, None] * out_stride + head * size + tl.arange(0, size)[None, :]
+    tl.store(at, result, wanted[:, None])
+
+
+@triton.jit(do_not_specialize=["rows", "shared", "splits"])
+def tokens_kernel(
+    qkv,
+    keys,
+    values,
+    out,
+    starts,
+    lengths,
+    part,
+    part_weight,
+    stride,
+    out_stride,
+    rows,
+    shared,
+    splits,
+    log2_scale,
+    heads: tl.constexpr,
+    key_heads: tl.constexpr,
+    size: tl.constexpr,
+    tile_q: tl.constexpr,
+    tile_k: tl.constexpr,
+):
+    """The queries of one token, those heads that share a key head, over the shared and its example's rows."""
+    row, key_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    own, length = tl.load(starts + row), tl.load(lengths + row)
+    group: tl.constexpr = heads // key_heads
+    within = tl.arange(0, tile_q)
+    head, wanted = key_head * group + within, within < group
+    column = tl.arange(0, size)[None, :]
+    query = tl.load(qkv + row * stride + head[:, None] * size + column, wanted[:, None], 0.0)
+    column += key_head * size
+    width: tl.constexpr = key_heads * size
+    largest = tl.full([tile_q], -1e30, tl.float32)
+    weight = tl.zeros([tile_q], tl.float32)
+    total = tl.zeros([tile_q, size], tl.float32)
+    all_shared = tl.full([tile_q], shared - 1, tl.int32)
+    largest, weight, total = absorb_rows(
+        query,
+        all_shared,
+        keys,
+        values,
+        column,
+        0,
+        0,
+        shared,
+        log2_scale,
+        width,
+        tile_k,
+        largest,
+        weight,
+        total,
+    )
+    all_own = tl.full([tile_q], length - 1, tl.int64)
+    largest, weight, total = absorb_rows(
+        query,
+        all_own,
+        keys,
+        values,
+        column,
+        own,
+        0,
+        length,
+        log2_scale,
+        width,
+        tile_k,
+        largest,
+        weight,
+        total,
+    )
+    largest, weight, total = add_parts(
+        part, part_weight, row * heads + head, size, wanted, splits, rows * heads, largest, weight, total
+    )
+    result = (total / weight[:, None]).to(out.dtype.element_ty)
+    at = out + row * out_stride + head[:, None] * size + tl.arange(0, size)[None, :]
+    tl.store(at, result, wanted[:, None])
+
+
+@triton.jit(do_not_specialize=["rows", "shared"])
+def shared_kernel(
+    qkv,
+    keys,
+    values,
+    part,
+    part_weight,
+    stride,
+    rows,
+    shared,
+    chunk,
+    log2_scale,
+    heads: tl.constexpr,
+    key_heads: tl.constexpr,
+    size: tl.constexpr,
+    tile_q: tl.constexpr,
+    tile_k: tl.constexpr,
+):
+    """A tile of queries, whichever examples they are of, over a chunk of the shared rows."""
+    group: tl.constexpr = heads // key_heads
+    key_head, split = tl.program_id(1), tl.program_id(2)
+    number = tl.program_id(0) * tile_q + tl.arange(0, tile_q)
+    row, head = (number // group).to(tl.int64), key_head * group + number % group
+    wanted = row < rows
+    column = tl.arange(0, size)[None, :]
+    query = tl.load(qkv + row[:, None] * stride + head[:, None] * size + column, wanted[:, None], 0.0)
+    width: tl.constexpr = key_heads * size
+    largest = tl.full([tile_q], -1e30, tl.float32)
+    weight = tl.zeros([tile_q], tl.float32)
+    total = tl.zeros([tile_q, size], tl.float32)
+    begin, end = split * chunk, tl.minimum(shared, (split + 1) * chunk)
+    all_shared = tl.full([tile_q], shared - 1, tl.int32)
+    column += key_head * size
+    largest, weight, total = absorb_rows(
+        query,
+        all_shared,
+        keys,
+        values,
+        column,
+        0,
+        begin,
+        end,
+        log2_scale,
+        width,
+        tile_k,
+        largest,
+        weight,
+        total,
+    )
+    column -= key_head * size
+    place = (split * rows + row) * heads + head
+    tl.store(part + place[:, None] * size + column, total / weight[:, None], wanted[:, None])
+    tl.store(part_weight + place, largest + tl.log2(weight), wanted)
+
+
+@dataclass
+class Cache:
+    """Keys and values of all layers, and how attention reads them. `shared` is set once those rows are
+    filled."""
+
+    keys: torch.Tensor  # [layers, rows, key heads * size]
+    values: torch.Tensor
+    heads: int
+    key_heads: int
+    size: int
+    shared: int = 0
+
+    def put(self, layer: int, qkv, positions, cos, sin, places) -> None:
+        """Turn the queries in qkv [tokens, (heads + 2 key heads) size] by their positions, in place; keys,
+        turned too, and values go to the rows `places` of the cache. cos and sin [positions, size / 2]."""
+        rotate_kernel[(len(qkv),)](
+            *(qkv, positions, cos, sin, places, self.keys[layer], self.values[layer], qkv.stride(0)),
+            *(self.heads, self.key_heads, power_of_2(self.heads + 2 * self.key_heads), self.size // 2),
+        )
+
+    def attend_prompts(self, layer: int, qkv: torch.Tensor, work: torch.Tensor) -> torch.Tensor:
+        """Causal attention of prompts that lie end to end, behind the shared rows: [tokens, heads size]."""
+        return self.attend(prompts_kernel, "prompts", (len(work), self.heads), layer, qkv, [work])
+
+    def attend_tokens(self, layer: int, qkv: torch.Tensor, starts, lengths) -> torch.Tensor:
+        """Attention of one token of each example over its own rows, `lengths` from `starts` on."""
+        grid = len(qkv), self.key_heads
+        return self.attend(tokens_kernel, "tokens", grid, layer, qkv, [starts, lengths])
+
+    def attend(self, kernel, name: str, grid: tuple, layer: int, qkv, which: list) -> torch.Tensor:
+        out = qkv.new_empty(len(qkv), self.heads * self.size)
+        apart = self.shared >= APART
+        part, part_weight, splits = self.attend_shared(layer, qkv) if apart else (out, out, 0)
+        tile_q, tile_k, warps, stages = TILES[name]
+        if name == "tokens":
+            tile_q = max(tile_q, power_of_2(self.heads // self.key_heads))
+        kernel[grid](
+            *(qkv, self.keys[layer], self.values[layer], out, *which, part, part_weight),
+            *(qkv.stride(0), out.stride(0), len(qkv), 0 if apart else self.shared, splits),
+            *(self.size**-0.5 * LOG2_E, self.heads, self.key_heads, self.size, tile_q, tile_k),
+            num_warps=warps,
+            num_stages=stages,
+        )
+        return out
+
+    def attend_shared(self, layer: int, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+        """Attention over the shared rows alone, in so many splits of them that the device is busy: outputs
+        [splits, tokens, heads, size], log2 of their softmax denominators, splits."""
+        rows, (tile_q, tile_k, warps, stages) = len(qkv), TILES["shared"]
+        group = self.heads // self.key_heads
+        tile_q = min(tile_q, max(16, power_of_2(rows * group)))
+        tiles = triton.cdiv(rows * group, tile_q)
+        splits = min(triton.cdiv(self.shared, APART), triton.cdiv(256, tiles * self.key_heads))
+        chunk = triton.cdiv(triton.cdiv(self.shared, splits), tile_k) * tile_k
+        splits = triton.cdiv(self.shared, chunk)
+        part = torch.empty(splits, rows, self.heads, self.size, dtype=torch.float32, device=qkv.device)
+        part_weight = torch.empty(splits, rows, self.heads, dtype=torch.float32, device=qkv.device)
+        shared_kernel[(tiles, self.key_heads, splits)](
+            *(qkv, self.keys[layer], self.values[layer], part, part_weight, qkv.stride(0), rows),
+            *(self.shared, chunk, self.size**-0.5 * LOG2_E, self.heads, self.key_heads, self.size),
+            *(tile_q, tile_k),
+            num_warps=warps if tile_q >= 64 else 4,
+            num_stages=stages,
+        )
+        return part, part_weight, splits
+
+
+def prompts_work(lengths: list[int], places: list[int], device) -> torch.Tensor:
+    """Work items of `prompts_kernel` for prompts end to end, the longest first."""
+    tile, start, items = TILES["prompts"][0], 0, []
+    for length, place in zip(lengths, places, strict=True):
+        items += [(start, length, offset, place) for offset in range(0, length, tile)]
+        start += length
+    items.sort(key=lambda item: -item[2])
+    return to_device(np.array(items, dtype=np.int32), device)

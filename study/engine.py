@@ -1,0 +1,372 @@
+"""The fast path of scoring: greedy decoding by Llama's layers, written out over one cache of keys and values.
+
+Prompts lie end to end when they are read, so nothing is padded, and what all of them begin with is read once.
+They are taken longest first; an answered example leaves at once, and its place in the cache, long enough for
+every example that is left, goes to the next. A step of few examples is one CUDA graph. The weights are dense,
+or stay in 4 bits and are unpacked for each product (study/model.py merges them where memory allows).
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from study import cache, kernels
+from study.fused import counting, head_size, linear_layers, why_not_base
+
+GRAPH_MOST = 192  # examples up to which a step is bound by its launches, and so replayed as a graph
+READ_TOKENS = 16_384  # of prompts at once: enough for full speed
+
+
+def why_not(model) -> str | None:
+    """The reason why a model, with adapters or merged ones, can't take this path, or None if it can."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return why_not_base(base)
+
+
+class Linear:
+    """Linear layers with the same input as one: x [rows, width] -> x W^T, with an adapter + (x A^T) B^T."""
+
+    def __init__(self, modules: Sequence):
+        bases = [getattr(module, "base_layer", module) for module in modules]
+        self.sizes, self.width = [base.out_features for base in bases], bases[0].in_features
+        self.packed = self.dense = self.a = self.b = None
+        if hasattr(bases[0].weight, "quant_state"):
+            self.packed = kernels.PackedWeights([base.weight for base in bases])
+        else:
+            self.dense = torch.cat([base.weight.data for base in bases])
+            for base, part in zip(bases, self.dense.split(self.sizes), strict=True):
+                base.weight.data = part
+        adapted = [module for module in modules if "default" in getattr(module, "lora_A", {})]
+        if adapted:
+            self.a = torch.cat([module.lora_A["default"].weight.data for module in adapted])
+            self.b = self.a.new_zeros(sum(self.sizes), len(self.a))
+            column = 0
+            for module, rows in zip(modules, self.b.split(self.sizes), strict=True):
+                if module in adapted:
+                    rank, scale = module.r["default"], module.scaling["default"]
+                    rows[:, column : column + rank] = module.lora_B["default"].weight.data * scale
+                    column += rank
+
+    def __call__(self, x: torch.Tensor, space: torch.Tensor | None) -> torch.Tensor:
+        weight = self.dense
+        if weight is None:
+            weight = space[: sum(self.sizes) * self.width].view(-1, self.width)
+            self.packed.unpack(weight)
+        y = torch.mm(x, weight.T)
+        return y if self.a is None else y.addmm_(torch.mm(x, self.a.T), self.b.T)
+
+
+class Layer:
+    """One decoder layer's weights."""
+
+    def __init__(self, layer):
+        modules = linear_layers(layer)
+        groups = (modules[:3], modules[3:4], modules[4:6], modules[6:])
+        self.qkv, self.out, self.gate_up, self.down = map(Linear, groups)
+        self.norm_1, self.norm_2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+
+
+class Choices:
+    """The allowed answers (token ids) as a tree. A node's tokens and its children are rows of two tables."""
+
+    def __init__(self, answers: Sequence[list[int]], device):
+        paths = {(): 0}
+        for answer in answers:
+            for i in range(len(answer)):
+                paths.setdefault(tuple(answer[: i + 1]), len(paths))
+        self.next: list[dict[int, int]] = [{} for _ in paths]
+        for path, node in paths.items():
+            if path:
+                self.next[paths[path[:-1]]][path[-1]] = node
+        most = max(map(len, self.next))
+        rows = [sorted(node.items()) + [(0, 0)] * (most - len(node)) for node in self.next]
+        self.tokens = torch.tensor([[token for token, _ in row] for row in rows], device=device)
+        self.children = torch.tensor([[child for _, child in row] for row in rows], device=device)
+        self.number = torch.tensor([len(node) for node in self.next], device=device)
+
+    def choose(self, logits: torch.Tensor, nodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The likeliest next tokens [n] that the tree allows at `nodes` [n], and the nodes they lead to."""
+        tokens = self.tokens[nodes]
+        scores = logits.gather(1, tokens).float()
+        outside = torch.arange(tokens.shape[1], device=nodes.device) >= self.number[nodes, None]
+        best = scores.masked_fill_(outside, -math.inf).argmax(1, keepdim=True)
+        return tokens.gather(1, best)[:, 0], self.children[nodes].gather(1, best)[:, 0]
+
+    def forced(self, node: int) -> list[int] | None:
+        """The rest of the answer, if only one is left below `node`."""
+        rest = []
+        while len(self.next[node]) == 1:
+            [(token, node)] = self.next[node].items()
+            rest.append(token)
+        return None if self.next[node] else rest
+
+
+@dataclass
+class Running:
+    """An example at work: its tokens beyond the shared ones, its place in the cache, its answer so far."""
+
+    index: int
+    tokens: list[int]
+    place: int
+    answer: list[int] = field(default_factory=list)
+    node: int = 0
+
+
+class Places:
+    """Runs of rows in the cache. A freed one fits whatever is no longer than what it held."""
+
+    def __init__(self, first: int, rows: int):
+        self.first, self.rows = first, rows
+        self.clear()
+
+    def clear(self) -> None:
+        self.top, self.freed = self.first, []
+
+    def take(self, size: int) -> int | None:
+        if self.freed:
+            return self.freed.pop()
+        if self.top + size > self.rows:
+            return None
+        self.top += size
+        return self.top - size
+
+
+class Engine:
+    """A model's layers for greedy decoding within `memory` bytes beside the weights."""
+
+    def __init__(self, model, memory: float):
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config, self.memory = base.config, memory
+        self.embedding, self.norm = base.model.embed_tokens.weight.data, base.model.norm.weight.data
+        self.head, self.rotary = base.lm_head.weight.data, base.model.rotary_emb
+        self.layers = [Layer(layer) for layer in base.model.layers]
+        groups = [
+            group for layer in self.layers for group in (layer.qkv, layer.out, layer.gate_up, layer.down)
+        ]
+        widest = max(sum(group.sizes) * group.width for group in groups)
+        packed = groups[0].packed is not None
+        self.space = self.embedding.new_empty(widest) if packed else None
+        self.heads, self.size = self.config.num_attention_heads, head_size(self.config)
+        self.key_heads = self.config.num_key_value_heads
+        self.cache = None
+
+    # Memory
+
+    def plan(self, longest: int, shared: int) -> tuple[int, int]:
+        """Tokens of prompts that are read at once, and rows of the cache, within `memory`."""
+        c, width = self.config, self.embedding.element_size()
+        qkv = (self.heads + 2 * self.key_heads) * self.size
+        each = width * (4 * c.hidden_size + qkv + 2 * self.heads * self.size + 3 * c.intermediate_size)
+        each += 4 * self.heads * self.size * (shared >= cache.APART)
+        free = self.memory - (0 if self.space is None else self.space.numel() * width)
+        at_once = max(longest, min(READ_TOKENS, int(0.15 * free / each)))
+        row = 2 * width * c.num_hidden_layers * self.key_heads * self.size
+        return at_once, int((0.98 * free - at_once * each) / row)
+
+    def make_cache(self, shared: int, longest: int, total: int) -> None:
+        """A cache for prompts with their answers, of at most `longest` tokens behind the shared ones and
+        `total` in all."""
+        self.cache, self.graphs = None, {}
+        self.at_once, rows = self.plan(max(longest, shared), shared)
+        if rows < shared + 2 * longest:
+            raise torch.OutOfMemoryError(f"out of memory: no room for {shared + 2 * longest:,} tokens")
+        rows = min(rows, shared + total + longest)
+        shape = self.config.num_hidden_layers, rows, self.key_heads * self.size
+        keys, values = self.embedding.new_empty(shape), self.embedding.new_empty(shape)
+        self.cache = cache.Cache(keys, values, self.heads, self.key_heads, self.size)
+        self.idle_place = rows - longest  # where the empty places of a graph write
+        positions = torch.arange(shared + longest, device=keys.device)[None]
+        cos, sin = self.rotary(torch.empty(0, dtype=torch.float32, device=keys.device), positions)
+        self.cos, self.sin = (table[0, :, : self.size // 2].contiguous() for table in (cos, sin))
+
+    # The model
+
+    def forward(self, ids, positions, places, attend, last=None, attend_last=None) -> torch.Tensor:
+        """Logits [n, vocabulary] after tokens [n], or after those numbered `last` alone, by `attend_last` in
+        the last layer."""
+        x, delta, epsilon = F.embedding(ids, self.embedding), None, self.config.rms_norm_eps
+        normed, hidden = torch.empty_like(x), x.shape[1]
+        for i, layer in enumerate(self.layers):
+            x, _ = kernels.rms_norm(x, layer.norm_1, epsilon, normed, delta)
+            qkv = layer.qkv(normed, self.space)
+            self.cache.put(i, qkv, positions, self.cos, self.sin, places)
+            if last is not None and i == len(self.layers) - 1:
+                x, qkv, attend, normed = x[last], qkv[last], attend_last, normed[: len(last)]
+            delta = layer.out(attend(i, qkv), self.space)
+            x, _ = kernels.rms_norm(x, layer.norm_2, epsilon, normed, delta)
+            gate_up = layer.gate_up(normed, self.space)
+            inner = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+            kernels.swiglu(gate_up, inner)
+            delta = layer.down(inner, self.space)
+        kernels.rms_norm(x, self.norm, epsilon, normed, delta)
+        return torch.mm(normed.view(-1, hidden), self.head.T)
+
+    def choose(self, logits, nodes) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.choices.choose(logits, nodes) if self.choices else (logits.argmax(1), nodes)
+
+    def read(self, examples: Sequence[Running]) -> torch.Tensor:
+        """Fill the cache with the prompts of `examples`. Returns the first tokens of their answers [n]."""
+        device, shared = self.embedding.device, self.cache.shared
+        lengths = np.array([len(example.tokens) for example in examples])
+        firsts = np.array([example.place for example in examples])
+        within, ends = counting(lengths), np.cumsum(lengths) - 1
+        columns = (
+            np.concatenate([example.tokens for example in examples]),
+            within + shared,
+            within + np.repeat(firsts, lengths),
+            *(ends, firsts, lengths),
+        )
+        table = kernels.to_device(np.concatenate(columns), device)
+        ids, positions, places, last, firsts, lengths_there = table.split([len(column) for column in columns])
+        work = cache.prompts_work(lengths.tolist(), [example.place for example in examples], device)
+        logits = self.forward(
+            *(ids, positions, places, lambda i, qkv: self.cache.attend_prompts(i, qkv, work), last),
+            lambda i, qkv: self.cache.attend_tokens(i, qkv, firsts, lengths_there),
+        )
+        return self.choose(logits, torch.zeros_like(last))[0]
+
+    def advance(self, count: int) -> None:
+        """One step of the first `count` examples in `state`, in place."""
+        ids, positions, places, firsts, lengths, nodes = (column[:count] for column in self.state)
+        logits = self.forward(
+            ids, positions, places, lambda i, qkv: self.cache.attend_tokens(i, qkv, firsts, lengths)
+        )
+        chosen, following = self.choose(logits, nodes)
+        ids.copy_(chosen)
+        nodes.copy_(following)
+        self.state[1:3, :count] += 1
+        lengths += 1
+
+    def step(self, count: int) -> list[int]:
+        """The next tokens of the `count` examples in `state`."""
+        padded = self.padded(count)
+        if padded in self.graphs:
+            self.graphs[padded].replay()
+        else:
+            self.advance(padded)  # a real step, and it compiles what the graph launches
+            if padded <= GRAPH_MOST and self.state.is_cuda:
+                self.graphs[padded] = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self.graphs[padded]):
+                    self.advance(padded)
+        return self.state[0, :count].tolist()
+
+    def padded(self, count: int) -> int:
+        """Few sizes for graphs: with empty places up to a multiple of 8, or of 32."""
+        if count > GRAPH_MOST or not self.embedding.is_cuda:
+            return count
+        return math.ceil(count / 8) * 8 if count <= 32 else math.ceil(count / 32) * 32
+
+    def load(self, examples: Sequence[Running]) -> None:
+        """Take `examples` over into `state`: last token, position, its place, first place, tokens, node."""
+        shared, rows = self.cache.shared, []
+        for example in examples:
+            own = len(example.tokens) + len(example.answer)  # the last token is yet to be read
+            rows.append(
+                (
+                    example.answer[-1],
+                    shared + own - 1,
+                    example.place + own - 1,
+                    example.place,
+                    own,
+                    example.node,
+                )
+            )
+        idle = (0, 0, self.idle_place, self.idle_place, 1, 0)
+        rows += [idle] * (self.padded(len(rows)) - len(rows))
+        self.state[:, : len(rows)] = kernels.to_device(np.array(rows).T.copy(), self.embedding.device)
+
+    # Many prompts
+
+    @torch.inference_mode()
+    def answers(
+        self,
+        prompts: dict[int, list[int]],
+        max_new_tokens: int,
+        ends: Sequence[int],
+        allowed: Sequence[list[int]] | None = None,
+        most: int | None = None,
+    ) -> Iterator[tuple[int, list[int]]]:
+        """The answer to each of `prompts` (token ids by index) as it comes: (index, tokens with the end).
+
+        At most `most` examples are at work at once. Raises torch.OutOfMemoryError.
+        """
+        shared = shared_tokens(list(prompts.values()))
+        waiting = deque(sorted(prompts, key=lambda index: -len(prompts[index])))
+        lengths = [len(prompt) - shared + max_new_tokens for prompt in prompts.values()]
+        self.choices = Choices(allowed, self.embedding.device) if allowed else None
+        self.make_cache(shared, max(lengths), sum(lengths))
+        print(f"{'':11}{shared:,} shared tokens, room for {self.idle_place - shared:,} others", flush=True)
+        most = min(most or len(prompts), len(prompts))
+        self.state = torch.zeros(6, most + 32, dtype=torch.long, device=self.embedding.device)
+        if shared:
+            self.read([Running(-1, prompts[waiting[0]][:shared], 0)])
+        self.cache.shared, places = shared, Places(shared, self.idle_place)
+        active: list[Running] = []
+        while waiting or active:
+            fresh = self.admit(prompts, waiting, places, most - len(active), not active, max_new_tokens)
+            tokens = self.read_all(fresh) if fresh else self.step(len(active))
+            finished = [
+                example
+                for example, token in zip(fresh or active, tokens, strict=True)
+                if self.accept(example, token, max_new_tokens, ends)
+            ]
+            gone = {example.index for example in finished}
+            active = [example for example in active + fresh if example.index not in gone]
+            places.freed += [example.place for example in finished]
+            yield from ((example.index, example.answer) for example in finished)
+            if active and (fresh or finished):
+                self.load(active)
+
+    def admit(self, prompts, waiting: deque, places: Places, most: int, must: bool, room: int) -> list:
+        """Examples to read now: none until there are enough, unless one `must` be."""
+        if must:
+            places.clear()
+        shared, taken, before = self.cache.shared, [], (places.top, places.freed[:])
+        while waiting and len(taken) < most:
+            tokens = prompts[waiting[0]][shared:]
+            place = places.take(len(tokens) + room)
+            if place is None:
+                break
+            taken.append(Running(waiting.popleft(), tokens, place))
+        if must or not waiting or sum(len(example.tokens) for example in taken) >= self.at_once // 2:
+            return taken
+        waiting.extendleft(example.index for example in reversed(taken))
+        places.top, places.freed = before
+        return []
+
+    def read_all(self, examples: Sequence[Running]) -> list[int]:
+        """`read` in groups of at most `at_once` tokens, without waiting for any but the last."""
+        groups, count = [], 0
+        for example in examples:
+            if not groups or count + len(example.tokens) > self.at_once:
+                groups.append([])
+                count = 0
+            groups[-1].append(example)
+            count += len(example.tokens)
+        return torch.cat([self.read(group) for group in groups]).tolist()
+
+    def accept(self, example: Running, token: int, max_new_tokens: int, ends: Sequence[int]) -> bool:
+        """Take over an example's next token. Returns whether its answer is whole."""
+        example.answer.append(token)
+        if self.choices:
+            example.node = self.choices.next[example.node][token]
+            rest = self.choices.forced(example.node)
+            if rest is not None:
+                example.answer += rest
+                del example.answer[max_new_tokens:]
+                return True
+        return token in ends or len(example.answer) == max_new_tokens
+
+
+def shared_tokens(prompts: Sequence[list[int]]) -> int:
+    """How many tokens all prompts begin with; each keeps one of its own."""
+    first, last = min(prompts), max(prompts)
+    pairs = zip(first, last, strict=False)
+    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    return min(common, min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
