@@ -140,7 +140,8 @@ def costs(model, keep: str, on_host: bool, learned: int) -> tuple[float, float, 
     parts = {"gate_up": 2 * inner + room, "qkv": qkv, "rest": out + room + hidden}
     left_out = KEEPS.index(keep)
     kept = sum(list(parts.values())[left_out:]) + (0 if on_host else hidden) + 8 * rank
-    work = sum(parts.values()) + (2 if lora.lora_dropout else 1) * inner + 3 * (hidden + room)  # of one layer
+    work = sum(parts.values()) + max(inner, qkv) + 3 * (hidden + room)  # of one layer
+    work += max(inner, hidden) if lora.lora_dropout else 0
     logits = min(HEAD_ROWS, learned) * config.vocab_size * 14
     fixed = 2 * max(qkv, 2 * inner) * (hidden + room) + trainable * 20 + logits
     again = hidden * sum((2 * inner, qkv, out)[:left_out])
@@ -172,13 +173,18 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 @dataclass
 class Space:
-    """Memory that all layers share: one unpacked weight, and inputs of the products with room for h."""
+    """Memory that all layers share: one unpacked weight, inputs of the products with room for h, what dropout
+    leaves of them. `product` also holds the gradients of the MLP's product and of qkv."""
 
     weight: torch.Tensor
     input: torch.Tensor
     product: torch.Tensor
     dropped: torch.Tensor | None
     room: int
+
+    def left(self, rows: int, width: int) -> torch.Tensor | None:
+        """A matrix for what dropout leaves, or None without dropout."""
+        return None if self.dropped is None else self.dropped[: rows * width].view(rows, width)
 
 
 class Group:
@@ -207,9 +213,10 @@ class Group:
         rows = matrix.split(self.sizes)
         return [row[:, i * self.rank : (i + 1) * self.rank] for i, row in enumerate(rows)]
 
-    def forward(self, x: torch.Tensor, out: torch.Tensor, space: Space, seed: int) -> torch.Tensor:
-        """out [rows, size] = x W^T + h B^T, from x in the first columns of `x`; returns h [rows, ranks]."""
-        source = dropped(x[:, : self.width], space, seed, self.dropout)
+    def forward(self, x: torch.Tensor, out: torch.Tensor, space: Space) -> torch.Tensor:
+        """out [rows, size] = x W^T + h B^T, from x in the first columns of `x`, and what dropout leaves of it
+        in `space`; returns h [rows, ranks]."""
+        source = space.left(len(x), self.width) if self.dropout else x[:, : self.width]
         wide = self.width + self.room
         h = torch.mm(source, self.a.T, out=x[:, self.width : wide])
         weight = space.weight[: self.size * wide].view(self.size, wide)
@@ -246,15 +253,6 @@ class Group:
             *da[: self.rank * len(self.sizes)].split(self.rank),
             *(self.scale * block for block in self.blocks(db)),
         ]
-
-
-def dropped(x: torch.Tensor, space: Space, seed: int, probability: float) -> torch.Tensor:
-    """x [rows, width] after dropout, in shared memory."""
-    if not probability:
-        return x
-    out = space.dropped[: x.numel()].view(x.shape)
-    kernels.dropout(x, out, seed, probability)
-    return out
 
 
 @dataclass
@@ -294,15 +292,16 @@ class Layer:
     def forward(self, x, delta, batch: Batch, space: Space, keep: str) -> tuple:
         """The layer's input is x + delta [rows, hidden], and so is its output. Returns (x, delta, saved)."""
         s = SimpleNamespace()
-        normed = space.input[: len(x)]
-        s.x, s.inverse_1 = kernels.rms_norm(x, self.norm_1, self.epsilon, normed, delta)
+        s.x, s.inverse_1 = self.normalize(x, self.norm_1, self.qkv, batch, space, delta)
         self.attend(s, batch, space)
         self.project_out(s, batch, space)
         self.project_gate_up(s, batch, space)
-        inner = space.product[: len(s.middle)]
-        kernels.swiglu(s.gate_up, inner[:, : self.inner])
-        delta = torch.empty_like(s.middle)
-        s.h_down = self.down.forward(inner, delta, space, self.seed(batch, self.down))
+        inner, delta = space.product[: len(s.middle)], torch.empty_like(s.middle)
+        left = space.left(len(inner), self.inner)
+        kernels.swiglu(
+            s.gate_up, inner[:, : self.inner], left, self.seed(batch, self.down), self.down.dropout
+        )
+        s.h_down = self.down.forward(inner, delta, space)
         middle = s.middle
         for name in {"all": (), "attention": ("gate_up",), "middle": ("gate_up", "qkv")}.get(
             keep, ("gate_up", "qkv", "attended", "logsumexp", "middle")
@@ -310,12 +309,19 @@ class Layer:
             delattr(s, name)
         return middle, delta, s
 
+    def normalize(self, x, weight, group: Group, batch: Batch, space: Space, delta=None) -> tuple:
+        """The norm of x + delta, the input of `group`, into `space`. Returns that sum and its inverse root
+        mean squares."""
+        left, seed = space.left(len(x), self.hidden), self.seed(batch, group)
+        out = space.input[: len(x)]
+        return kernels.rms_norm(x, weight, self.epsilon, out, delta, left, seed, group.dropout)
+
     def attend(self, s, batch: Batch, space: Space) -> None:
         """From the normed input in `space`: rotated qkv, attention's output and softmax denominators."""
         c, rows = self.config, len(s.x)
         if not hasattr(s, "qkv"):
             s.qkv = s.x.new_empty(rows, self.qkv.size)
-            s.h_qkv = self.qkv.forward(space.input[:rows], s.qkv, space, self.seed(batch, self.qkv))
+            s.h_qkv = self.qkv.forward(space.input[:rows], s.qkv, space)
             kernels.rotate(s.qkv, batch.cos, batch.sin, c.num_attention_heads + c.num_key_value_heads)
         if not hasattr(s, "attended"):
             s.attended = s.x.new_empty(rows, self.out.width + space.room)
@@ -326,26 +332,35 @@ class Layer:
         """The middle of the residual stream, and its norm in `space`; in the last layer of `rows` only."""
         attended, x = (s.attended[batch.rows], s.x[batch.rows]) if self.last else (s.attended, s.x)
         delta = torch.empty_like(x)
-        s.h_out = self.out.forward(attended, delta, space, self.seed(batch, self.out))
-        normed = space.input[: len(x)]
-        s.middle, s.inverse_2 = kernels.rms_norm(x, self.norm_2, self.epsilon, normed, delta)
+        self.drop_attended(attended, batch, space)
+        s.h_out = self.out.forward(attended, delta, space)
+        s.middle, s.inverse_2 = self.normalize(x, self.norm_2, self.gate_up, batch, space, delta)
+
+    def drop_attended(self, attended: torch.Tensor, batch: Batch, space: Space) -> torch.Tensor:
+        """Attention's output after dropout."""
+        x = attended[:, : self.out.width]
+        if self.out.dropout:
+            left = space.left(*x.shape)
+            kernels.dropout(x, left, self.seed(batch, self.out), self.out.dropout)
+            return left
+        return x
 
     def project_gate_up(self, s, batch: Batch, space: Space) -> None:
         rows = len(s.middle)
         s.gate_up = s.x.new_empty(rows, self.gate_up.size + space.room)
         out = s.gate_up[:, : self.gate_up.size]
-        s.h_gate_up = self.gate_up.forward(space.input[:rows], out, space, self.seed(batch, self.gate_up))
+        s.h_gate_up = self.gate_up.forward(space.input[:rows], out, space)
 
     def compute_again(self, s, batch: Batch, space: Space) -> None:
         """What `forward` did not keep."""
         if not hasattr(s, "attended") or not hasattr(s, "qkv"):
-            kernels.rms_norm(s.x, self.norm_1, self.epsilon, space.input[: len(s.x)])
+            self.normalize(s.x, self.norm_1, self.qkv, batch, space)
             self.attend(s, batch, space)
         if not hasattr(s, "middle"):
             self.project_out(s, batch, space)
             self.project_gate_up(s, batch, space)
         elif not hasattr(s, "gate_up"):
-            kernels.rms_norm(s.middle, self.norm_2, self.epsilon, space.input[: len(s.middle)])
+            self.normalize(s.middle, self.norm_2, self.gate_up, batch, space)
             self.project_gate_up(s, batch, space)
 
     def backward(self, grad: torch.Tensor, s, batch: Batch, space: Space) -> tuple[torch.Tensor, list]:
@@ -361,23 +376,22 @@ class Layer:
         da_down, db_gate_up = self.through_swiglu(s, dp, dh, seeds[self.down])
 
         dx, dh = self.gate_up.backward(s.gate_up, space, seeds[self.gate_up])
-        da_gate_up = self.norm_gradient(self.gate_up, dh, s.middle, self.norm_2, s.inverse_2, space, seeds)
+        da_gate_up = self.norm_gradient(self.gate_up, dh, s.middle, self.norm_2, s.inverse_2, batch, space)
         kernels.rms_norm_backward(dx, s.middle, self.norm_2, s.inverse_2, dy)
         del dx, s.gate_up, s.middle
 
         attended = s.attended[batch.rows] if self.last else s.attended
         d_attended, dh = self.out.backward(grad, space, seeds[self.out])
         db_out = product(dy.T, s.h_out)
-        da_out = product(
-            dh.T, dropped(attended[:, : self.out.width], space, seeds[self.out], self.out.dropout)
-        )
+        da_out = product(dh.T, self.drop_attended(attended, batch, space))
         del attended
         if self.last:  # back to all rows
             grad, d_attended = (scatter(part, batch.rows, len(s.x)) for part in (grad, d_attended))
             dy = grad[:, : self.hidden]
 
-        dqkv = s.x.new_zeros if self.last else s.x.new_empty
-        dqkv = dqkv(len(s.x), self.qkv.size + space.room)
+        dqkv = space.product[: len(s.x)]
+        if self.last:
+            dqkv.zero_()
         attention = batch.last_attention if self.last else batch.attention
         out = s.attended[:, : self.out.width]
         attention.backward(d_attended, s.qkv, out, s.logsumexp, batch.cos, batch.sin, dqkv)
@@ -389,7 +403,7 @@ class Layer:
         else:  # its input is the embedding, which is frozen
             dh = self.qkv.backward_h(dqkv)
         db_qkv = product(dqkv[:, : self.qkv.size].T, s.h_qkv)
-        da_qkv = self.norm_gradient(self.qkv, dh, s.x, self.norm_1, s.inverse_1, space, seeds)
+        da_qkv = self.norm_gradient(self.qkv, dh, s.x, self.norm_1, s.inverse_1, batch, space)
         pairs = ((da_qkv, db_qkv), (da_out, db_out), (da_gate_up, db_gate_up), (da_down, db_down))
         gradients = (group.gradients(*pair) for group, pair in zip(self.groups, pairs, strict=True))
         return grad, [gradient for group in gradients for gradient in group]
@@ -403,13 +417,12 @@ class Layer:
             place.copy_(block)
         return da, blocks
 
-    def norm_gradient(self, group: Group, dh, x, weight, inverse, space: Space, seeds: dict) -> torch.Tensor:
+    def norm_gradient(self, group: Group, dh, x, weight, inverse, batch: Batch, space: Space) -> torch.Tensor:
         """A's gradient, dh^T dropout(norm(x)); without dropout the norm is not computed again."""
         if not group.dropout:
             return product((dh * inverse[:, None]).to(dh.dtype).T, x) * weight
-        normed = space.input[: len(x)]
-        kernels.rms_norm(x, weight, self.epsilon, normed)
-        return product(dh.T, dropped(normed[:, : self.hidden], space, seeds[group], group.dropout))
+        self.normalize(x, weight, group, batch, space)
+        return product(dh.T, space.left(len(x), self.hidden))
 
 
 def scatter(part: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
@@ -519,7 +532,7 @@ class FusedModel:
         self.space = Space(
             weight=make(widest),
             input=make(plan.tokens, config.hidden_size + room),
-            product=make(plan.tokens, config.intermediate_size + room),
+            product=make(plan.tokens, max(config.intermediate_size, groups[0].size) + room),
             dropped=make(plan.tokens * max(group.width for group in groups)) if groups[0].dropout else None,
             room=room,
         )

@@ -20,7 +20,8 @@ def power_of_2(number: int) -> int:
 
 
 TILES = {  # measured best on an H200
-    "swiglu": (32, 64, 4, 16),  # rows, columns, warps, splits of the rows
+    "swiglu": (32, 64, 4, 24),  # rows, columns, warps, splits of the rows
+    "swiglu dropout": (32, 64, 8, 16),
     "forward": (64, 32, 4, 3),  # queries, keys, warps, stages
     "dq": (64, 32, 4, 2),
     "dkv": (32, 64, 4, 2),
@@ -177,21 +178,25 @@ def add_adapter(dx: torch.Tensor, dh: torch.Tensor, a: torch.Tensor, seed: int, 
 # RMSNorm (Zhang and Sennrich, 2019)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def rms_norm_kernel(
     x,
     delta,
     weight,
     total,
     out,
+    left,
     inverse,
     x_stride,
     delta_stride,
     out_stride,
     epsilon,
+    seed,
+    probability,
     width: tl.constexpr,
     tile: tl.constexpr,
     add: tl.constexpr,
+    drop: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, tile)
@@ -205,19 +210,25 @@ def rms_norm_kernel(
     scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / width + epsilon)
     tl.store(inverse + row, scale)
     value = value * scale * tl.load(weight + column, inside, 0.0).to(tl.float32)
-    tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), inside)
+    rounded = value.to(out.dtype.element_ty)
+    tl.store(out + row * out_stride + column, rounded, inside)
+    if drop:
+        value = rounded.to(tl.float32) * keep(seed, row, column, width, probability)
+        tl.store(left + row * width + column, value.to(left.dtype.element_ty), inside)
 
 
-def rms_norm(x, weight, epsilon: float, out, delta=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Norm of x [rows, width], or of x + delta, into `out`. Returns that sum and the inverse root mean
-    squares [rows]."""
+def rms_norm(
+    x, weight, epsilon: float, out, delta=None, left=None, seed: int = 0, probability: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norm of x [rows, width], or of x + delta, into `out`, and what dropout leaves of it into `left`, if
+    given. Returns that sum and the inverse root mean squares [rows]."""
     rows, width = x.shape
     inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
     total = x if delta is None else torch.empty(rows, width, dtype=x.dtype, device=x.device)
     rms_norm_kernel[(rows,)](
-        *(x, x if delta is None else delta, weight, total, out, inverse),
-        *(x.stride(0), 0 if delta is None else delta.stride(0), out.stride(0), epsilon),
-        *(width, power_of_2(width), delta is not None),
+        *(x, x if delta is None else delta, weight, total, out, out if left is None else left, inverse),
+        *(x.stride(0), 0 if delta is None else delta.stride(0), out.stride(0), epsilon, seed, probability),
+        *(width, power_of_2(width), delta is not None, left is not None),
         num_warps=4 if width <= 4096 else 8,
     )
     return total, inverse
@@ -272,22 +283,41 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) ->
 # SwiGLU (Shazeer, 2020)
 
 
-@triton.jit
-def swiglu_kernel(gate_up, out, stride, out_stride, width: tl.constexpr, tile: tl.constexpr):
+@triton.jit(do_not_specialize=["seed"])
+def swiglu_kernel(
+    gate_up,
+    out,
+    left,
+    stride,
+    out_stride,
+    seed,
+    probability,
+    width: tl.constexpr,
+    tile: tl.constexpr,
+    drop: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * tile + tl.arange(0, tile)
     inside = column < width
     gate = tl.load(gate_up + row * stride + column, inside, 0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + width + column, inside, 0.0).to(tl.float32)
-    tl.store(out + row * out_stride + column, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), inside)
+    rounded = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
+    tl.store(out + row * out_stride + column, rounded, inside)
+    if drop:
+        value = rounded.to(tl.float32) * keep(seed, row, column, width, probability)
+        tl.store(left + row * width + column, value.to(left.dtype.element_ty), inside)
 
 
-def swiglu(gate_up: torch.Tensor, out: torch.Tensor) -> None:
-    """out [rows, width] = silu(gate) * up, which lie side by side in the columns of gate_up."""
+def swiglu(
+    gate_up: torch.Tensor, out: torch.Tensor, left=None, seed: int = 0, probability: float = 0.0
+) -> None:
+    """out [rows, width] = silu(gate) * up, which lie side by side in the columns of gate_up, and what dropout
+    leaves of it into `left`, if given."""
     rows, width = out.shape
     tile = min(2048, power_of_2(width))
     swiglu_kernel[(rows, triton.cdiv(width, tile))](
-        gate_up, out, gate_up.stride(0), out.stride(0), width, tile
+        *(gate_up, out, out if left is None else left, gate_up.stride(0), out.stride(0), seed, probability),
+        *(width, tile, left is not None),
     )
 
 
@@ -363,7 +393,7 @@ def swiglu_backward(gate_up, dp, dh, a, h, seed: int, probability: float):
     [rank, width] and, for gate and up one below the other, dgate^T h [2 width, rank].
     """
     rows, width, rank = dp.shape[0], a.shape[1], a.shape[0]
-    tile_rows, tile, warps, most = TILES["swiglu"]
+    tile_rows, tile, warps, most = TILES["swiglu dropout" if probability else "swiglu"]
     splits = max(1, min(most, rows // 512))
     split = triton.cdiv(triton.cdiv(rows, splits), tile_rows) * tile_rows
     splits = triton.cdiv(rows, split)
