@@ -19,7 +19,7 @@ APART = 256  # shared rows from which on they are read once for many queries, ap
 TILES = {  # queries, keys, warps, stages
     "prompts": (64, 32, 4, 3),
     "tokens": (16, 64, 4, 3),
-    "shared": (128, 64, 8, 3),
+    "shared": (64, 64, 4, 3),
 }
 
 
@@ -377,7 +377,7 @@ class Cache:
             *(qkv, self.keys[layer], self.values[layer], part, part_weight, qkv.stride(0), rows),
             *(self.shared, chunk, self.size**-0.5 * LOG2_E, self.heads, self.key_heads, self.size),
             *(tile_q, tile_k),
-            num_warps=warps if tile_q >= 64 else 4,
+            num_warps=warps,
             num_stages=stages,
         )
         return part, part_weight, splits

@@ -7,7 +7,7 @@ or stay in 4 bits and are unpacked for each product (study/model.py merges them 
 """
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
@@ -16,10 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from study import cache, kernels
+from study import cache, kernels, nf4
 from study.fused import counting, head_size, linear_layers, why_not_base
 
-GRAPH_MOST = 192  # examples up to which a step is bound by its launches, and so replayed as a graph
+GRAPH_MOST = 512  # examples up to which a step may be bound by its launches, and so becomes a graph
+GRAPH_USES = 3  # of a size before it does: with answers that end early most sizes are passed once
 READ_TOKENS = 16_384  # of prompts at once: enough for full speed
 
 
@@ -37,7 +38,7 @@ class Linear:
         self.sizes, self.width = [base.out_features for base in bases], bases[0].in_features
         self.packed = self.dense = self.a = self.b = None
         if hasattr(bases[0].weight, "quant_state"):
-            self.packed = kernels.PackedWeights([base.weight for base in bases])
+            self.packed = nf4.PackedWeights([base.weight for base in bases])
         else:
             self.dense = torch.cat([base.weight.data for base in bases])
             for base, part in zip(bases, self.dense.split(self.sizes), strict=True):
@@ -54,12 +55,15 @@ class Linear:
                     column += rank
 
     def __call__(self, x: torch.Tensor, space: torch.Tensor | None) -> torch.Tensor:
-        weight = self.dense
+        size, weight = sum(self.sizes), self.dense
+        h = None if self.a is None else torch.mm(x, self.a.T)
+        if weight is None and len(x) <= nf4.FEW_ROWS:
+            return self.packed.multiply(x, size, h, self.b)
         if weight is None:
-            weight = space[: sum(self.sizes) * self.width].view(-1, self.width)
+            weight = space[: size * self.width].view(size, self.width)
             self.packed.unpack(weight)
         y = torch.mm(x, weight.T)
-        return y if self.a is None else y.addmm_(torch.mm(x, self.a.T), self.b.T)
+        return y if h is None else y.addmm_(h, self.b.T)
 
 
 class Layer:
@@ -172,7 +176,7 @@ class Engine:
     def make_cache(self, shared: int, longest: int, total: int) -> None:
         """A cache for prompts with their answers, of at most `longest` tokens behind the shared ones and
         `total` in all."""
-        self.cache, self.graphs = None, {}
+        self.cache, self.graphs, self.uses = None, {}, Counter()
         self.at_once, rows = self.plan(max(longest, shared), shared)
         if rows < shared + 2 * longest:
             raise torch.OutOfMemoryError(f"out of memory: no room for {shared + 2 * longest:,} tokens")
@@ -249,18 +253,20 @@ class Engine:
         if padded in self.graphs:
             self.graphs[padded].replay()
         else:
-            self.advance(padded)  # a real step, and it compiles what the graph launches
-            if padded <= GRAPH_MOST and self.state.is_cuda:
+            self.advance(padded)  # the first of a size also compiles what its graph will launch
+            self.uses[padded] += 1
+            if self.uses[padded] == GRAPH_USES and padded <= GRAPH_MOST and self.state.is_cuda:
                 self.graphs[padded] = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self.graphs[padded]):
                     self.advance(padded)
         return self.state[0, :count].tolist()
 
     def padded(self, count: int) -> int:
-        """Few sizes for graphs: with empty places up to a multiple of 8, or of 32."""
+        """Few sizes for graphs: with empty places up to a multiple of 8, 32 or 64."""
         if count > GRAPH_MOST or not self.embedding.is_cuda:
             return count
-        return math.ceil(count / 8) * 8 if count <= 32 else math.ceil(count / 32) * 32
+        multiple = 8 if count <= 32 else 32 if count <= 128 else 64
+        return math.ceil(count / multiple) * multiple
 
     def load(self, examples: Sequence[Running]) -> None:
         """Take `examples` over into `state`: last token, position, its place, first place, tokens, node."""
@@ -303,7 +309,7 @@ class Engine:
         self.make_cache(shared, max(lengths), sum(lengths))
         print(f"{'':11}{shared:,} shared tokens, room for {self.idle_place - shared:,} others", flush=True)
         most = min(most or len(prompts), len(prompts))
-        self.state = torch.zeros(6, most + 32, dtype=torch.long, device=self.embedding.device)
+        self.state = torch.zeros(6, most + 64, dtype=torch.long, device=self.embedding.device)
         if shared:
             self.read([Running(-1, prompts[waiting[0]][:shared], 0)])
         self.cache.shared, places = shared, Places(shared, self.idle_place)

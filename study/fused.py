@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from study import kernels
+from study import kernels, nf4
 from study.encoding import Example
 from study.packing import learned_places
 
@@ -67,9 +67,9 @@ def why_not_layer(module) -> str | None:
     """Likewise for a linear layer, with an adapter or without."""
     layer = getattr(module, "base_layer", module)
     state = getattr(layer.weight, "quant_state", None)
-    if state and (state.quant_type != "nf4" or not state.nested or state.blocksize != kernels.NF4_BLOCK):
+    if state and (state.quant_type != "nf4" or not state.nested or state.blocksize != nf4.NF4_BLOCK):
         return "its 4-bit weights are not NF4 with double quantization"
-    if state and layer.in_features % kernels.NF4_BLOCK:
+    if state and layer.in_features % nf4.NF4_BLOCK:
         return "its weights have rows of broken blocks"
     adapters = dict(getattr(module, "lora_A", {}))
     if layer.bias is not None or any(adapter.bias is not None for adapter in adapters.values()):
@@ -193,7 +193,7 @@ class Group:
     there to `room`, whole tiles of a product, the adapters are zero."""
 
     def __init__(self, modules: Sequence, dtype: torch.dtype):
-        self.weights = kernels.PackedWeights([module.base_layer.weight for module in modules])
+        self.weights = nf4.PackedWeights([module.base_layer.weight for module in modules])
         self.sizes = [module.out_features for module in modules]
         self.width, self.rank = modules[0].in_features, modules[0].r["default"]
         self.scale = modules[0].scaling["default"]

@@ -64,8 +64,13 @@ class Progress:
                     self.answers |= {int(index): ids for index, ids in step["answers"].items()}
                     self.seconds, self.wall_seconds = step["seconds"], step["wall_seconds"]
             print(f"resumed    {len(self.answers):,} of {len(prompts):,} answers are there", flush=True)
-        else:
-            self.path.write_text(f"{key}\n")
+        step = self.step(self.answers, self.seconds, self.wall_seconds)
+        record.write_text(self.path, f"{key}\n{step}")
+
+    def step(self, answers: dict, seconds: float, wall_seconds: float) -> str:
+        """A line of the file."""
+        step = {"answers": answers, "seconds": seconds, "wall_seconds": wall_seconds}
+        return json.dumps(step) + "\n"
 
     def spent(self) -> float:
         return self.seconds + time.time() - self.began
@@ -77,10 +82,9 @@ class Progress:
 
     def flush(self) -> None:
         if self.path and self.new:
-            wall = self.wall_seconds + record.wall_seconds()
-            step = {"answers": self.new, "seconds": self.spent(), "wall_seconds": wall}
+            wall_seconds = self.wall_seconds + record.wall_seconds()
             with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(step) + "\n")
+                file.write(self.step(self.new, self.spent(), wall_seconds))
         self.new, self.flushed = {}, time.time()
 
     def discard(self) -> None:

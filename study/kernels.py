@@ -11,7 +11,6 @@ import torch
 import triton
 import triton.language as tl
 
-NF4_BLOCK = 64  # weights that share a scale in bitsandbytes' NF4
 EXACT = tl.constexpr("ieee")  # float32 products in float32; bfloat16 ones are exact anyway
 
 
@@ -32,78 +31,6 @@ def to_device(array: np.ndarray, device) -> torch.Tensor:
     """Without waiting for the device: from pageable memory a copy would wait until it has caught up."""
     tensor = torch.from_numpy(array)
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
-
-
-# Frozen weights
-
-
-@triton.jit
-def unpack_nf4_kernel(
-    packed,
-    scales,
-    scale_code,
-    outer,
-    offsets,
-    starts,
-    code,
-    out,
-    stride,
-    second,
-    third,
-    blocks: tl.constexpr,
-    tile: tl.constexpr,
-):
-    """Some blocks of one row: a byte holds two 4-bit indices into `code`, the first in its high half."""
-    row = tl.program_id(0).to(tl.int64)
-    block = tl.program_id(1) * tile + tl.arange(0, tile)
-    inside = block < blocks
-    place = row * blocks + block
-    weight = (row >= second).to(tl.int32) + (row >= third).to(tl.int32)
-    first_block, first_outer = tl.load(starts + 2 * weight), tl.load(starts + 2 * weight + 1)
-    scale = tl.load(scale_code + tl.load(scales + place, inside, 0).to(tl.int32))
-    scale = scale * tl.load(outer + first_outer + (place - first_block) // 256, inside, 0.0)
-    scale += tl.load(offsets + weight)
-    byte = tl.load(packed + place[:, None] * 32 + tl.arange(0, 32)[None, :], inside[:, None], 0).to(tl.int32)
-    flat = tl.reshape(byte, [tile * 32])
-    table = tl.load(code + tl.arange(0, 16))
-    high = tl.reshape(tl.gather(table, flat >> 4, 0), [tile, 32]) * scale[:, None]
-    low = tl.reshape(tl.gather(table, flat & 15, 0), [tile, 32]) * scale[:, None]
-    columns = block[:, None] * 64 + tl.arange(0, 64)[None, :]
-    tl.store(out + row * stride + columns, tl.interleave(high, low).to(out.dtype.element_ty), inside[:, None])
-
-
-class PackedWeights:
-    """bitsandbytes NF4 weights (Params4bit, double quantized, at most three) one below the other, which
-    take their data from here from now on."""
-
-    def __init__(self, weights: list):
-        states = [weight.quant_state for weight in weights]
-        self.packed = torch.cat([weight.data.flatten() for weight in weights])
-        self.scales = torch.cat([state.absmax for state in states])
-        self.outer = torch.cat([state.state2.absmax for state in states])
-        self.offsets = torch.stack([state.offset.reshape(()) for state in states])
-        self.scale_code, self.code = states[0].state2.code, states[0].code
-        self.borders = ([*accumulate(state.shape[0] for state in states)] * 2)[:2]
-        counts = [(state.absmax.numel(), state.state2.absmax.numel()) for state in states]
-        starts = zip(*([0, *accumulate(column)][:-1] for column in zip(*counts, strict=True)), strict=True)
-        self.starts = torch.tensor(list(starts), device=self.packed.device)
-        pieces = self.packed.split([weight.data.numel() for weight in weights])
-        for weight, piece in zip(weights, pieces, strict=True):
-            weight.data = piece.view(weight.data.shape)
-        for state, piece in zip(states, self.scales.split([count for count, _ in counts]), strict=True):
-            state.absmax = piece
-
-    def unpack(self, out: torch.Tensor) -> None:
-        """Write the weights to `out` [rows, columns]."""
-        blocks = out.shape[1] // NF4_BLOCK
-        tile = min(64, power_of_2(blocks))
-        # Without fusing, product and sum of the scale are rounded as in bitsandbytes' own kernel.
-        options = {"enable_fp_fusion": False} if out.is_cuda else {}
-        unpack_nf4_kernel[(out.shape[0], triton.cdiv(blocks, tile))](
-            *(self.packed, self.scales, self.scale_code, self.outer, self.offsets, self.starts, self.code),
-            *(out, out.stride(0), *self.borders, blocks, tile),
-            **options,
-        )
 
 
 # Dropout: a mask is never stored but drawn again, from a seed and the element's number.

@@ -128,13 +128,18 @@ def should_merge(model, wanted: str) -> bool:
 
 def merge(model):
     """The base model with dense weights in place of those in 4 bits, which it uses up: dequantized, the
-    adapters added in float32, rounded once to the dtype they compute in."""
+    adapters added in float32, rounded once to the dtype they compute in.
+
+    Raises ValueError where bitsandbytes has repacked the weights: on the CPU, in eval mode, at first use.
+    """
     from bitsandbytes.functional import dequantize_4bit
 
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     for name, module in four_bit_layers(base).items():
         layer = getattr(module, "base_layer", module)
-        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise ValueError("merge before the model computes anything: its weights are repacked")
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype)
         for adapter in getattr(module, "active_adapters", []):
             weight = (weight.float() + module.get_delta_weight(adapter).float()).to(weight.dtype)
         dense = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")

@@ -19,7 +19,7 @@ from benchmarks.exactness import (
     truth,
     with_adapters,
 )
-from study import fused, kernels
+from study import fused, kernels, nf4
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
     expected = torch.cat([bnb.dequantize_4bit(weight.data, weight.quant_state) for weight in weights])
     unpacked = torch.empty_like(expected)
-    kernels.PackedWeights(weights).unpack(unpacked)
+    nf4.PackedWeights(weights).unpack(unpacked)
     results["unpacked"] = (unpacked - expected).abs().max().item()
     still = torch.cat([bnb.dequantize_4bit(weight.data, weight.quant_state) for weight in weights])
     results["still readable"] = torch.equal(still, expected)

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from conftest import DEMO_DATA, DEMO_MODEL, ROOT
 
-from benchmarks import curves, profiling, training
+from benchmarks import curves, inference, profiling, training, workers
 from study import cli, data, encoding
 from study.cli import UserError
 
@@ -26,7 +26,10 @@ KERNELS = {  # as an H200 names them
         "void cublasLt::splitKreduce_kernel<32, 16, int, __nv_bfloat16, float>(cublasSplitKParams<float>)",
         "add_adapter_kernel",
     ],
-    "attention": ["attention_kernel", "attention_dq_kernel", "attention_dkv_kernel"],
+    "attention": [
+        *("attention_kernel", "attention_dq_kernel", "attention_dkv_kernel"),
+        *("prompts_kernel", "tokens_kernel", "shared_kernel"),
+    ],
     "SwiGLU": ["swiglu_kernel", "swiglu_backward_kernel"],
     "RMSNorm": ["rms_norm_kernel", "rms_norm_backward_kernel"],
     "rotary positions": ["rotate_kernel"],
@@ -47,6 +50,12 @@ KERNELS = {  # as an H200 names them
 )
 def test_a_kernel_is_told_by_its_name(kind, kernel):
     assert profiling.kind_of(kernel) == kind
+
+
+def test_in_decoding_small_tiles_are_of_the_frozen_weights():
+    for kernel in KERNELS["adapters' products"]:
+        assert profiling.kind_of(kernel, adapters=False) == "products with the frozen weights"
+    assert profiling.kind_of("tokens_kernel", adapters=False) == "attention"
 
 
 def test_times_of_a_kind_add_up_and_the_rest_of_the_step_is_idle():
@@ -121,9 +130,11 @@ def test_what_is_not_known_is_refused(capsys, words, message):
 
 
 def test_a_peer_that_is_not_installed_is_named_and_left_out(capsys, monkeypatch):
-    monkeypatch.setattr(training, "find_spec", lambda name: None if name == "liger_kernel" else name)
-    assert training.installed(["trl", "published", "unsloth"]) == ["published", "unsloth"]
+    monkeypatch.setattr(workers, "find_spec", lambda name: None if name in {"liger_kernel", "vllm"} else name)
+    assert workers.installed(["trl", "published", "unsloth"], training.PEERS) == ["published", "unsloth"]
     assert capsys.readouterr().err == "trl is left out: liger_kernel not installed\n"
+    assert workers.installed(["vllm", "generate"], inference.PEERS) == ["generate"]
+    assert capsys.readouterr().err == "vllm is left out: vllm not installed\n"
 
 
 def test_the_tables_show_measured_and_failed_rows():
@@ -135,6 +146,91 @@ def test_the_tables_show_measured_and_failed_rows():
     epoch = {"examples": 100, "tokens": 20000, "seconds": 4.0, "peak_gib": 5.0}
     table = training.show_samples([start | {"how": "so", "epochs": [epoch]}, start | {"failed": "no GPU"}])
     assert all(text in table for text in ("5,000", "0.0400", "no GPU"))
+
+
+def inference_flags(*words: str):
+    files = ["--train_file", "train.jsonl", "--test_file", "test.jsonl"]
+    return inference.flags(["--model", str(DEMO_MODEL), *files, *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--modes", "8,quick"], "--modes quick: choose among fast, few-shot, zero-shot, constrained"),
+        (["--peers", "generate,tgi"], "--peers tgi: choose among published, generate"),
+        (["--task", "summarization", "--modes", "constrained"], "it goes with classification"),
+        (["--examples", "100,0"], "--examples"),
+        (["--equality", "0"], "--equality"),
+    ],
+)
+def test_what_can_not_be_decoded_is_refused(capsys, words, message):
+    with pytest.raises(SystemExit):
+        inference_flags(*words)
+    assert message in capsys.readouterr().err
+
+
+def test_answers_are_as_long_as_those_of_the_scripts():
+    assert inference_flags().max_new_tokens == 20
+    assert inference_flags("--task", "summarization").max_new_tokens == 100
+    assert inference_flags("--max_new_tokens", "7").max_new_tokens == 7
+
+
+def test_a_sample_of_the_prompts_is_as_long_on_average():
+    prompts = {i: [1] * (20 + i * i % 450) for i in range(1000)}
+    whole = sum(map(len, prompts.values())) / len(prompts)
+    for most in (8, 64, 256):
+        sample = inference.spaced(prompts, most)
+        assert len(sample) == most
+        assert sum(map(len, sample.values())) / most == pytest.approx(whole, rel=0.03)
+        assert list(map(len, sample.values())) == sorted(map(len, sample.values()))
+    assert inference.spaced(prompts, 5000) == prompts
+
+
+@pytest.mark.parametrize("mode", ["fast", "zero-shot", "few-shot"])
+def test_prompts_are_those_of_the_scripts(tokenizer, mode):
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+
+    files = [f"{DEMO_DATA}/posts_{name}.jsonl" for name in ("train", "test")]
+    args = inference_flags("--train_file", files[0], "--test_file", files[1])
+    base = SimpleNamespace(config=AutoConfig.from_pretrained(DEMO_MODEL))
+    tests = inference.read_tests(args, tokenizer, 20, mode, base)
+    assert len(tests.prompts) == len(tests.references) == 20
+    assert set(tests.references) <= set(tests.labels)
+    shown = tokenizer.decode(tests.prompts[0])
+    assert shown.count("Class:") == {"few-shot": len(tests.labels) + 1}.get(mode, 1)
+
+
+def test_frozen_products_follow_the_number_of_key_heads():
+    from transformers import LlamaConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    config = LlamaConfig(**sizes, num_key_value_heads=1)
+    assert workers.frozen_shapes(config) == [(96, 64), (64, 64), (192, 64), (64, 96)]
+    config = LlamaConfig(**sizes, num_key_value_heads=4, head_dim=32)
+    assert workers.frozen_shapes(config) == [(384, 64), (64, 128), (192, 64), (64, 96)]
+
+
+def test_the_tables_of_inference_show_measured_and_failed_rows():
+    cost = {"seconds": 4.0, "output_tokens": 1600, "peak_gib": 30.0}
+    rows = [
+        {"mode": "ceiling", "examples_per_second": 80, "peak_gib": 1.0},
+        {"mode": "fast", "examples_per_second": 20, **cost},
+        {"mode": "generate", "examples_per_second": 10, **cost},
+    ]
+    rows = [{"examples": 80, "input_tokens": 16000, "spread": [9, 81], "how": "so"} | row for row in rows]
+    rows.append({"mode": "few-shot", "examples": 0, "failed": "out of memory"})
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in inference.show_all(rows).splitlines()
+    ]
+    assert lines[3][:9] == ["fast", "80", "200", "20.0", "4.0", "20", "9 to 81", "1.00", "25 %"]
+    assert lines[4][7:9] == ["0.50", "12 %"]
+    assert lines[5][:2] + lines[5][-1:] == ["few-shot", "all", "out of memory"]
+    scores = {name: {"accuracy": {"value": value}} for name, value in (("engine", 70.0), ("generate", 71.0))}
+    same = {"mode": "fast", "examples": 40, "same": 39, "how": "dense weights"}
+    table = inference.show_equality([same | scores, {"mode": "unmerged", "failed": "no GPU"}])
+    assert all(text in table for text in ("39 (97.5 %)", "accuracy 70.0 and 71.0", "no GPU"))
 
 
 def write_run(folder, losses):

@@ -1,16 +1,19 @@
 """Answers do not depend on batching, come back in order, end where the model ends them, and keep to the
 labels if asked."""
 
+import copy
 import json
 
 import pytest
 import torch
 from conftest import DEMO_DATA, DEMO_MODEL
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
 from prompts import build_prompt
 from study import generation
 from study.encoding import prompt_ids
+from study.model import merge
 
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True,
@@ -27,6 +30,10 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def model():
+    return load()
+
+
+def load():
     """The demo checkpoint in real 4-bit weights, computing in float32 so that a tie can't be decided by
     rounding."""
     return AutoModelForCausalLM.from_pretrained(DEMO_MODEL, quantization_config=NF4, dtype=torch.float32)
@@ -74,3 +81,70 @@ def test_an_answer_ends_at_the_first_end_token_and_counts_it():
     assert generation.up_to_end([5, 6, 2, 2, 2], [2]) == [5, 6, 2]
     assert generation.up_to_end([5, 6, 7], [2]) == [5, 6, 7]
     assert generation.up_to_end([5, 9, 2], [2, 9]) == [5, 9]
+
+
+def test_merging_changes_no_answer(model, tokenizer, prompts):
+    torch.manual_seed(0)
+    lora = LoraConfig(r=4, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    # In eval mode bitsandbytes would repack the weights on the CPU.
+    tuned = get_peft_model(load(), lora).train()
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.05 * torch.randn_like(parameter)
+    ids = torch.tensor([prompts[0]])
+    with torch.no_grad():
+        adapted, plain = tuned(ids).logits, model(ids).logits
+        merged = merge(copy.deepcopy(tuned))
+        assert not [name for name, _ in merged.named_parameters() if "lora" in name]
+        assert (merged(ids).logits - adapted).norm() < 1e-4 * (plain - adapted).norm()
+    answers = generation.generate(copy.deepcopy(tuned), tokenizer, prompts, 16, merging="on")
+    assert answers.texts == generation.generate(tuned, tokenizer, prompts, 16).texts
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_killed_evaluation_goes_on_with_the_answers_it_has(
+    model, tokenizer, prompts, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(generation, "FLUSH_SECONDS", 0)
+    path, run, asked = tmp_path / "eval.json", {"config_hash": "a"}, []
+
+    def attempt(most: int, run: dict, force: bool = False) -> list[str]:
+        def answer(model, batch, *_):
+            if len(asked) + len(batch) > most:
+                raise Stopped
+            asked.extend(map(tuple, batch))
+            return [[len(prompt)] for prompt in batch]
+
+        asked.clear()
+        monkeypatch.setattr(generation, "continue_batch", answer)
+        progress = generation.Progress(path, run, force)
+        texts = generation.generate(model, tokenizer, prompts, 16, 2, progress=progress).texts
+        progress.discard()
+        return texts
+
+    with pytest.raises(Stopped):
+        attempt(5, run)
+    [kept] = tmp_path.iterdir()
+    kept.write_text(kept.read_text() + '{"answers": {"0": [1, ')  # killed while it wrote
+    before = set(asked)
+    assert len(before) == 4
+    with pytest.raises(Stopped):
+        attempt(4, run)
+    assert not before & set(asked)
+    whole = attempt(len(prompts), run)
+    assert len(asked) == len(prompts) - 8
+    assert "8 of 10 answers are there" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    assert whole == attempt(len(prompts), {"config_hash": "b"})
+
+    with pytest.raises(Stopped):
+        attempt(5, run)
+    attempt(len(prompts), {"config_hash": "b"})  # another run takes over nothing
+    assert len(asked) == len(prompts)
+    with pytest.raises(Stopped):
+        attempt(5, run)
+    attempt(len(prompts), run, force=True)
+    assert len(asked) == len(prompts)

@@ -1,0 +1,202 @@
+"""Frozen weights in 4 bits, as bitsandbytes has them (NF4, double quantized), on the GPU: unpacked for
+products with many rows, multiplied as they are with few.
+
+A byte holds two weights, the first in its high half, as indices into a code of 16 values. 64 weights share a
+scale, itself a byte into a code of 256 values, times a factor that 256 scales share, plus an offset. With
+TRITON_INTERPRET=1 the kernels run on the CPU.
+"""
+
+from itertools import accumulate
+
+import torch
+import triton
+import triton.language as tl
+
+from study.kernels import EXACT, power_of_2
+
+NF4_BLOCK = 64  # weights that share a scale
+FEW_ROWS = 64  # up to which multiplying from 4 bits is the faster way
+TILE = (64, 64, 4, 3)  # outputs, bytes, warps, stages
+
+
+@triton.jit
+def scales_of(place, row, inside, scales, scale_code, outer, offsets, starts, second, third):
+    """The scales of the blocks numbered `place`, which lie in rows of weights whose second and third begin at
+    those rows."""
+    weight = (row >= second).to(tl.int32) + (row >= third).to(tl.int32)
+    first_block, first_outer = tl.load(starts + 2 * weight), tl.load(starts + 2 * weight + 1)
+    scale = tl.load(scale_code + tl.load(scales + place, inside, 0).to(tl.int32))
+    scale = scale * tl.load(outer + first_outer + (place - first_block) // 256, inside, 0.0)
+    return scale + tl.load(offsets + weight)
+
+
+@triton.jit
+def unpack_nf4_kernel(
+    packed,
+    scales,
+    scale_code,
+    outer,
+    offsets,
+    starts,
+    code,
+    second,
+    third,
+    out,
+    stride,
+    blocks: tl.constexpr,
+    tile: tl.constexpr,
+):
+    """Some blocks of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * tile + tl.arange(0, tile)
+    inside = block < blocks
+    place = row * blocks + block
+    scale = scales_of(place, row, inside, scales, scale_code, outer, offsets, starts, second, third)
+    byte = tl.load(packed + place[:, None] * 32 + tl.arange(0, 32)[None, :], inside[:, None], 0).to(tl.int32)
+    flat = tl.reshape(byte, [tile * 32])
+    table = tl.load(code + tl.arange(0, 16))
+    high = tl.reshape(tl.gather(table, flat >> 4, 0), [tile, 32]) * scale[:, None]
+    low = tl.reshape(tl.gather(table, flat & 15, 0), [tile, 32]) * scale[:, None]
+    columns = block[:, None] * 64 + tl.arange(0, 64)[None, :]
+    tl.store(out + row * stride + columns, tl.interleave(high, low).to(out.dtype.element_ty), inside[:, None])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def multiply_nf4_kernel(
+    packed,
+    scales,
+    scale_code,
+    outer,
+    offsets,
+    starts,
+    code,
+    second,
+    third,
+    x,
+    part,
+    stride,
+    rows,
+    size,
+    chunk,
+    blocks: tl.constexpr,
+    tile_x: tl.constexpr,
+    tile: tl.constexpr,
+    tile_bytes: tl.constexpr,
+):
+    """Some outputs for all rows of x, from a chunk of the blocks of each weight's row."""
+    row = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)[:, None]
+    split = tl.program_id(1)
+    number = tl.arange(0, tile_x)
+    table = tl.load(code + tl.arange(0, 16))
+    per: tl.constexpr = tile_bytes // 32
+    total = tl.zeros([tile, tile_x], tl.float32)
+    for first in range(split * chunk, tl.minimum(blocks, (split + 1) * chunk), per):
+        block = first + tl.arange(0, per)[None, :]
+        inside = (row < size) & (block < blocks)
+        scale = scales_of(
+            row * blocks + block, row, inside, scales, scale_code, outer, offsets, starts, second, third
+        )
+        scale = tl.broadcast_to(scale[:, :, None], [tile, per, 32]).reshape([tile, tile_bytes])
+        place = first * 32 + tl.arange(0, tile_bytes)[None, :]
+        inside = (row < size) & (place < blocks * 32)
+        byte = tl.load(packed + row * (blocks * 32) + place, inside, 0).to(tl.int32)
+        flat = tl.reshape(byte, [tile * tile_bytes])
+        high = tl.reshape(tl.gather(table, flat >> 4, 0), [tile, tile_bytes]) * scale
+        low = tl.reshape(tl.gather(table, flat & 15, 0), [tile, tile_bytes]) * scale
+        column = first * 64 + tl.arange(0, 2 * tile_bytes)[None, :]
+        in_x = (number[:, None] < rows) & (column < blocks * 64)
+        value = tl.load(x + number[:, None] * stride + column, in_x, 0.0)
+        even, odd = tl.split(tl.reshape(value, [tile_x, tile_bytes, 2]))
+        total = tl.dot(high.to(x.dtype.element_ty), tl.trans(even), total, input_precision=EXACT)
+        total = tl.dot(low.to(x.dtype.element_ty), tl.trans(odd), total, input_precision=EXACT)
+    at = part + (split * rows + number[None, :]).to(tl.int64) * size + row
+    tl.store(at, total, (row < size) & (number[None, :] < rows))
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def add_up_kernel(
+    part,
+    h,
+    b,
+    out,
+    rows,
+    size,
+    splits,
+    rank: tl.constexpr,
+    padded: tl.constexpr,
+    tile_x: tl.constexpr,
+    tile: tl.constexpr,
+):
+    """The sum of all splits, and of h b^T if there is an adapter."""
+    row, column = tl.arange(0, tile_x)[:, None], (tl.program_id(0) * tile + tl.arange(0, tile))[None, :]
+    inside = (row < rows) & (column < size)
+    total = tl.zeros([tile_x, tile], tl.float32)
+    for split in range(splits):
+        total += tl.load(part + (split * rows + row).to(tl.int64) * size + column, inside, 0.0)
+    if rank:
+        r = tl.arange(0, padded)
+        left = tl.load(h + row * rank + r[None, :], (row < rows) & (r[None, :] < rank), 0.0)
+        right = tl.load(b + column * rank + r[:, None], (column < size) & (r[:, None] < rank), 0.0)
+        total = tl.dot(left, right, total, input_precision=EXACT)
+    tl.store(out + row * size + column, total.to(out.dtype.element_ty), inside)
+
+
+class PackedWeights:
+    """bitsandbytes NF4 weights (Params4bit, double quantized, at most three) one below the other, which
+    take their data from here from now on."""
+
+    def __init__(self, weights: list):
+        states = [weight.quant_state for weight in weights]
+        self.packed = torch.cat([weight.data.flatten() for weight in weights])
+        self.scales = torch.cat([state.absmax for state in states])
+        self.outer = torch.cat([state.state2.absmax for state in states])
+        self.offsets = torch.stack([state.offset.reshape(()) for state in states])
+        self.scale_code, self.code = states[0].state2.code, states[0].code
+        self.borders = ([*accumulate(state.shape[0] for state in states)] * 2)[:2]
+        counts = [(state.absmax.numel(), state.state2.absmax.numel()) for state in states]
+        starts = zip(*([0, *accumulate(column)][:-1] for column in zip(*counts, strict=True)), strict=True)
+        self.starts = torch.tensor(list(starts), device=self.packed.device)
+        pieces = self.packed.split([weight.data.numel() for weight in weights])
+        for weight, piece in zip(weights, pieces, strict=True):
+            weight.data = piece.view(weight.data.shape)
+        for state, piece in zip(states, self.scales.split([count for count, _ in counts]), strict=True):
+            state.absmax = piece
+
+    def arguments(self) -> tuple:
+        """What every kernel takes first."""
+        numbers = self.packed, self.scales, self.scale_code, self.outer, self.offsets, self.starts, self.code
+        return *numbers, *self.borders
+
+    def unpack(self, out: torch.Tensor) -> None:
+        """Write the weights to `out` [rows, columns]."""
+        blocks = out.shape[1] // NF4_BLOCK
+        tile = min(64, power_of_2(blocks))
+        unpack_nf4_kernel[(out.shape[0], triton.cdiv(blocks, tile))](
+            *(*self.arguments(), out, out.stride(0), blocks, tile), **exact_scales(out)
+        )
+
+    def multiply(self, x: torch.Tensor, size: int, h=None, b=None) -> torch.Tensor:
+        """x W^T + h b^T [rows, size] for a few rows, at most FEW_ROWS, read from the 4 bits themselves; h
+        [rows, rank] and b [size, rank], or neither."""
+        (rows, width), (tile, tile_bytes, warps, stages) = x.shape, TILE
+        blocks, tile_x = width // NF4_BLOCK, max(16, power_of_2(rows))
+        per = tile_bytes // 32
+        splits = min(triton.cdiv(blocks, 4 * per), triton.cdiv(512, triton.cdiv(size, tile)))
+        chunk = triton.cdiv(triton.cdiv(blocks, splits), per) * per
+        splits = triton.cdiv(blocks, chunk)
+        part = torch.empty(splits, rows, size, dtype=torch.float32, device=x.device)
+        multiply_nf4_kernel[(triton.cdiv(size, tile), splits)](
+            *(*self.arguments(), x, part, x.stride(0), rows, size, chunk, blocks, tile_x, tile, tile_bytes),
+            **{"num_warps": warps, "num_stages": stages} | exact_scales(x),
+        )
+        out, rank = x.new_empty(rows, size), 0 if h is None else h.shape[1]
+        add_up_kernel[(triton.cdiv(size, 64),)](
+            *(part, part if h is None else h, part if b is None else b, out, rows, size, splits),
+            *(rank, max(16, power_of_2(rank)), tile_x, 64),
+        )
+        return out
+
+
+def exact_scales(tensor: torch.Tensor) -> dict:
+    """Without fusing, product and sum of a scale are rounded as in bitsandbytes' own kernel."""
+    return {"enable_fp_fusion": False} if tensor.is_cuda else {}

@@ -1,0 +1,89 @@
+"""Print, as JSON, what the fast path of scoring and `generate`, one example at a time, answer with a small
+random model in float32, and how far products with 4-bit weights are from those with unpacked ones."""
+
+import copy
+import itertools
+import json
+
+import bitsandbytes.functional as bnb
+import torch
+from transformers import GenerationConfig
+
+from benchmarks.exactness import llama, with_adapters
+from study import cache, engine, nf4
+from study.generation import follow_one_of
+from study.model import merge
+
+ENDS = [7, 9, 79, 95]  # the last two come up in free answers
+NEW_TOKENS = 5
+ALLOWED = [[5, 6, 7], [5, 6, 8, 7], [11, 7], [12, 13, 14, 7], [12, 13, 15, 9]]
+
+
+def plain_answer(model, ids: list[int], allowed) -> list[int]:
+    greedy = GenerationConfig(
+        max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=ENDS, pad_token_id=ENDS[0]
+    )
+    following = None if allowed is None else follow_one_of(allowed, len(ids), ENDS[0])
+    ids = torch.tensor([ids])
+    with torch.no_grad():
+        output = model.generate(input_ids=ids, generation_config=greedy, prefix_allowed_tokens_fn=following)
+    return output[0, ids.shape[1] :].tolist()
+
+
+def make_prompts(shared: int, lengths) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    draw = lambda count: torch.randint(10, 96, (count,), generator=generator).tolist()
+    beginning = draw(shared)
+    return [beginning + draw(count) for count in lengths]
+
+
+def multiply_error(sizes, width: int, rows: int) -> float:
+    """The largest difference of x W^T + h b^T, from 4 bits, to the product with the unpacked weights."""
+    generator = torch.Generator().manual_seed(0)
+    weights, dense = [], []
+    for size in sizes:
+        packed, state = bnb.quantize_4bit(
+            torch.randn(size, width, generator=generator),
+            blocksize=64,
+            compress_statistics=True,
+            quant_type="nf4",
+        )
+        weights.append(torch.nn.Parameter(packed, requires_grad=False))
+        weights[-1].quant_state = state
+        dense.append(bnb.dequantize_4bit(packed, state))
+    x, h, b = (
+        torch.randn(*shape, generator=generator) for shape in ((rows, width), (rows, 6), (sum(sizes), 6))
+    )
+    got = nf4.PackedWeights(weights).multiply(x, sum(sizes), h, b)
+    expected = x @ torch.cat(dense).T + h @ b.T
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+def main() -> None:
+    # Train mode, without dropout: bitsandbytes would repack the weights of a layer in eval mode on the CPU.
+    tuned, results = with_adapters(llama(), 4, 0.0).train(), {}
+    prompts = make_prompts(20, (4, 11, 1, 23, 8))
+    models = {"4 bits": tuned, "merged": merge(copy.deepcopy(tuned))}
+    for allowed in (None, ALLOWED):
+        expected = [plain_answer(tuned, ids, allowed) for ids in prompts]
+        results[f"plain, {'constrained' if allowed else 'free'}"] = expected
+        for (name, model), (apart, memory, most) in itertools.product(
+            models.items(), ((1000, 1e9, None), (10, 1e9, 2), (1000, 0.0, None))
+        ):
+            cache.APART = apart
+            path = engine.Engine(model, memory or 1e9)
+            if not memory:  # a cache for two examples, so that places are used again
+                path.plan = lambda longest, shared: (30, shared + 2 * longest + 30)
+            answers = dict(path.answers(dict(enumerate(prompts)), NEW_TOKENS, ENDS, allowed, most))
+            kind, room = "constrained" if allowed else "free", f"{most or 'all'} at once"
+            reading = "apart" if apart == 10 else "together"
+            case = f"{name}, {kind}, {reading}, {room if memory else 'little room'}"
+            results[case] = [answers[i] for i in range(len(prompts))]
+    results["multiply"] = [
+        multiply_error(*case) for case in (((96, 32, 32), 192, 5), ((64,), 704, 17), ((80, 80), 64, 1))
+    ]
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

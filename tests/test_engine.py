@@ -1,0 +1,131 @@
+"""The fast path of scoring answers as plain `generate` does, whatever it shares, merges, batches or has to
+wait for.
+
+Its kernels run on the CPU, with Triton's interpreter, in a process of its own: that is chosen at import.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+pytest.importorskip("triton")
+from study import engine, generation
+from study.engine import Choices, Places, shared_tokens
+
+ANSWERS = [[5, 6, 7], [5, 6, 8, 7], [11, 7]]
+
+
+@pytest.fixture(scope="module")
+def results():
+    """Run every case of engine_cases.py at once: its results by name."""
+    interpreter = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **interpreter}
+    script = Path(__file__).with_name("engine_cases.py")
+    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("decoding", ["free", "constrained"])
+@pytest.mark.parametrize("weights", ["4 bits", "merged"])
+@pytest.mark.parametrize("how", ["together, all at once", "apart, 2 at once", "together, little room"])
+def test_answers_are_those_of_plain_generate_one_at_a_time(results, decoding, weights, how):
+    expected = results[f"plain, {decoding}"]
+    assert results[f"{weights}, {decoding}, {how}"] == expected
+    assert len({tuple(answer) for answer in expected}) > 1
+
+
+def test_some_answers_end_early(results):
+    assert len({len(answer) for answer in results["plain, free"]}) > 1
+
+
+def test_products_from_4_bits_are_those_with_the_unpacked_weights(results):
+    assert max(results["multiply"]) < 1e-5
+
+
+def test_an_answer_is_decided_as_soon_as_one_path_is_left():
+    choices = Choices(ANSWERS, "cpu")
+    after_5 = choices.next[0][5]
+    assert choices.forced(after_5) is None
+    assert choices.forced(choices.next[0][11]) == [7]
+    assert choices.forced(choices.next[choices.next[after_5][6]][8]) == [7]
+    assert choices.forced(choices.next[choices.next[after_5][6]][7]) == []
+
+
+def test_the_likeliest_allowed_token_is_chosen():
+    choices, logits = Choices(ANSWERS, "cpu"), torch.zeros(2, 20)
+    logits[0, [3, 5, 11]] = torch.tensor([9.0, 1.0, 2.0])
+    tokens, nodes = choices.choose(logits, torch.tensor([0, choices.next[0][5]]))
+    assert tokens.tolist() == [11, 6]
+    assert nodes.tolist() == [choices.next[0][11], choices.next[choices.next[0][5]][6]]
+
+
+def test_prompts_share_what_all_begin_with_and_keep_a_token_of_their_own():
+    assert shared_tokens([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 9]]) == 2
+    assert shared_tokens([[1, 2, 3], [1, 2, 3]]) == 2
+    assert shared_tokens([[1, 2], [1, 2, 3]]) == 1
+    assert shared_tokens([[1, 2, 3]]) == 0
+
+
+def test_places_do_not_overlap_and_a_freed_one_is_taken_again():
+    places = Places(first=10, rows=100)
+    starts = [places.take(size) for size in (40, 30, 20, 1)]
+    assert starts == [10, 50, 80, None]
+    places.freed.append(50)
+    assert [places.take(25), places.take(25)] == [50, None]
+
+
+class TooLarge:
+    """An engine that runs out of memory after each answer until it has a quarter of what it was given."""
+
+    def __init__(self, model, memory):
+        self.memory = self.given = memory
+
+    def answers(self, prompts, max_new_tokens, ends, allowed, most):
+        for index in sorted(prompts):
+            yield index, [index]
+            if self.memory > self.given / 4:
+                raise torch.OutOfMemoryError
+
+
+def test_out_of_memory_is_tried_again_with_half_of_it_and_loses_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(engine, "Engine", TooLarge)
+    monkeypatch.setattr(generation, "free_memory", lambda: 100)
+    got = list(generation.fast_answers(None, {i: [1] for i in range(5)}, 4, [2], None, None))
+    assert got == [(i, [i]) for i in range(5)]
+    assert capsys.readouterr().out.count("out of memory") == 2
+
+
+def test_what_never_fits_ends_in_out_of_memory(monkeypatch):
+    class Hopeless(TooLarge):
+        def answers(self, *_):
+            raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(engine, "Engine", Hopeless)
+    monkeypatch.setattr(generation, "free_memory", lambda: 100)
+    with pytest.raises(torch.OutOfMemoryError):
+        list(generation.fast_answers(None, {0: [1]}, 4, [2], None, None))
+
+
+def test_examples_wait_for_room_and_are_read_when_there_are_enough():
+    path = engine.Engine.__new__(engine.Engine)
+    path.at_once = 20
+    path.cache = type("Cache", (), {"shared": 1})
+    prompts = {i: [0] * (1 + size) for i, size in enumerate((8, 6, 6, 4, 4))}
+    waiting, places = engine.deque(prompts), Places(first=1, rows=1 + 3 * 10)
+    first = path.admit(prompts, waiting, places, 9, True, 2)
+    assert [(example.index, example.place) for example in first] == [(0, 1), (1, 11), (2, 19)]
+    places.freed.append(11)
+    assert path.admit(prompts, waiting, places, 9, False, 2) == []  # 4 tokens are too few to stop for
+    assert list(waiting) == [3, 4]
+    assert places.freed == [11]
+    places.freed.append(1)
+    assert [example.index for example in path.admit(prompts, waiting, places, 9, False, 2)] == [3, 4]
+    assert list(itertools.chain(waiting)) == []
