@@ -2,7 +2,8 @@
 
 Kernels are told apart by their names. Of matrix products these tell the tile only, so small tiles and split
 sums count as the adapters' and large tiles as the frozen weights', the head among them. That holds for small
-ranks: at rank 64 some of the adapters' products take large tiles, too.
+ranks: at rank 64 some of the adapters' products take large tiles, too. Where there are no adapters, or where
+the rows are so few that every tile is small, as in decoding, all products count as the frozen weights'.
 """
 
 import re
@@ -10,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 KINDS = (  # the first pattern that is found in a kernel's name gives its kind
-    (r"attention|flash|fmha", "attention"),
+    (r"attention|flash|fmha|(prompts|tokens|shared)_kernel", "attention"),
     (r"swiglu", "SwiGLU"),
     (r"rms_norm", "RMSNorm"),
     (r"rotate", "rotary positions"),
@@ -20,17 +21,19 @@ KINDS = (  # the first pattern that is found in a kernel's name gives its kind
     (r"Memcpy (HtoD|DtoH)", "host copies"),
     (r"add_adapter|splitK", "adapters' products"),
     (r"nvjet_sm\d+_[a-z]+_(\d+x)?(\d|[1-5]\d|6[0-3])(x\d+)?_", "adapters' products"),  # a side below 64
-    (r"nvjet|gemm|gemv|cutlass", "products with the frozen weights"),
+    (r"nvjet|gemm|gemv|cutlass|multiply_nf4|add_up", "products with the frozen weights"),
     (r"", "head, loss and rest"),
 )
 
 
-def kind_of(kernel: str) -> str:
-    return next(kind for pattern, kind in KINDS if re.search(pattern, kernel))
+def kind_of(kernel: str, adapters: bool = True) -> str:
+    kind = next(kind for pattern, kind in KINDS if re.search(pattern, kernel))
+    return "products with the frozen weights" if kind == "adapters' products" and not adapters else kind
 
 
-def kinds(run: Callable[[], None]) -> list[tuple[str, float, int]]:
-    """Profile `run` once: milliseconds and launches of each kind, the longest first, "idle" last.
+def kinds(run: Callable[[], None], adapters: bool = True) -> list[tuple[str, float, int]]:
+    """Profile `run` once: milliseconds and launches of each kind, the longest first, "idle" last. Without
+    `adapters` no product counts as theirs.
 
     Idle is what `run` takes, from an empty queue and with the profiler at work, less all kernels.
     """
@@ -49,16 +52,19 @@ def kinds(run: Callable[[], None]) -> list[tuple[str, float, int]]:
         for event in profiler.key_averages()
         if event.device_type == DeviceType.CUDA and not event.is_user_annotation
     ]
-    return by_kind(kernels, begin.elapsed_time(end))
+    return by_kind(kernels, begin.elapsed_time(end), adapters)
 
 
-def by_kind(kernels: Iterable[tuple[str, float, int]], wall: float) -> list[tuple[str, float, int]]:
+def by_kind(
+    kernels: Iterable[tuple[str, float, int]], wall: float, adapters: bool = True
+) -> list[tuple[str, float, int]]:
     """Sum (name, milliseconds, launches) over the kernels of each kind, and what is left of `wall`
     milliseconds."""
     sums = defaultdict(lambda: (0.0, 0))
     for name, milliseconds, launches in kernels:
-        before, count = sums[kind_of(name)]
-        sums[kind_of(name)] = before + milliseconds, count + launches
+        kind = kind_of(name, adapters)
+        before, count = sums[kind]
+        sums[kind] = before + milliseconds, count + launches
     rows = sorted(((kind, *both) for kind, both in sums.items()), key=lambda row: -row[1])
     return [*rows, ("idle", max(0.0, wall - sum(row[1] for row in rows)), 0)]
 

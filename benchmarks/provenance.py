@@ -9,7 +9,10 @@ from pathlib import Path
 
 from study import plan
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "triton", "trl", "unsloth", "liger-kernel")
+PACKAGES = (
+    *("torch", "transformers", "peft", "bitsandbytes", "triton"),
+    *("trl", "unsloth", "liger-kernel", "vllm"),
+)
 
 
 def provenance() -> dict:

@@ -14,17 +14,26 @@ examples. The last line is all of it as JSON.
 
 import argparse
 import json
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from importlib.util import find_spec
 from itertools import islice, pairwise, product
 from pathlib import Path
 from statistics import median
 
 from benchmarks.profiling import kinds, show_kinds
 from benchmarks.provenance import headline, provenance
+from benchmarks.workers import (
+    GIB,
+    MARGIN,
+    check_names,
+    frozen_products,
+    installed,
+    measure,
+    names,
+    nf4,
+    numbers,
+    sustained,
+)
 from study import cli, data
 
 MODES = ("fast", "dropout", "plain")
@@ -34,8 +43,6 @@ PEERS = {  # and what each needs
     "unsloth-fast": ("unsloth",),
     "published": ("trl",),
 }
-GIB = 2**30
-MARGIN = 0.06  # GiB by which a run may exceed what its plan counts
 
 
 def flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -73,31 +80,8 @@ def flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, metavar="FILE", help="write the table as JSON here, too")
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    for flag, given, known in (("--modes", args.modes, MODES), ("--peers", args.peers, PEERS)):
-        for name in given:
-            if name not in known and not (flag == "--modes" and name.isdigit()):
-                parser.error(f"{flag} {name}: choose among {', '.join(known)}")
+    check_names(parser, args, MODES, PEERS)
     return args
-
-
-def names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
-
-
-def numbers(text: str) -> list[int]:
-    return [cli.positive_int(word) for word in names(text)]
-
-
-def installed(peers: Sequence[str]) -> list[str]:
-    """Those of `peers` that can run here; one line says what the others lack."""
-    found = []
-    for peer in peers:
-        missing = [package for package in PEERS[peer] if not find_spec(package)]
-        if missing:
-            print(f"{peer} is left out: {' and '.join(missing)} not installed", file=sys.stderr)
-        else:
-            found.append(peer)
-    return found
 
 
 # Workers: one mode or peer, in a process of its own
@@ -284,42 +268,10 @@ def fused_losses(tuned, mode: str, length: int, step: tuple[int, int]) -> tuple[
     return losses, f"{path.plan.tokens:,} at once, {path.plan}"
 
 
-def nf4():
-    import torch
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-
-
 def ceiling(args: argparse.Namespace, mode: str, tokens: int, length: int, seconds: float = 5) -> dict:
     """The products of the frozen linear layers alone, forward and backward, over `seconds`."""
-    import torch
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(args.model)
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    shapes = [(3 * hidden, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
-    weights = [torch.randn(shape, dtype=torch.bfloat16, device="cuda") for shape in shapes]
-    widths = {size for shape in shapes for size in shape}
-    inputs = {size: torch.randn(tokens, size, dtype=torch.bfloat16, device="cuda") for size in widths}
-
-    def run(step) -> None:
-        for _ in range(layers):
-            for weight in weights:
-                torch.mm(inputs[weight.shape[1]], weight.T)
-                torch.mm(inputs[weight.shape[0]], weight)
-
-    began, rounds = time.perf_counter(), 0
-    while time.perf_counter() - began < seconds:
-        run(None)
-        torch.cuda.synchronize()
-        rounds += 1
-    return timed(range(rounds), run, lambda step: tokens) | {"how": "frozen products alone"}
+    took = sustained(frozen_products(args.model, tokens, backward=True), seconds)
+    return summary([tokens / each for each in took]) | {"how": "frozen products alone"}
 
 
 def trl(args: argparse.Namespace, mode: str, tokens: int, length: int) -> dict:
@@ -438,41 +390,21 @@ WORKERS = {
 # The tables
 
 
-def measure(args: argparse.Namespace, mode: str, tokens: int, length: int) -> dict:
-    """Run a mode or peer in a fresh process. Its row, or why there is none."""
-    words = [
-        sys.executable,
-        "-m",
-        "benchmarks.training",
-        *sys.argv[1:],
-        "--worker",
-        f"{mode}/{tokens}/{length}",
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    row = {"mode": mode, "tokens": tokens, "length": length}
-    try:
-        return row | json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):
-        lines = (done.stderr.strip() or "it printed nothing").splitlines()
-        print("\n".join(lines[-6:]), file=sys.stderr)
-        return row | {"failed": lines[-1][:200]}
-
-
 def show(rows: Sequence[dict]) -> str:
     from tabulate import tabulate
 
     lines = []
-    speeds = [(row["mode"] == "ceiling", row["tokens_per_second"]) for row in rows if "failed" not in row]
-    top = next((speed for is_ceiling, speed in speeds if is_ceiling), None)
-    first = next((speed for is_ceiling, speed in speeds if not is_ceiling), top)
+    done = [row for row in rows if "failed" not in row]
+    tops = {row["tokens"]: row["tokens_per_second"] for row in done if row["mode"] == "ceiling"}
+    first = next((row["tokens_per_second"] for row in done if row["mode"] != "ceiling"), None)
     for row in rows:
         start = [row["mode"], f"{row['tokens']:,}", row["length"]]
         if "failed" in row:
             lines.append([*start, "—", "—", "—", "—", "—", row["failed"]])
             continue
         speed, (low, high) = row["tokens_per_second"], row["spread"]
-        share = f"{100 * speed / top:.0f} %" if top else "—"
-        ratio = f"{speed / first:.2f}"
+        share = f"{100 * speed / tops[row['tokens']]:.0f} %" if row["tokens"] in tops else "—"
+        ratio = f"{speed / first:.2f}" if first else "—"
         spread, peak = f"{low:,.0f} to {high:,.0f}", f"{row['peak_gib']:.1f}"
         lines.append([*start, f"{speed:,.0f}", spread, ratio, share, peak, row["how"]])
     titles = [
@@ -522,11 +454,16 @@ def main() -> None:
         mode, tokens, length = args.worker.split("/")
         row = WORKERS.get(mode, ours)(args, mode, int(tokens), int(length))
         return print(json.dumps(row))
-    modes = ["samples"] if args.samples else ["ceiling", *args.modes, *installed(args.peers)]
-    table = show_samples if args.samples else show
+    if args.samples:
+        table, jobs = show_samples, product(["samples"], args.tokens, args.lengths)
+    else:
+        modes = [*args.modes, *installed(args.peers, PEERS)]
+        ceilings = product(["ceiling"], args.tokens, args.lengths[:1])  # they depend on the tokens alone
+        table, jobs = show, [*ceilings, *product(modes, args.tokens, args.lengths)]
     rows = []
-    for length, tokens, mode in product(args.lengths, args.tokens, modes):
-        rows.append(measure(args, mode, tokens, length))
+    for mode, tokens, length in jobs:
+        row = {"mode": mode, "tokens": tokens, "length": length}
+        rows.append(row | measure("benchmarks.training", f"{mode}/{tokens}/{length}"))
         print(*table(rows[-1:]).splitlines()[2:], sep="\n", file=sys.stderr, flush=True)
     result = provenance() | {"rows": rows}
     print(f"{headline(result)}\n\n{table(rows)}\n")

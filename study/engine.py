@@ -177,6 +177,7 @@ class Engine:
         """A cache for prompts with their answers, of at most `longest` tokens behind the shared ones and
         `total` in all."""
         self.cache, self.graphs, self.uses = None, {}, Counter()
+        self.pool = torch.cuda.graph_pool_handle() if self.embedding.is_cuda else None
         self.at_once, rows = self.plan(max(longest, shared), shared)
         if rows < shared + 2 * longest:
             raise torch.OutOfMemoryError(f"out of memory: no room for {shared + 2 * longest:,} tokens")
@@ -257,7 +258,7 @@ class Engine:
             self.uses[padded] += 1
             if self.uses[padded] == GRAPH_USES and padded <= GRAPH_MOST and self.state.is_cuda:
                 self.graphs[padded] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graphs[padded]):
+                with torch.cuda.graph(self.graphs[padded], pool=self.pool):
                     self.advance(padded)
         return self.state[0, :count].tolist()
 

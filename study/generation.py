@@ -224,7 +224,13 @@ def continue_batch(model, prompts, max_new_tokens, ends, allowed) -> list[list[i
         [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device()
     )
     greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, num_beams=1, eos_token_id=ends, pad_token_id=ends[0]
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=ends,
+        pad_token_id=ends[0],
+        repetition_penalty=1.0,  # what is not set here would come from the checkpoint
+        no_repeat_ngram_size=0,
     )
     following = None if allowed is None else follow_one_of(allowed, width, ends[0])
     with torch.inference_mode():

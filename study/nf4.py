@@ -84,21 +84,21 @@ def multiply_nf4_kernel(
     tile_bytes: tl.constexpr,
 ):
     """Some outputs for all rows of x, from a chunk of the blocks of each weight's row."""
-    row = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)[:, None]
-    split = tl.program_id(1)
+    output = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)[:, None]
+    row, split = tl.minimum(output, size - 1), tl.program_id(1)
     number = tl.arange(0, tile_x)
     table = tl.load(code + tl.arange(0, 16))
     per: tl.constexpr = tile_bytes // 32
     total = tl.zeros([tile, tile_x], tl.float32)
     for first in range(split * chunk, tl.minimum(blocks, (split + 1) * chunk), per):
         block = first + tl.arange(0, per)[None, :]
-        inside = (row < size) & (block < blocks)
+        inside = (row >= 0) & (block < blocks)
         scale = scales_of(
             row * blocks + block, row, inside, scales, scale_code, outer, offsets, starts, second, third
         )
         scale = tl.broadcast_to(scale[:, :, None], [tile, per, 32]).reshape([tile, tile_bytes])
         place = first * 32 + tl.arange(0, tile_bytes)[None, :]
-        inside = (row < size) & (place < blocks * 32)
+        inside = (row >= 0) & (place < blocks * 32)
         byte = tl.load(packed + row * (blocks * 32) + place, inside, 0).to(tl.int32)
         flat = tl.reshape(byte, [tile * tile_bytes])
         high = tl.reshape(tl.gather(table, flat >> 4, 0), [tile, tile_bytes]) * scale
@@ -109,8 +109,8 @@ def multiply_nf4_kernel(
         even, odd = tl.split(tl.reshape(value, [tile_x, tile_bytes, 2]))
         total = tl.dot(high.to(x.dtype.element_ty), tl.trans(even), total, input_precision=EXACT)
         total = tl.dot(low.to(x.dtype.element_ty), tl.trans(odd), total, input_precision=EXACT)
-    at = part + (split * rows + number[None, :]).to(tl.int64) * size + row
-    tl.store(at, total, (row < size) & (number[None, :] < rows))
+    at = part + (split * rows + number[None, :]).to(tl.int64) * size + output
+    tl.store(at, total, (output < size) & (number[None, :] < rows))
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])

@@ -15,6 +15,7 @@ KERNELS = {  # as an H200 names them
         "nvjet_sm90_tst_128x248_64x4_2x1_v_bz_coopA_NNT",
         "nvjet_sm90_tst_256x160_64x4_1x2_h_bz_coopA_TNT",
         "nvjet_sm90_tst_192x208_64x4_2x1_v_bz_coopB_NNT",
+        *("multiply_nf4_kernel", "add_up_kernel"),
     ],
     "adapters' products": [
         "nvjet_sm90_tst_32x128_64x10_1x2_h_bz_NNN",
@@ -221,9 +222,8 @@ def test_the_tables_of_inference_show_measured_and_failed_rows():
     ]
     rows = [{"examples": 80, "input_tokens": 16000, "spread": [9, 81], "how": "so"} | row for row in rows]
     rows.append({"mode": "few-shot", "examples": 0, "failed": "out of memory"})
-    lines = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in inference.show_all(rows).splitlines()
-    ]
+    table = inference.show_all(rows).splitlines()
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table]
     assert lines[3][:9] == ["fast", "80", "200", "20.0", "4.0", "20", "9 to 81", "1.00", "25 %"]
     assert lines[4][7:9] == ["0.50", "12 %"]
     assert lines[5][:2] + lines[5][-1:] == ["few-shot", "all", "out of memory"]

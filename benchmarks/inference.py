@@ -1,0 +1,490 @@
+"""Inference speed, beside the alternatives: examples per second and peak memory, on the same test prompts.
+
+    python -m benchmarks.inference --model CKPT --train_file FILE --test_file FILE \\
+        --modes fast,8,few-shot,constrained --peers published,generate,generate-merged,vllm
+    python -m benchmarks.inference --model CKPT --adapter DIR --train_file FILE --test_file FILE \\
+        --modes fast --equality 500
+
+Every mode and peer runs in a process of its own. A mode is "fast" (whatever fits the card), a number (within
+so many GiB), "few-shot" or "zero-shot" (fast, with the prompts of an untuned model), or "constrained" (fast,
+among the classes). Unless --stop is given, no answer but a constrained one ends before --max_new_tokens. A
+few prompts warm up; then the whole set is timed by the clock on the wall, three times if that is short: the
+median stands in the table. Slow peers take an evenly spaced sample of the prompts, equally long on average.
+The ceiling is what the products of the prompts with the frozen weights alone reach, sustained over seconds,
+for the mean length of the tuned prompts; few-shot prompts are longer, and read what they share only once.
+With --equality the answers are compared with those of `generate`, token by token. The last line is all of it
+as JSON.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice, product
+from pathlib import Path
+from statistics import median
+
+from benchmarks.profiling import kinds, show_kinds
+from benchmarks.provenance import headline, provenance
+from benchmarks.workers import (
+    GIB,
+    MARGIN,
+    check_names,
+    frozen_products,
+    installed,
+    measure,
+    names,
+    nf4,
+    numbers,
+    sustained,
+)
+from study import cli, data
+
+UNTUNED = ("few-shot", "zero-shot")
+MODES = ("fast", *UNTUNED, "constrained")
+PROFILED = ("fast", "few-shot")
+PEERS = {"published": (), "generate": (), "generate-merged": (), "vllm": ("vllm",)}  # and what each needs
+BATCHES = {"published": (1, 8), "generate": (64, 256), "generate-merged": (256, 1024)}  # at once, in all
+CEILING_TOKENS = 16_384
+STEP_MOST = 512  # examples of the step that is profiled
+ENOUGH = 15  # seconds from which on one round is enough
+
+
+def flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="CKPT", help="hub id or local folder of a Llama")
+    add("--adapter", type=Path, metavar="DIR", help="a trained adapter (random weights, rank 8)")
+    add("--train_file", required=True, metavar="FILE", help="train examples: classes, few-shot examples")
+    add("--test_file", required=True, metavar="FILE", help="test examples, .jsonl .json .csv or .parquet")
+    add("--task", choices=tuple(cli.DEFAULTS), default="classification", help="of the examples (%(default)s)")
+    known = f"{', '.join(MODES)}, or GiB"
+    add("--modes", type=names, default="fast", help=f"comma-separated: {known} (%(default)s)")
+    add("--peers", type=names, default="", help=f"comma-separated: {', '.join(PEERS)}")
+    add("--examples", type=numbers, default="", metavar="N,N", help="numbers of test examples (all)")
+    add("--max_new_tokens", type=cli.positive_int, metavar="N", help="of an answer (by task, as the scripts)")
+    add("--stop", action="store_true", help="let the end of sequence end an answer")
+    add("--profile", action="store_true", help="show where the time of reading and of a step goes")
+    add("--equality", type=cli.positive_int, metavar="N", help="compare N answers with those of generate")
+    add("--output", type=Path, metavar="FILE", help="write the tables as JSON here, too")
+    add("--worker", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    check_names(parser, args, MODES, PEERS)
+    if args.task == "summarization" and "constrained" in args.modes:
+        parser.error("--modes constrained chooses among classes: it goes with classification")
+    args.max_new_tokens = args.max_new_tokens or cli.DEFAULTS[args.task]["max_new_tokens"]
+    return args
+
+
+# What all workers read
+
+
+@dataclass
+class Tests:
+    """Test prompts (token ids by index), what they should be answered with, and the classes."""
+
+    prompts: dict[int, list[int]]
+    references: list[str]
+    labels: list[str]
+
+
+def read_tests(args: argparse.Namespace, tokenizer, count: int, mode: str = "", base=None) -> Tests:
+    """The test examples, or `count` of them, as the scripts prompt for them. An untuned model, `base`, is
+    prompted by its `mode`."""
+    from study import encoding, model
+
+    words = ["--train_file", args.train_file, "--test_file", args.test_file]
+    words += ["--max_new_tokens", str(args.max_new_tokens)]
+    words += ["--max_eval_samples", str(count)] if count else []
+    untuned = mode in UNTUNED
+    words += ["--task_type", args.task, "--prompt_type", mode] if untuned else []
+    settings = cli.parse_args(None if untuned else args.task, "", words)
+    splits = data.load(settings, ["train", "test"])
+    examples = data.sample_eval(splits["test"], settings).examples
+    labels = data.labels_of(splits["train"]) if args.task == "classification" else []
+    texts = [text for text, _ in examples]
+    if untuned:
+        shown = []
+        if mode == "few-shot":
+            shots = {"classification": 1, "summarization": 2}[args.task]
+            shown = encoding.choose_shots(splits["train"].examples, args.task, shots, settings.seed)
+        context = model.context_length(base, tokenizer)
+        prompts, _ = encoding.encode_baseline(tokenizer, texts, labels, shown, context, settings)
+    else:
+        prompts, _ = encoding.encode_prompts(tokenizer, args.task, texts, settings)
+    return Tests(dict(enumerate(prompts)), [answer for _, answer in examples], labels)
+
+
+def spaced(prompts: Mapping[int, list[int]], most: int) -> dict[int, list[int]]:
+    """At most `most` of the prompts, evenly spaced over their order by length: as long on average."""
+    order = sorted(prompts, key=lambda index: len(prompts[index]))
+    count = min(most, len(order))
+    chosen = [order[int((i + 0.5) * len(order) / count)] for i in range(count)]
+    return {index: prompts[index] for index in chosen}
+
+
+def load(args: argparse.Namespace, adapted: bool):
+    """The model in 4 bits, with the adapter if it is to be `adapted`."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from study import model
+
+    base = model.load_base(args.model, nf4())
+    if not adapted:
+        return base.eval()
+    if args.adapter:
+        return model.load_adapter(base, args.adapter)
+    torch.manual_seed(0)
+    lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    tuned = get_peft_model(base, lora)
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.01)
+        if "lora_" in name:
+            parameter.data = parameter.data.to(model.compute_dtype())
+    return tuned.eval()
+
+
+def ends_of(args: argparse.Namespace, tuned, tokenizer) -> list[int]:
+    """What ends an answer, for the engine. Without --stop nothing does, under `generate` neither."""
+    from study import generation
+
+    if args.stop:
+        return generation.stop_tokens(tuned, tokenizer)
+    tuned.generation_config.min_new_tokens = args.max_new_tokens
+    return [-1]
+
+
+# Workers: one mode or peer, in a process of its own
+
+
+def ours(args: argparse.Namespace, mode: str, count: int) -> dict:
+    from study import generation, model
+
+    tokenizer, tuned = model.load_tokenizer(args.model), load(args, mode not in UNTUNED)
+    tests = read_tests(args, tokenizer, count, mode, tuned)
+    ends = ends_of(args, tuned, tokenizer)
+    allowed = generation.label_answers(tokenizer, tests.labels) if mode == "constrained" else None
+    path, how = make_engine(tuned, mode)
+
+    def answer(prompts: dict, new: int) -> Iterator:
+        return path.answers(prompts, new, ends, allowed)
+
+    row = timed(answer, tests.prompts, args.max_new_tokens)
+    row["how"] = f"{how}, {path.at_once:,} tokens read at once, cache of {path.cache.keys.shape[1]:,}"
+    if args.profile and mode in PROFILED:
+        row["kinds"] = profile(path, tests.prompts, args.max_new_tokens)
+    return row
+
+
+def make_engine(tuned, mode: str) -> tuple:
+    """The engine within so many GiB, if `mode` is a number, or in what is free, and what its weights are."""
+    import torch
+
+    from study import engine, model
+
+    dense = 2 * sum(layer.in_features * layer.out_features for layer in model.four_bit_layers(tuned).values())
+    merged = mode != "unmerged" and (not mode.isdigit() or 1.5 * dense <= int(mode) * GIB)
+    if merged:
+        tuned = model.merge(tuned)
+    path = engine.Engine(tuned, 0.92 * model.free_memory())
+    if mode.isdigit():
+        path.memory = (int(mode) - MARGIN) * GIB - torch.cuda.memory_allocated()
+    return path, "dense weights" if merged else "weights in 4 bits"
+
+
+def timed(answer: Callable[[dict, int], Iterator], prompts: dict[int, list[int]], new: int) -> dict:
+    """Examples per second over whole rounds of `prompts`, after a few with 3 new tokens that compile."""
+    import torch
+
+    for _ in answer(dict(islice(prompts.items(), 64)), min(3, new)):
+        pass
+    torch.cuda.reset_peak_memory_stats()
+    seconds: list[float] = []
+    while len(seconds) < (3 if not seconds or seconds[0] < ENOUGH else 1):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        answers = dict(answer(prompts, new))
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    rates = sorted(len(prompts) / each for each in seconds)
+    return {
+        "examples": len(prompts),
+        "input_tokens": sum(map(len, prompts.values())),
+        "output_tokens": sum(map(len, answers.values())),
+        "seconds": median(seconds),
+        "examples_per_second": median(rates),
+        "spread": [rates[0], rates[-1]],
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+    }
+
+
+def profile(path, prompts: dict[int, list[int]], new: int) -> dict:
+    """Kinds of kernels, by what was profiled: a read of prompts, and a step of as many examples as fit."""
+    import torch
+
+    with torch.inference_mode():
+        running = start(path, list(spaced(prompts, STEP_MOST).values()), new)
+        group, tokens = [], 0
+        for example in running:
+            tokens += len(example.tokens)
+            if tokens <= path.at_once:
+                group.append(example)
+        for example, token in zip(running, path.read_all(running), strict=True):
+            example.answer.append(token)
+        read = kinds(lambda: path.read(group), path.layers[0].qkv.a is not None)
+        path.load(running)
+        places = path.padded(len(running))
+        path.advance(places)
+        step = kinds(lambda: path.advance(places), adapters=False)
+    count = sum(len(example.tokens) for example in group)
+    shared = f" behind {path.cache.shared:,} shared ones"
+    return {f"reading {count:,} tokens{shared}": read, f"a step of {len(running)} examples{shared}": step}
+
+
+def start(path, prompts: Sequence[list[int]], new: int) -> list:
+    """Prompts as examples with places in a new cache that holds what they share: as many as fit, in random
+    order."""
+    import torch
+
+    from study.engine import Places, Running, shared_tokens
+
+    shared, rows = shared_tokens(prompts), [len(prompt) + new for prompt in prompts]
+    path.choices = None
+    path.make_cache(shared, max(rows) - shared, sum(rows) - shared * len(rows))
+    path.state = torch.zeros(6, len(prompts) + 64, dtype=torch.long, device=path.embedding.device)
+    if shared:
+        path.read([Running(-1, prompts[0][:shared], 0)])
+    path.cache.shared, places, running = shared, Places(shared, path.idle_place), []
+    for prompt in random.Random(0).sample(prompts, len(prompts)):
+        place = places.take(len(prompt) - shared + new)
+        if place is not None:
+            running.append(Running(len(running), prompt[shared:], place))
+    return running
+
+
+def by_generate(args: argparse.Namespace, mode: str, count: int) -> dict:
+    """transformers' `generate`, in batches of like length; "published" is the study's way, which samples."""
+    import torch
+
+    from study import generation, model
+
+    tokenizer, tuned = model.load_tokenizer(args.model), load(args, True)
+    tests = read_tests(args, tokenizer, count)
+    size, most = BATCHES[mode]
+    prompts = spaced(tests.prompts, most)
+    ends_of(args, tuned, tokenizer)
+    ends = generation.stop_tokens(tuned, tokenizer)
+    if mode == "generate-merged":
+        tuned = model.merge(tuned)
+
+    def sample(batch: list, new: int) -> list[list[int]]:
+        ids = torch.tensor(batch, device=model.device())
+        settings = {"max_new_tokens": new, "do_sample": True, "top_p": 0.95, "temperature": 1e-3}
+        return tuned.generate(input_ids=ids, pad_token_id=ends[0], **settings)[:, ids.shape[1] :].tolist()
+
+    def answer(prompts: dict, new: int) -> Iterator:
+        order = list(prompts)  # by length, from `spaced`
+        for first in range(0, len(order), size):
+            indices = order[first : first + size]
+            batch = [prompts[index] for index in indices]
+            greedy = mode != "published"
+            rows = generation.continue_batch(tuned, batch, new, ends, None) if greedy else sample(batch, new)
+            yield from zip(indices, rows, strict=True)
+
+    weights = "dense weights" if mode == "generate-merged" else "weights in 4 bits"
+    how = f"{weights}, {size} at once; {len(prompts):,} of {len(tests.prompts):,} examples"
+    return timed(answer, prompts, args.max_new_tokens) | {"how": how}
+
+
+def vllm(args: argparse.Namespace, mode: str, count: int) -> dict:
+    """vLLM on merged weights, with its defaults, in this process so that its memory counts."""
+    import os
+
+    import torch
+
+    from study import model
+
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    tokenizer = model.load_tokenizer(args.model)
+    tests = read_tests(args, tokenizer, count)
+    with tempfile.TemporaryDirectory() as folder:
+        save_merged(args, folder)
+        tokenizer.save_pretrained(folder)
+        torch.cuda.empty_cache()
+        from vllm import LLM, SamplingParams
+
+        path = LLM(folder, dtype="bfloat16")
+
+    def answer(prompts: dict, new: int) -> Iterator:
+        settings = SamplingParams(temperature=0, max_tokens=new, ignore_eos=not args.stop)
+        results = path.generate([{"prompt_token_ids": ids} for ids in prompts.values()], settings)
+        return zip(prompts, (list(result.outputs[0].token_ids) for result in results), strict=True)
+
+    return timed(answer, tests.prompts, args.max_new_tokens) | {"how": "dense weights, vLLM's defaults"}
+
+
+def save_merged(args: argparse.Namespace, folder: str) -> None:
+    """A checkpoint without quantization."""
+    from study import model
+
+    merged = model.merge(load(args, True))
+    merged.hf_quantizer = None
+    del merged.config.quantization_config
+    merged.save_pretrained(folder)
+
+
+def ceiling(args: argparse.Namespace, mode: str, count: int, seconds: float = 4) -> dict:
+    """The products of the tuned prompts with the frozen weights alone, over `seconds`."""
+    from study import model
+
+    prompts = read_tests(args, model.load_tokenizer(args.model), count).prompts
+    tokens = sum(map(len, prompts.values()))
+    took = sorted(sustained(frozen_products(args.model, CEILING_TOKENS, backward=False), seconds))
+    rates = [CEILING_TOKENS / each / (tokens / len(prompts)) for each in (took[-1], median(took), took[0])]
+    return {
+        "examples": len(prompts),
+        "input_tokens": tokens,
+        "examples_per_second": rates[1],
+        "spread": [rates[0], rates[2]],
+        "how": "frozen products alone, forward",
+    }
+
+
+def equality(args: argparse.Namespace, mode: str, count: int) -> dict:
+    """Answers by the engine and, one example at a time, by `generate` with the same weights."""
+    import torch
+
+    from study import generation, metrics, model
+
+    tokenizer, tuned = model.load_tokenizer(args.model), load(args, True)
+    tests = read_tests(args, tokenizer, 0)
+    ends = generation.stop_tokens(tuned, tokenizer)
+    prompts = spaced(tests.prompts, count)
+    path, how = make_engine(tuned, mode)
+    answers = dict(path.answers(prompts, args.max_new_tokens, ends))
+    path.cache, path.graphs = None, {}
+    torch.cuda.empty_cache()
+    plain = tuned if mode == "unmerged" else tuned.get_base_model()
+    others = {
+        index: generation.continue_batch(plain, [prompt], args.max_new_tokens, ends, None)[0]
+        for index, prompt in prompts.items()
+    }
+
+    def scores(found: dict) -> dict:
+        texts = [tokenizer.decode(found[index], skip_special_tokens=True) for index in prompts]
+        references = [tests.references[index] for index in prompts]
+        return metrics.score(args.task, texts, references, tests.labels)[0]
+
+    same = sum(answers[index] == others[index] for index in prompts)
+    row = {"examples": len(prompts), "same": same, "how": how}
+    return row | {"engine": scores(answers), "generate": scores(others)}
+
+
+WORKERS = {
+    "ceiling": ceiling,
+    "published": by_generate,
+    "generate": by_generate,
+    "generate-merged": by_generate,
+    "vllm": vllm,
+}
+
+
+# The tables
+
+
+def show(rows: Sequence[dict], first: float | None = None, top: float | None = None) -> str:
+    """`first` and `top`: examples per second of the first of our modes, and of the ceiling."""
+    from tabulate import tabulate
+
+    lines = []
+    for row in rows:
+        if "failed" in row:
+            lines.append([row["mode"], row["examples"] or "all", *["—"] * 8, row["failed"]])
+            continue
+        count, speed = row["examples"], row["examples_per_second"]
+        cost = ["—", "—"]
+        if "output_tokens" in row:
+            cost = [f"{row['output_tokens'] / count:.1f}", f"{row['seconds']:.1f}"]
+        lines.append(
+            [
+                *(row["mode"], f"{count:,}", f"{row['input_tokens'] / count:,.0f}", *cost, f"{speed:,.3g}"),
+                "{:,.3g} to {:,.3g}".format(*row["spread"]),
+                f"{speed / first:.2f}" if first else "—",
+                f"{100 * speed / top:.0f} %" if top else "—",
+                f"{row['peak_gib']:.1f}" if "peak_gib" in row else "—",
+                row["how"],
+            ]
+        )
+    start = ["mode", "examples", "tokens a prompt", "new tokens", "seconds", "examples/s"]
+    titles = [*start, "spread", "ratio", "of the ceiling", "peak GiB", "how"]
+    return tabulate(lines, titles, tablefmt="github", disable_numparse=True)
+
+
+def show_all(rows: Sequence[dict]) -> str:
+    speeds = {"ceiling": None, "ours": None}
+    for row in rows:
+        which = "ceiling" if row["mode"] == "ceiling" else "ours"
+        if "failed" not in row and row["mode"] not in PEERS:
+            speeds[which] = speeds[which] or row["examples_per_second"]
+    return show(rows, speeds["ours"], speeds["ceiling"])
+
+
+def show_equality(rows: Sequence[dict]) -> str:
+    from tabulate import tabulate
+
+    lines = []
+    for row in rows:
+        if "failed" in row:
+            lines.append([row["mode"], *["—"] * 3, row["failed"]])
+            continue
+        share = f"{row['same']} ({100 * row['same'] / row['examples']:.1f} %)"
+        metrics = [
+            f"{name} {row['engine'][name]['value']:.1f} and {row['generate'][name]['value']:.1f}"
+            for name in row["engine"]
+        ]
+        lines.append([row["mode"], row["how"], row["examples"], share, ", ".join(metrics)])
+    titles = ["mode", "how", "examples", "the same tokens", "metrics, engine and generate"]
+    return tabulate(lines, titles, tablefmt="github", disable_numparse=True)
+
+
+def main() -> None:
+    args = flags()
+    if args.worker:
+        mode, count = args.worker.split("/")
+        kind, _, weights = mode.partition("=")
+        work = equality if kind == "equality" else WORKERS.get(mode, ours)
+        return print(json.dumps(work(args, weights or mode, int(count))))
+    counts = args.examples or [0]  # 0: all
+    jobs = [("ceiling", counts[-1]), *product(args.modes, counts)]
+    jobs += product(installed(args.peers, PEERS), counts[-1:])
+    rows = []
+    for mode, count in jobs:
+        row = {"mode": mode, "examples": count}
+        rows.append(row | measure("benchmarks.inference", f"{mode}/{count}"))
+        print(*show(rows[-1:]).splitlines()[2:], sep="\n", file=sys.stderr, flush=True)
+    same = [
+        {"mode": mode} | measure("benchmarks.inference", f"equality={mode}/{args.equality}")
+        for mode in (("fast", "unmerged") if args.equality else ())
+    ]
+    result = provenance() | {"rows": rows, "equality": same}
+    print(f"{headline(result)}\n\n{show_all(rows)}\n")
+    if same:
+        print(f"{show_equality(same)}\n")
+    for row in rows:
+        for what, table in row.get("kinds", {}).items():
+            print(f"{row['mode']}, {what}:\n\n{show_kinds(table)}\n")
+    if args.output:
+        args.output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
