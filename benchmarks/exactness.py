@@ -94,10 +94,12 @@ def with_adapters(base, rank: int, dropout: float, targets="all-linear"):
     return model.train()
 
 
-def make_examples(lengths, vocabulary: int) -> list[Example]:
+def make_examples(lengths, vocabulary: int, shared: int = 0) -> list[Example]:
+    """Random examples of (tokens, start of the answer) in `lengths`; all begin with the same `shared` tokens."""
     generator = torch.Generator().manual_seed(3)
     rows = [torch.randint(3, vocabulary, (count,), generator=generator).tolist() for count, _ in lengths]
-    return [Example(row, start) for row, (_, start) in zip(rows, lengths, strict=True)]
+    beginning = rows[0][:shared]
+    return [Example(beginning + row[shared:], start) for row, (_, start) in zip(rows, lengths, strict=True)]
 
 
 class Plain(torch.nn.Module):
@@ -149,9 +151,13 @@ def true_logits(model, path, examples, loss_on: str) -> tuple:
     batch = path.batch(examples, loss_on, SEED)
     rows, device = len(batch.ids), batch.ids.device
     base, adapters = in_float64(model, path, batch)
-    number = torch.cat([torch.full((len(example.ids),), i) for i, example in enumerate(examples)]).to(device)
-    seen = (number[:, None] == number) & torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
-    positions = torch.cat([torch.arange(len(example.ids)) for example in examples]).to(device)
+    shared = batch.attention.shared  # rows that all see, number -1
+    own = [len(example.ids) - shared for example in examples]
+    number = torch.arange(-1, len(own)).repeat_interleave(torch.tensor([shared, *own])).to(device)
+    seen = (number[:, None] == number) | (number == -1)
+    seen &= torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
+    positions = [torch.arange(shared), *(torch.arange(shared, shared + count) for count in own)]
+    positions = torch.cat(positions).to(device)
     mask = torch.where(seen, 0.0, -1e30).double()[None, None]
     output = base(batch.ids[None], position_ids=positions[None], attention_mask=mask, use_cache=False)
     return output.logits[0, batch.rows[batch.places]], batch.targets, adapters

@@ -28,6 +28,7 @@ from study.packing import learned_places
 KEEPS = ("all", "attention", "middle", "input")  # what a layer keeps for its backward, from most to least
 NAMES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 HEAD_ROWS = 4096  # logits at a time; more are computed again in the backward
+SHARED_LEAST = 8  # tokens that examples begin with alike, from which on they are computed once
 UNPACK_TOKENS = 300  # tokens in whose time a pass unpacks all weights (7B on an H200)
 LAUNCH_TOKENS = 2400  # and in whose time its kernels are launched
 
@@ -257,7 +258,8 @@ class Group:
 
 @dataclass
 class Batch:
-    """Packed examples. The last layer needs only `rows`, from the first learned place of each example on."""
+    """Packed examples, behind the tokens that all of them begin with. The last layer needs only `rows`, from
+    the first learned place of each example on."""
 
     ids: torch.Tensor
     cos: torch.Tensor
@@ -510,6 +512,13 @@ def counting(lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) - np.repeat(starts(lengths), lengths)
 
 
+def shared_tokens(examples: Sequence[Example], most: int) -> int:
+    """How many tokens, at most `most`, all of several examples begin with; 0 where that is not worth it."""
+    first, last = (choose(example.ids[:most] for example in examples) for choose in (min, max))
+    count = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    return count if len(examples) > 1 and count >= SHARED_LEAST else 0
+
+
 class FusedModel:
     """The decoder layers, embedding and head of a PEFT model, for training on packed examples."""
 
@@ -555,24 +564,32 @@ class FusedModel:
             torch._foreach_copy_(views, torch._foreach_mul([p.detach() for p in parameters], scale))
 
     def batch(self, examples: Sequence[Example], loss_on: str, seed: int) -> Batch:
-        lengths = np.array([len(example.ids) for example in examples])
         learned = [learned_places(example, loss_on) for example in examples]
+        shared = shared_tokens(examples, min(places.start for places in learned))
         firsts, counts = np.array([places.start for places in learned]), np.array([len(p) for p in learned])
-        ids = np.concatenate([example.ids for example in examples])
-        rows = counting(lengths - firsts) + np.repeat(starts(lengths) + firsts, lengths - firsts)
-        places = counting(counts) + np.repeat(starts(lengths - firsts), counts)
-        columns = (ids, counting(lengths), rows, places, ids[rows[places] + 1])
+        own = np.array([len(example.ids) for example in examples]) - shared
+        firsts -= shared
+        ids = np.concatenate([examples[0].ids[:shared], *(example.ids[shared:] for example in examples)])
+        positions = np.concatenate([np.arange(shared), counting(own) + shared])
+        rows = counting(own - firsts) + np.repeat(shared + starts(own) + firsts, own - firsts)
+        places = counting(counts) + np.repeat(starts(own - firsts), counts)
+        columns = [
+            column.astype(np.int64) for column in (ids, positions, rows, places, ids[rows[places] + 1])
+        ]
         table = kernels.to_device(np.concatenate(columns), self.embedding.device)
         ids, positions, rows, places, targets = table.split([len(column) for column in columns])
         cos, sin = self.rotary(torch.empty(0, dtype=torch.float32, device=table.device), positions[None])
         half, c = cos.shape[-1] // 2, self.config
-        shape = c.num_attention_heads, c.num_key_value_heads, head_size(c), table.device
+        lengths, all_queries, wanted = own.tolist(), [0] * len(own), firsts.tolist()
+        if shared:
+            lengths, all_queries, wanted = [shared, *lengths], [0, *all_queries], [shared, *wanted]
+        shape = c.num_attention_heads, c.num_key_value_heads, head_size(c), table.device, shared
         return Batch(
             ids=ids,
             cos=cos[0, :, :half].contiguous(),
             sin=sin[0, :, :half].contiguous(),
-            attention=kernels.Attention(lengths.tolist(), [0] * len(lengths), *shape),
-            last_attention=kernels.Attention(lengths.tolist(), firsts.tolist(), *shape),
+            attention=kernels.Attention(lengths, all_queries, *shape),
+            last_attention=kernels.Attention(lengths, wanted, *shape),
             rows=rows,
             places=places,
             targets=targets,

@@ -16,6 +16,7 @@ from benchmarks.exactness import (
     make_examples,
     ours,
     quantized,
+    theirs,
     truth,
     with_adapters,
 )
@@ -41,6 +42,20 @@ def main() -> None:
             path = fused.FusedModel(model, fused.Plan(tokens, keep))
             results[f"{keep}, loss on {loss_on}"] = error(ours(path, examples, loss_on), expected)
     results["isolation"] = isolation(path, examples)
+
+    kernels.SHARED_CHUNK = 8  # so that there are several
+    alike = make_examples(((14, 11), (12, 10), (19, 15)), TINY["vocab_size"], shared=9)
+    for keep, dropout in (("all", 0.0), ("input", 0.3)):
+        model = with_adapters(base, 4, dropout)
+        path = fused.FusedModel(model, fused.Plan(45, keep))
+        got = ours(path, alike, "answer")
+        results[f"alike, dropout {dropout}"] = error(got, truth(model, path, alike, "answer"))
+        if not dropout:
+            results["alike, PEFT"] = error(got, theirs(model, path, alike, "answer"))
+    results["computed once"] = (
+        path.batch(alike, "answer", 0).attention.shared,
+        len(path.batch(alike, "answer", 0).ids),
+    )
 
     for rank, dropout in ((2, 0.0), (2, 0.3), (64, 0.3)):
         model = with_adapters(base, rank, dropout)

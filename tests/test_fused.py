@@ -53,6 +53,15 @@ def test_loss_and_gradients_are_right_for_every_rank_and_with_dropout(errors, ra
     assert gradient < 1e-5
 
 
+@pytest.mark.parametrize("case", ["dropout 0.0", "dropout 0.3", "PEFT"])
+def test_what_examples_begin_with_alike_is_computed_once_and_changes_nothing(errors, case):
+    assert errors["computed once"] == [9, 14 + 12 + 19 - 2 * 9]
+    loss, gradients, worst = errors[f"alike, {case}"]
+    assert loss < 1e-6
+    assert gradients < 1e-5
+    assert worst < 1e-5
+
+
 def test_dropout_keeps_the_share_it_should_and_differs_by_seed(errors):
     shares, agreement = errors["dropout"]
     assert shares == pytest.approx([0.9, 0.7, 0.5], abs=0.01)
