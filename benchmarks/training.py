@@ -265,7 +265,7 @@ def fused_losses(tuned, mode: str, length: int, step: tuple[int, int]) -> tuple[
         for group in packing.split_to_fit(range(len(step)), lengths, path.plan.tokens, False):
             yield path.loss_sum([step[i] for i in group], "answer", group[0])
 
-    return losses, f"{path.plan.tokens:,} at once, {path.plan}"
+    return losses, f"{path.plan.tokens:,} at once, {path.plan}; what examples begin with alike once"
 
 
 def ceiling(args: argparse.Namespace, mode: str, tokens: int, length: int, seconds: float = 5) -> dict:
