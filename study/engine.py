@@ -45,7 +45,8 @@ class Linear:
                 base.weight.data = part
         adapted = [module for module in modules if "default" in getattr(module, "lora_A", {})]
         if adapted:
-            self.a = torch.cat([module.lora_A["default"].weight.data for module in adapted])
+            dtype = getattr(bases[0], "compute_dtype", bases[0].weight.dtype)
+            self.a = torch.cat([module.lora_A["default"].weight.data.to(dtype) for module in adapted])
             self.b = self.a.new_zeros(sum(self.sizes), len(self.a))
             column = 0
             for module, rows in zip(modules, self.b.split(self.sizes), strict=True):

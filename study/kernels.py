@@ -601,10 +601,10 @@ def attention_dkv_kernel(
     dk_2 = tl.zeros([tile_k, half], tl.float32)
     dv = tl.zeros([tile_k, 2 * half], tl.float32)
     for chunk in range(tl.where(start == 0, chunks, 0)):
-        at = part + (((chunk * shared + place) * key_heads + key_head) * 4 * half)[:, None]
-        dk_1 += tl.load(at + column, inside, 0.0)
-        dk_2 += tl.load(at + half + column, inside, 0.0)
-        dv += tl.load(at + 2 * half + wide, inside, 0.0)
+        found = part + (((chunk * shared + place) * key_heads + key_head) * 4 * half)[:, None]
+        dk_1 += tl.load(found + column, inside, 0.0)
+        dk_2 += tl.load(found + half + column, inside, 0.0)
+        dv += tl.load(found + 2 * half + wide, inside, 0.0)
     for sharer in range(heads // key_heads):
         head = key_head * (heads // key_heads) + sharer
         for first in range(tl.maximum(offset, first_query) // tile_q * tile_q, length, tile_q):

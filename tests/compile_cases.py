@@ -1,0 +1,81 @@
+"""Compile, without a GPU, every kernel that training and scoring launch with heads and widths as in Llama-2-7B,
+for the GPU architecture named by the first argument. Print, as JSON, the variants of each kernel.
+
+Nothing is computed: each launch is only compiled, with the arguments that it would have.
+"""
+
+import json
+import sys
+from collections import defaultdict
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from benchmarks.exactness import llama, make_examples, with_adapters
+from study import cache, engine, fused
+from study.model import merge
+
+SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+class NoDevice:
+    """What Triton asks of a driver in order to compile."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device) -> int:
+        return 0
+
+
+def collect(variants: dict) -> None:
+    """From now on a launch compiles its kernel and leaves it in `variants`, by name and hash."""
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        variants[self.fn.__name__][kernel.hash] = kernel
+
+    JITFunction.run = compile_only
+
+
+def train(base) -> None:
+    """A pass of every kind: with and without dropout, with and without tokens that all examples begin with."""
+    lengths = ((40, 30), (70, 60), (33, 31))
+    for shared, dropout, keep in ((0, 0.0, "all"), (20, 0.1, "input")):
+        model = with_adapters(base, 8, dropout)
+        path = fused.FusedModel(model, fused.Plan(150, keep))
+        path.loss_sum(make_examples(lengths, 96, shared), "answer", 1).backward()
+
+
+def score(base) -> None:
+    """Reading and a step, with weights in 4 bits and dense, shared rows read apart and not."""
+    for merged, apart in ((False, 10), (True, 1000)):
+        cache.APART = apart
+        tuned = with_adapters(base, 8, 0.0)
+        path = engine.Engine(merge(tuned) if merged else tuned, 1e9)
+        prompts = [example.ids for example in make_examples(((90, 1), (30, 1)), 96, shared=20)]
+        list(path.answers(dict(enumerate(prompts)), 3, [-1]))
+
+
+def main() -> None:
+    driver.set_active(NoDevice(int(sys.argv[1])))
+    variants: dict = defaultdict(dict)
+    collect(variants)
+    for key_heads in (2, 1):
+        base = llama(dtype=torch.bfloat16, **SIZES | {"num_key_value_heads": key_heads})
+        train(base)
+        score(base)
+    print(json.dumps({name: len(found) for name, found in variants.items()}))
+
+
+if __name__ == "__main__":
+    main()
