@@ -1,5 +1,5 @@
-"""Compile, without a GPU, every kernel that training and scoring launch with heads and widths as in Llama-2-7B,
-for the GPU architecture named by the first argument. Print, as JSON, the variants of each kernel.
+"""Compile, without a GPU, every kernel that training and scoring launch, with heads as in Llama-2-7B, for the
+GPU architecture named by the first argument. Print, as JSON, how many variants of each kernel there are.
 
 Nothing is computed: each launch is only compiled, with the arguments that it would have.
 """
@@ -48,7 +48,7 @@ def collect(variants: dict) -> None:
 
 
 def train(base) -> None:
-    """A pass of every kind: with and without dropout, with and without tokens that all examples begin with."""
+    """A pass without dropout, and one with it and with tokens that all examples begin with."""
     lengths = ((40, 30), (70, 60), (33, 31))
     for shared, dropout, keep in ((0, 0.0, "all"), (20, 0.1, "input")):
         model = with_adapters(base, 8, dropout)

@@ -1,4 +1,5 @@
-"""Every kernel compiles for the GPUs it is meant for, with the arguments it is launched with; this needs no GPU.
+"""Every kernel compiles for the GPUs it is meant for, with the arguments it is launched with; this needs no
+GPU.
 
 The interpreter that other tests run the kernels with takes what the compiler refuses, e.g. a variable that
 changes its type in a loop.
