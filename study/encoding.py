@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from prompts import build_prompt, defuse
 from study.cli import UserError
 
+TOGETHER = 256  # texts that are tokenized at once: the tokenizer's notes on them take memory
+
 
 @dataclass
 class Example:
@@ -19,14 +21,25 @@ class Example:
     answer_start: int
 
 
-def prompt_ids(tokenizer, prompt: str) -> list[int]:
-    """A prompt as the model sees it, in training and inference alike: one BOS if the model has one, no
+def batched(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of every text, without BOS. A fast tokenizer takes several at once, on all cores."""
+    rows: list[list[int]] = []
+    for first in range(0, len(texts), TOGETHER):
+        rows += tokenizer(list(texts[first : first + TOGETHER]), add_special_tokens=False)["input_ids"]
+    return rows
+
+
+def prompts_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+    """Prompts as the model sees them, in training and inference alike: one BOS if the model has one, no
     EOS."""
-    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
     begins = tokenizer("", add_special_tokens=True)["input_ids"][:1]
-    if begins and begins[0] == tokenizer.bos_token_id and ids[:1] != begins:
-        return begins + ids
-    return ids
+    if not begins or begins[0] != tokenizer.bos_token_id:
+        return batched(tokenizer, prompts)
+    return [ids if ids[:1] == begins else begins + ids for ids in batched(tokenizer, prompts)]
+
+
+def prompt_ids(tokenizer, prompt: str) -> list[int]:
+    return prompts_ids(tokenizer, [prompt])[0]
 
 
 def answer_ids(tokenizer, task: str, answer: str) -> list[int]:
@@ -44,25 +57,39 @@ def answer_ids(tokenizer, task: str, answer: str) -> list[int]:
     return [*whole[len(start) :], tokenizer.eos_token_id]
 
 
-def shorten(tokenizer, text: str, encode: Callable[[str], list[int]], budget: int) -> tuple[str, bool]:
-    """The longest beginning of `text` whose prompt `encode(text)` has at most `budget` tokens, and whether it
-    was cut.
+def fit(
+    tokenizer, texts: Sequence[str], write: Callable[[str], str], budgets: Sequence[int]
+) -> list[tuple[str, bool, list[int]]]:
+    """For each text its longest beginning whose prompt `write(text)` has at most so many tokens, whether it
+    was cut, and that prompt's tokens.
 
     Only the text gives way: instruction, labels and cue stay whole. Raises UserError where these alone exceed
     the budget.
     """
     # A token is rarely longer than 40 characters: cut a giant text before it is tokenized over and over.
-    kept = text[: 40 * max(budget, 1)]
-    excess = len(encode(kept)) - budget
-    while excess > 0:
+    beginnings = [text[: 40 * max(budget, 1)] for text, budget in zip(texts, budgets, strict=True)]
+    rows = prompts_ids(tokenizer, [write(beginning) for beginning in beginnings])
+    fitted = []
+    for text, kept, ids, budget in zip(texts, beginnings, rows, budgets, strict=True):
+        if len(ids) > budget:
+            kept, ids = shorten(tokenizer, kept, ids, write, budget)  # noqa: PLW2901
+        fitted.append((kept, kept != text, ids))
+    return fitted
+
+
+def shorten(
+    tokenizer, kept: str, ids: list[int], write: Callable[[str], str], budget: int
+) -> tuple[str, list[int]]:
+    """Cut `kept`, whose prompt has the tokens `ids`, until that fits."""
+    while len(ids) > budget:
         if not kept:
             raise UserError(
-                f"the prompt without its text has {budget + excess} tokens and only {max(budget, 0)} fit: "
+                f"the prompt without its text has {len(ids)} tokens and only {max(budget, 0)} fit: "
                 "raise --max_seq_length, lower --max_new_tokens or --shots, or take a longer context"
             )
-        kept = first_tokens(tokenizer, kept, token_count(tokenizer, kept) - excess)
-        excess = len(encode(kept)) - budget
-    return (text, False) if kept == text else (kept, True)
+        kept = first_tokens(tokenizer, kept, token_count(tokenizer, kept) - (len(ids) - budget))
+        ids = prompt_ids(tokenizer, write(kept))
+    return kept, ids
 
 
 def token_count(tokenizer, text: str) -> int:
@@ -75,14 +102,16 @@ def first_tokens(tokenizer, text: str, count: int) -> str:
     return text if count >= len(offsets) else text[: offsets[count][0]].rstrip() if count > 0 else ""
 
 
-def tuning_text(tokenizer, task: str, text: str, room: int, max_seq_length: int) -> tuple[str, bool]:
-    """`text` as every prompt of its task shows it: shortened so that its tuning prompt leaves `room`
-    tokens."""
-    return shorten(
+def fit_tuning(
+    tokenizer, task: str, texts: Sequence[str], rooms: Sequence[int], max_seq_length: int
+) -> list[tuple[str, bool, list[int]]]:
+    """The texts as every prompt of their task shows them: shortened so that their tuning prompts, returned
+    too, leave so much room."""
+    return fit(
         tokenizer,
-        defuse(text, tokenizer.all_special_tokens),
-        lambda kept: prompt_ids(tokenizer, build_prompt(task, "instruction", kept)),
-        max_seq_length - room,
+        [defuse(text, tokenizer.all_special_tokens) for text in texts],
+        lambda text: build_prompt(task, "instruction", text),
+        [max_seq_length - room for room in rooms],
     )
 
 
@@ -94,31 +123,25 @@ def encode_examples(
     The prompt keeps `--max_new_tokens` free for the answer, as inference does; only a longer answer makes it
     shorter.
     """
-    examples, shortened = [], 0
-    for whole, answer in pairs:
-        ending = answer_ids(tokenizer, task, answer)
+    endings = [answer_ids(tokenizer, task, answer) for _, answer in pairs]
+    for (_, answer), ending in zip(pairs, endings, strict=True):
         if task == "classification" and len(ending) > args.max_new_tokens:
             raise UserError(
                 f'--max_new_tokens {args.max_new_tokens} is too few for class "{answer}", of {len(ending)}'
             )
-        room = max(len(ending), args.max_new_tokens)
-        text, cut = tuning_text(tokenizer, task, whole, room, args.max_seq_length)
-        ids = prompt_ids(tokenizer, build_prompt(task, "instruction", text))
-        examples.append(Example(ids + ending, len(ids)))
-        shortened += cut
-    return examples, shortened
+    rooms = [max(len(ending), args.max_new_tokens) for ending in endings]
+    fitted = fit_tuning(tokenizer, task, [text for text, _ in pairs], rooms, args.max_seq_length)
+    examples = [Example(ids + ending, len(ids)) for (_, _, ids), ending in zip(fitted, endings, strict=True)]
+    return examples, sum(cut for _, cut, _ in fitted)
 
 
 def encode_prompts(
     tokenizer, task: str, texts: Sequence[str], args: argparse.Namespace
 ) -> tuple[list[list[int]], int]:
     """The prompts of a fine-tuned model, shortened as in training, and how many were."""
-    prompts, shortened = [], 0
-    for whole in texts:
-        text, cut = tuning_text(tokenizer, task, whole, args.max_new_tokens, args.max_seq_length)
-        prompts.append(prompt_ids(tokenizer, build_prompt(task, "instruction", text)))
-        shortened += cut
-    return prompts, shortened
+    rooms = [args.max_new_tokens] * len(texts)
+    fitted = fit_tuning(tokenizer, task, texts, rooms, args.max_seq_length)
+    return [ids for _, _, ids in fitted], sum(cut for _, cut, _ in fitted)
 
 
 # Prompts of untuned models
@@ -175,24 +198,29 @@ def encode_baseline(
     special, budget = tokenizer.all_special_tokens, context - args.max_new_tokens
     labels = [defuse(label, special) for label in labels]
 
-    def view(text: str) -> tuple[str, bool]:
-        return tuning_text(tokenizer, args.task, text, args.max_new_tokens, args.max_seq_length)
+    def views(texts: Sequence[str]) -> list[tuple[str, bool, list[int]]]:
+        rooms = [args.max_new_tokens] * len(texts)
+        return fit_tuning(tokenizer, args.task, texts, rooms, args.max_seq_length)
 
-    def encode(text: str, shown: Sequence[tuple[str, str]]) -> list[int]:
+    def write(text: str, shown: Sequence[tuple[str, str]]) -> str:
         prompt = build_prompt(args.task, args.prompt_type, text, labels, shown)
         if args.chat_template == "auto" and tokenizer.chat_template:
             message = [{"role": "user", "content": prompt}]
-            prompt = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return prompt_ids(tokenizer, prompt)
+            return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        return prompt
 
-    views = [view(text) for text in texts]
-    shown = [(view(text)[0], defuse(answer, special)) for text, answer in examples]
-    cut = {"examples": 0, "example_tokens": 0}
+    queries, cut = views(texts), {"examples": 0, "example_tokens": 0}
+    kept = [text for text, _, _ in queries]
+    answers = [defuse(answer, special) for _, answer in examples]
+    shown = [
+        (text, answer)
+        for (text, _, _), answer in zip(views([text for text, _ in examples]), answers, strict=True)
+    ]
     if shown:
         # A text's tokens change a little at its borders; what that takes comes off the query below.
-        room = budget - len(encode("", [("", answer) for _, answer in shown]))
-        longest = max(token_count(tokenizer, text) for text, _ in views)
+        room = budget - len(prompt_ids(tokenizer, write("", [("", answer) for answer in answers])))
+        longest = max(map(len, batched(tokenizer, kept)))
         shown, cut = shorten_examples(tokenizer, shown, room - min(longest, room // 2))
-    fitted = [shorten(tokenizer, text, lambda kept: encode(kept, shown), budget) for text, _ in views]
-    cut["texts"] = sum(first or then for (_, first), (_, then) in zip(views, fitted, strict=True))
-    return [encode(text, shown) for text, _ in fitted], cut
+    fitted = fit(tokenizer, kept, lambda text: write(text, shown), [budget] * len(kept))
+    cut["texts"] = sum(first or then for (_, first, _), (_, then, _) in zip(queries, fitted, strict=True))
+    return [ids for _, _, ids in fitted], cut

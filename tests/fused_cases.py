@@ -20,7 +20,7 @@ from benchmarks.exactness import (
     truth,
     with_adapters,
 )
-from study import fused, kernels, nf4
+from study import fused, kernels, nf4, training
 
 
 def main() -> None:
@@ -42,6 +42,9 @@ def main() -> None:
             path = fused.FusedModel(model, fused.Plan(tokens, keep))
             results[f"{keep}, loss on {loss_on}"] = error(ours(path, examples, loss_on), expected)
     results["isolation"] = isolation(path, examples)
+    results["agree"] = [training.agree(model, path, examples, "answer")]
+    path.layers[1].norm_1 = path.layers[1].norm_1 * 2
+    results["agree"].append(training.agree(model, path, examples, "answer"))
 
     kernels.SHARED_CHUNK = 8  # so that there are several
     alike = make_examples(((14, 11), (12, 10), (19, 15)), TINY["vocab_size"], shared=9)

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from conftest import DEMO_DATA, DEMO_MODEL, ROOT
 
-from benchmarks import curves, inference, profiling, training, workers
+from benchmarks import checkpoint, curves, inference, profiling, training, workers
 from study import cli, data, encoding
 from study.cli import UserError
 
@@ -271,3 +271,19 @@ def test_curves_that_can_not_be_compared_are_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             curves.read_curves([run, other])
+
+
+def test_a_random_checkpoint_is_one_that_the_fast_paths_take(tmp_path, monkeypatch):
+    pytest.importorskip("triton")
+    from study import engine, model
+
+    monkeypatch.setattr(checkpoint, "SIZES", {"7b": (128, 192, 2, 2)})
+    monkeypatch.setattr(
+        "sys.argv", ["checkpoint", "7b", str(tmp_path / "7b"), "--tokenizer", str(DEMO_MODEL)]
+    )
+    checkpoint.main()
+    base = model.load_base(str(tmp_path / "7b"), workers.nf4())
+    assert len(model.four_bit_layers(base)) == 2 * 7
+    assert engine.why_not(base) is None
+    with pytest.raises(UserError, match="exists"):
+        checkpoint.main()

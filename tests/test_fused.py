@@ -72,6 +72,10 @@ def test_one_example_does_not_change_anothers_loss(errors):
     assert errors["isolation"] == [0.0, True]
 
 
+def test_fused_layers_that_compute_another_loss_are_found_out(errors):
+    assert errors["agree"] == [True, False]
+
+
 def test_models_that_can_not_take_the_path_say_why(errors):
     reasons = errors["reasons"]
     assert reasons["llama"] is None

@@ -126,6 +126,7 @@ SPEED = [  # every flag that changes its speed, its score or its place only
     "--report_to tensorboard",
     "--split validation",
     "--eval_batch_size 3",
+    "--merge on",
     "--decoding constrained",
     "--force",
     "--dry_run",

@@ -2,6 +2,13 @@
 real data."""
 
 import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -79,6 +86,24 @@ def test_a_finished_evaluation_is_found_and_another_setting_stands_beside_it(tun
     [other] = {path.name for path in folder.glob("eval-*.json")}
     content, rows = read_eval(folder, other)
     assert content["eval"]["examples"] == len(rows) == 8
+
+
+def test_an_evaluation_that_is_killed_goes_on_and_ends_with_the_same_answers(tuned, tmp_path):
+    task, folder = tuned
+    again, script = tmp_path / "again", f"llama2_{task}_inference.py"
+    shutil.copytree(folder, again, ignore=shutil.ignore_patterns("eval*", "predictions*"))
+    command = [sys.executable, ROOT / script, "--experiment_dir", again, "--eval_batch_size", "2"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+    answers = again / ".eval.answers.jsonl"
+    while process.poll() is None and not (answers.exists() and len(answers.read_text().splitlines()) > 3):
+        time.sleep(0.05)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL  # it had not ended by itself
+    out = run(script, "--experiment_dir", again)
+    assert re.search(r"resumed +[1-9]\d* of", out)
+    assert (again / "predictions.jsonl").read_bytes() == (folder / "predictions.jsonl").read_bytes()
+    assert not answers.exists()
 
 
 def test_constrained_answers_are_always_classes_and_the_record_says_so(tuned):
