@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# What stands behind benchmarks/README.md: every measurement, from the data and a tokenizer alone, on one GPU.
+#
+#   benchmarks/all.sh DATA TOKENIZER [STEP...]
+#
+# DATA holds newsgroups_{train,test}.jsonl.gz and samsum_{train,test}.jsonl.gz. Checkpoints with random weights and
+# trained runs go to $WORK (a temporary folder), results to benchmarks/results/. Steps, all by default:
+#   training training_13b training_samsum sizes profile exactness curves
+#   inference inference_13b inference_samsum equality scripts
+set -euo pipefail
+data=$(realpath "${1:?usage: benchmarks/all.sh DATA TOKENIZER [STEP...]}")
+tokenizer=$(realpath "${2:?usage: benchmarks/all.sh DATA TOKENIZER [STEP...]}")
+shift 2
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+work=${WORK:-$(mktemp -d)}
+results=benchmarks/results
+posts=(--train_file "$data/newsgroups_train.jsonl.gz" --test_file "$data/newsgroups_test.jsonl.gz")
+dialogues=(--train_file "$data/samsum_train.jsonl.gz" --test_file "$data/samsum_test.jsonl.gz")
+price=(--price_per_hour "${PRICE_PER_HOUR:-4}")
+mkdir -p "$results" "$work"
+
+checkpoint() { # checkpoint SIZE: sets $model
+  model=$work/$1
+  [[ -d $model ]] || python -m benchmarks.checkpoint "$1" "$model" --tokenizer "$tokenizer"
+}
+
+train() { # train SIZE NAME FLAG...: one table of training speed
+  checkpoint "$1"
+  python -m benchmarks.training --model "$model" --dataset "$data/newsgroups_train.jsonl.gz" --steps 14 \
+    --output "$results/$2.json" "${@:3}"
+}
+
+infer() { # infer SIZE NAME FLAG...: one table of inference speed
+  checkpoint "$1"
+  python -m benchmarks.inference --model "$model" --output "$results/$2.json" "${@:3}"
+}
+
+run_of() { echo "$work/$1"; } # run_of NAME: the folder of a trained run
+
+tune() { # tune NAME FLAG...: 200 steps on posts
+  checkpoint 7b
+  python llama2_classification.py --pretrained_ckpt "$model" "${posts[@]}" "${price[@]}" --max_train_samples 3200 \
+    --epochs 1 --dropout 0 --experiment_dir "$(run_of "$1")" "${@:2}"
+}
+
+training() { train 7b training-7b --modes fast,22,7,dropout --peers unsloth-fast,unsloth,trl,published; }
+training_13b() { train 13b training-13b --modes fast,22; }
+training_samsum() {
+  train 7b training-7b-samsum --modes fast --task summarization --dataset "$data/samsum_train.jsonl.gz"
+}
+sizes() {
+  train 7b training-7b-tokens --modes fast --tokens 1024,4096,65536 --steps 8
+  train 7b training-7b-lengths --modes fast --lengths 256,2048,4096 --steps 8
+  train 7b training-7b-samples --samples 100,400,1600
+}
+profile() { train 7b training-7b-profile --modes fast --profile; }
+exactness() { python -m benchmarks.exactness --output "$results/exactness.json"; }
+curves() {
+  tune fused
+  tune plain --attn_implementation sdpa
+  cp "$(run_of fused)/train.json" "$results/curve-fused.json"
+  cp "$(run_of plain)/train.json" "$results/curve-plain.json"
+  python -m benchmarks.curves "$(run_of fused)" "$(run_of plain)" --names fused plain --output "$results/curves.png"
+}
+inference() {
+  infer 7b inference-7b "${posts[@]}" --modes fast,8,zero-shot,few-shot,constrained --profile \
+    --peers published,generate,generate-merged,vllm
+  infer 7b inference-7b-examples "${posts[@]}" --modes fast --examples 100,1000
+}
+inference_13b() { infer 13b inference-13b "${posts[@]}" --modes fast --examples 2000; }
+inference_samsum() { infer 7b inference-7b-samsum "${dialogues[@]}" --task summarization --modes fast; }
+equality() {
+  tune fused
+  infer 7b equality-7b "${posts[@]}" --adapter "$(run_of fused)/adapter" --examples 200 --stop --equality 128
+}
+scripts() { # the whole test sets through the ordinary scripts
+  tune fused
+  python llama2_classification_inference.py --experiment_dir "$(run_of fused)" "${price[@]}"
+  cp "$(run_of fused)/eval.json" "$results/eval-newsgroups.json"
+  python llama2_summarization.py --pretrained_ckpt "$model" "${dialogues[@]}" "${price[@]}" --max_train_samples 800 \
+    --experiment_dir "$(run_of samsum)"
+  python llama2_summarization_inference.py --experiment_dir "$(run_of samsum)" "${price[@]}"
+  cp "$(run_of samsum)/eval.json" "$results/eval-samsum.json"
+}
+
+(($#)) || set -- training training_13b training_samsum sizes profile exactness curves \
+  inference inference_13b inference_samsum equality scripts
+for step in "$@"; do
+  printf '\n%s, %s\n' "$step" "$(date -u +%FT%TZ)"
+  "$step"
+done
