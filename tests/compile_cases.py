@@ -1,5 +1,6 @@
 """Compile, without a GPU, every kernel that training and scoring launch, with heads as in Llama-2-7B, for the
-GPU architecture named by the first argument. Print, as JSON, how many variants of each kernel there are.
+GPU architecture named by the first argument.
+Print the most shared memory that each takes, in bytes, as JSON.
 
 Nothing is computed: each launch is only compiled, with the arguments that it would have.
 """
@@ -74,7 +75,10 @@ def main() -> None:
         base = llama(dtype=torch.bfloat16, **SIZES | {"num_key_value_heads": key_heads})
         train(base)
         score(base)
-    print(json.dumps({name: len(found) for name, found in variants.items()}))
+    shared = {
+        name: max(kernel.metadata.shared for kernel in found.values()) for name, found in variants.items()
+    }
+    print(json.dumps(shared))
 
 
 if __name__ == "__main__":
