@@ -21,7 +21,10 @@ mkdir -p "$results" "$work"
 
 checkpoint() { # checkpoint SIZE: sets $model
   model=$work/$1
-  [[ -d $model ]] || python -m benchmarks.checkpoint "$1" "$model" --tokenizer "$tokenizer"
+  [[ ! -d $model ]] || return 0
+  rm -rf "$model.part"
+  python -m benchmarks.checkpoint "$1" "$model.part" --tokenizer "$tokenizer"
+  mv "$model.part" "$model"
 }
 
 train() { # train SIZE NAME FLAG...: one table of training speed

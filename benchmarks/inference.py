@@ -191,21 +191,24 @@ def make_engine(tuned, mode: str) -> tuple:
     from study import engine, model
 
     dense = 2 * sum(layer.in_features * layer.out_features for layer in model.four_bit_layers(tuned).values())
-    merged = mode != "unmerged" and (not mode.isdigit() or 1.5 * dense <= int(mode) * GIB)
+    merged = 1.5 * dense <= int(mode) * GIB if mode.isdigit() else model.should_merge(tuned, "auto")
+    merged = merged and mode != "unmerged"
     if merged:
         tuned = model.merge(tuned)
     path = engine.Engine(tuned, 0.92 * model.free_memory())
     if mode.isdigit():
         path.memory = (int(mode) - MARGIN) * GIB - torch.cuda.memory_allocated()
+        path.memory += 0 if path.space is None else path.space.nbytes  # which the engine counts
     return path, "dense weights" if merged else "weights in 4 bits"
 
 
 def timed(answer: Callable[[dict, int], Iterator], prompts: dict[int, list[int]], new: int) -> dict:
-    """Examples per second over whole rounds of `prompts`, after a few with 3 new tokens that compile."""
+    """Examples per second over whole rounds of `prompts`, after some of a few that compile."""
     import torch
 
-    for _ in answer(dict(islice(prompts.items(), 64)), min(3, new)):
-        pass
+    for count in (64, 32, 16):
+        for _ in answer(dict(islice(prompts.items(), count)), new):
+            pass
     torch.cuda.reset_peak_memory_stats()
     seconds: list[float] = []
     while len(seconds) < (3 if not seconds or seconds[0] < ENOUGH else 1):
@@ -230,6 +233,8 @@ def profile(path, prompts: dict[int, list[int]], new: int) -> dict:
     """Kinds of kernels, by what was profiled: a read of prompts, and a step of as many examples as fit."""
     import torch
 
+    from study.engine import GRAPH_USES
+
     with torch.inference_mode():
         running = start(path, list(spaced(prompts, STEP_MOST).values()), new)
         group, tokens = [], 0
@@ -241,9 +246,9 @@ def profile(path, prompts: dict[int, list[int]], new: int) -> dict:
             example.answer.append(token)
         read = kinds(lambda: path.read(group), path.layers[0].qkv.a is not None)
         path.load(running)
-        places = path.padded(len(running))
-        path.advance(places)
-        step = kinds(lambda: path.advance(places), adapters=False)
+        for _ in range(GRAPH_USES):
+            path.step(len(running))
+        step = kinds(lambda: path.step(len(running)), adapters=False)
     count = sum(len(example.tokens) for example in group)
     shared = f" behind {path.cache.shared:,} shared ones"
     return {f"reading {count:,} tokens{shared}": read, f"a step of {len(running)} examples{shared}": step}
@@ -252,17 +257,10 @@ def profile(path, prompts: dict[int, list[int]], new: int) -> dict:
 def start(path, prompts: Sequence[list[int]], new: int) -> list:
     """Prompts as examples with places in a new cache that holds what they share: as many as fit, in random
     order."""
-    import torch
+    from study.engine import Running
 
-    from study.engine import Places, Running, shared_tokens
-
-    shared, rows = shared_tokens(prompts), [len(prompt) + new for prompt in prompts]
-    path.choices = None
-    path.make_cache(shared, max(rows) - shared, sum(rows) - shared * len(rows))
-    path.state = torch.zeros(6, len(prompts) + 64, dtype=torch.long, device=path.embedding.device)
-    if shared:
-        path.read([Running(-1, prompts[0][:shared], 0)])
-    path.cache.shared, places, running = shared, Places(shared, path.idle_place), []
+    places, running = path.prepare(prompts, new, None, len(prompts)), []
+    shared = path.cache.shared
     for prompt in random.Random(0).sample(prompts, len(prompts)):
         place = places.take(len(prompt) - shared + new)
         if place is not None:

@@ -23,7 +23,8 @@ TILES = {  # queries, keys, warps, stages
 }
 
 
-@triton.jit
+# The tensors of single numbers are rows of larger ones, so where they begin says nothing.
+@triton.jit(do_not_specialize_on_alignment=["positions", "places"])
 def rotate_kernel(
     qkv,
     positions,
@@ -184,7 +185,9 @@ def prompts_kernel(
     tl.store(at, result, wanted[:, None])
 
 
-@triton.jit(do_not_specialize=["rows", "shared", "splits"])
+@triton.jit(
+    do_not_specialize=["rows", "shared", "splits"], do_not_specialize_on_alignment=["starts", "lengths"]
+)
 def tokens_kernel(
     qkv,
     keys,

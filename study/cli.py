@@ -247,7 +247,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of this run (a name built from the flags, in --output_dir)",
     )
-    add("--force", action="store_true", help="redo a finished run")
+    add("--force", action="store_true", help="redo a finished run, from the start")
     add("--dry_run", action="store_true", help="print the run's folder and whether it is finished, and stop")
     add(
         "--price_per_hour",

@@ -123,7 +123,8 @@ def encode_examples(
     The prompt keeps `--max_new_tokens` free for the answer, as inference does; only a longer answer makes it
     shorter.
     """
-    endings = [answer_ids(tokenizer, task, answer) for _, answer in pairs]
+    known = {answer: answer_ids(tokenizer, task, answer) for answer in dict.fromkeys(a for _, a in pairs)}
+    endings = [known[answer] for _, answer in pairs]
     for (_, answer), ending in zip(pairs, endings, strict=True):
         if task == "classification" and len(ending) > args.max_new_tokens:
             raise UserError(

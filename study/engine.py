@@ -10,7 +10,6 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ import torch.nn.functional as F
 
 from study import cache, kernels, nf4
 from study.fused import counting, head_size, linear_layers, why_not_base
+from study.packing import common_beginning
 
 GRAPH_MOST = 512  # examples up to which a step may be bound by its launches, and so becomes a graph
 GRAPH_USES = 3  # of a size before it does: with answers that end early most sizes are passed once
@@ -59,7 +59,7 @@ class Linear:
         size, weight = sum(self.sizes), self.dense
         h = None if self.a is None else torch.mm(x, self.a.T)
         if weight is None and len(x) <= nf4.FEW_ROWS:
-            return self.packed.multiply(x, size, h, self.b)
+            return self.packed.multiply(x, h, self.b)
         if weight is None:
             weight = space[: size * self.width].view(size, self.width)
             self.packed.unpack(weight)
@@ -304,17 +304,9 @@ class Engine:
 
         At most `most` examples are at work at once. Raises torch.OutOfMemoryError.
         """
-        shared = shared_tokens(list(prompts.values()))
         waiting = deque(sorted(prompts, key=lambda index: -len(prompts[index])))
-        lengths = [len(prompt) - shared + max_new_tokens for prompt in prompts.values()]
-        self.choices = Choices(allowed, self.embedding.device) if allowed else None
-        self.make_cache(shared, max(lengths), sum(lengths))
-        print(f"{'':11}{shared:,} shared tokens, room for {self.idle_place - shared:,} others", flush=True)
         most = min(most or len(prompts), len(prompts))
-        self.state = torch.zeros(6, most + 64, dtype=torch.long, device=self.embedding.device)
-        if shared:
-            self.read([Running(-1, prompts[waiting[0]][:shared], 0)])
-        self.cache.shared, places = shared, Places(shared, self.idle_place)
+        places = self.prepare(list(prompts.values()), max_new_tokens, allowed, most)
         active: list[Running] = []
         while waiting or active:
             fresh = self.admit(prompts, waiting, places, most - len(active), not active, max_new_tokens)
@@ -330,6 +322,19 @@ class Engine:
             yield from ((example.index, example.answer) for example in finished)
             if active and (fresh or finished):
                 self.load(active)
+
+    def prepare(self, prompts: Sequence[list[int]], max_new_tokens: int, allowed, most: int) -> Places:
+        """Make the cache and read what all prompts begin with. Returns the places for what is their own."""
+        shared, device = shared_tokens(prompts), self.embedding.device
+        lengths = [len(prompt) - shared + max_new_tokens for prompt in prompts]
+        self.choices = Choices(allowed, device) if allowed else None
+        self.make_cache(shared, max(lengths), sum(lengths))
+        print(f"{'':11}{shared:,} shared tokens, room for {self.idle_place - shared:,} others", flush=True)
+        self.state = torch.zeros(6, most + 64, dtype=torch.long, device=device)
+        if shared:
+            self.read([Running(-1, prompts[0][:shared], 0)])
+        self.cache.shared = shared
+        return Places(shared, self.idle_place)
 
     def admit(self, prompts, waiting: deque, places: Places, most: int, must: bool, room: int) -> list:
         """Examples to read now: none until there are enough, unless one `must` be."""
@@ -374,7 +379,4 @@ class Engine:
 
 def shared_tokens(prompts: Sequence[list[int]]) -> int:
     """How many tokens all prompts begin with; each keeps one of its own."""
-    first, last = min(prompts), max(prompts)
-    pairs = zip(first, last, strict=False)
-    common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    return min(common, min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+    return min(common_beginning(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0

@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from study import kernels, nf4
 from study.encoding import Example
-from study.packing import learned_places
+from study.packing import common_beginning, learned_places
 
 KEEPS = ("all", "attention", "middle", "input")  # what a layer keeps for its backward, from most to least
 NAMES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -44,6 +44,8 @@ def why_not(model) -> str | None:
         return "not every linear layer has an adapter"
     if not all(hasattr(module.base_layer.weight, "quant_state") for module in modules):
         return "its weights are not in 4 bits"
+    if modules[0].r["default"] > kernels.MOST_RANK:
+        return f"its adapters' rank exceeds {kernels.MOST_RANK}"
     alike = len({(module.r["default"], module.scaling["default"]) for module in modules}) == 1
     return None if alike else "its adapters differ in rank or scale"
 
@@ -55,7 +57,7 @@ def why_not_base(base) -> str | None:
         f"{name} is not Llama or Mistral": name not in ("LlamaForCausalLM", "MistralForCausalLM"),
         "its attention has a window": getattr(config, "sliding_window", None),
         "its activation is not SiLU": getattr(config, "hidden_act", None) != "silu",
-        f"its heads have {head_size(config)} columns": head_size(config) not in (32, 64, 128, 256),
+        f"its heads have {head_size(config)} columns": head_size(config) not in (32, 64, 128),
     }
     for reason, holds in reasons.items():
         if holds:
@@ -514,8 +516,7 @@ def counting(lengths: np.ndarray) -> np.ndarray:
 
 def shared_tokens(examples: Sequence[Example], most: int) -> int:
     """How many tokens, at most `most`, all of several examples begin with; 0 where that is not worth it."""
-    first, last = (choose(example.ids[:most] for example in examples) for choose in (min, max))
-    count = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    count = common_beginning([example.ids[:most] for example in examples])
     return count if len(examples) > 1 and count >= SHARED_LEAST else 0
 
 

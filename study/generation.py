@@ -49,13 +49,13 @@ class Progress:
         if self.path and force:
             self.path.unlink(missing_ok=True)
 
-    def resume(self, prompts: Sequence[list[int]]) -> None:
-        """Take over the answers of an earlier attempt at the same run and prompts; a broken last line is
-        left out."""
+    def resume(self, prompts: Sequence[list[int]], how: str) -> None:
+        """Take over the answers of an earlier attempt at the same run and prompts, answered alike; a broken
+        last line is left out."""
         self.began = self.flushed = time.time()
         if not self.path:
             return
-        key = hashlib.sha256(json.dumps([self.run, prompts]).encode()).hexdigest()
+        key = hashlib.sha256(json.dumps([self.run, how, prompts]).encode()).hexdigest()
         lines = self.path.read_text().splitlines() if self.path.exists() else []
         if lines[:1] == [key]:
             for line in lines[1:]:
@@ -118,7 +118,7 @@ def generate(
     how = f"plain generate ({slow})" if slow else "fused layers"
     how += f", weights dense in {dtype}" if merged else ", weights in 4 bits"
     print(f"decoding   {how}", flush=True)
-    progress.resume(prompts)
+    progress.resume(prompts, how)
     answer = fast_answers if slow is None else plain_answers
     left = {i: prompt for i, prompt in enumerate(prompts) if i not in progress.answers}
     most = None if batch_size == "auto" else batch_size
@@ -171,7 +171,8 @@ def fast_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, all
     """(index, answer) of each of `prompts`, by the fast path in what memory is free."""
     from study import engine
 
-    path, left = engine.Engine(model, 0.92 * free_memory()), dict(prompts)
+    given, left = 0.92 * free_memory(), dict(prompts)
+    path = engine.Engine(model, given)
     while left:
         try:
             for index, ids in path.answers(left, max_new_tokens, ends, allowed, most):
@@ -179,7 +180,7 @@ def fast_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, all
                 left.pop(index)
         except torch.OutOfMemoryError:
             path.memory /= 2
-            if path.memory < 0.05 * free_memory():
+            if path.memory < 0.05 * given:
                 raise
             print("out of memory: going on with half of it", flush=True)
 

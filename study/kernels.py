@@ -19,6 +19,7 @@ def power_of_2(number: int) -> int:
 
 
 SHARED_CHUNK = 1024  # query rows that a program goes through for the keys that all of them see
+MOST_RANK = 128  # of an adapter: more do not fit the kernels that hold the whole rank
 TILES = {  # measured best on an H200
     "swiglu": (32, 64, 4, 24),  # rows, columns, warps, splits of the rows
     "swiglu dropout": (32, 64, 8, 16),
@@ -26,6 +27,11 @@ TILES = {  # measured best on an H200
     "dq": (64, 32, 4, 2),
     "dkv": (32, 64, 4, 2),
 }
+
+
+def rank_tile(rank: int) -> int:
+    """Columns of a rank that a kernel takes at once."""
+    return min(64, max(16, power_of_2(rank)))
 
 
 def to_device(array: np.ndarray, device) -> torch.Tensor:
@@ -78,17 +84,20 @@ def add_adapter_kernel(
     probability,
     width: tl.constexpr,
     rank: tl.constexpr,
-    padded: tl.constexpr,
+    tile_rank: tl.constexpr,
     tile_rows: tl.constexpr,
     tile: tl.constexpr,
 ):
     row = (tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * tile + tl.arange(0, tile))[None, :]
-    part = tl.arange(0, padded)
     inside = (row < rows) & (column < width)
-    left = tl.load(dh + row * dh_stride + part[None, :], (row < rows) & (part[None, :] < rank), 0.0)
-    right = tl.load(a + part[:, None] * width + column, (part[:, None] < rank) & (column < width), 0.0)
-    adapter = tl.dot(left, right, input_precision=EXACT) * keep(seed, row, column, width, probability)
+    adapter = tl.zeros([tile_rows, tile], tl.float32)
+    for first in range(0, rank, tile_rank):
+        part = first + tl.arange(0, tile_rank)
+        left = tl.load(dh + row * dh_stride + part[None, :], (row < rows) & (part[None, :] < rank), 0.0)
+        right = tl.load(a + part[:, None] * width + column, (part[:, None] < rank) & (column < width), 0.0)
+        adapter = tl.dot(left, right, adapter, input_precision=EXACT)
+    adapter *= keep(seed, row, column, width, probability)
     value = tl.load(dx + row * dx_stride + column, inside, 0.0).to(tl.float32) + adapter
     tl.store(dx + row * dx_stride + column, value.to(dx.dtype.element_ty), inside)
 
@@ -99,7 +108,7 @@ def add_adapter(dx: torch.Tensor, dh: torch.Tensor, a: torch.Tensor, seed: int, 
     tile_rows, tile, rank = 64, 128, a.shape[0]
     add_adapter_kernel[(triton.cdiv(rows, tile_rows), triton.cdiv(width, tile))](
         *(dx, dh, a, dx.stride(0), dh.stride(0), rows, seed, probability),
-        *(width, rank, max(16, power_of_2(rank)), tile_rows, tile),
+        *(width, rank, rank_tile(rank), tile_rows, tile),
     )
 
 

@@ -141,7 +141,8 @@ def merge(model):
             raise ValueError("merge before the model computes anything: its weights are repacked")
         weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype)
         for adapter in getattr(module, "active_adapters", []):
-            weight = (weight.float() + module.get_delta_weight(adapter).float()).to(weight.dtype)
+            a, b = (part[adapter].weight.float() for part in (module.lora_A, module.lora_B))
+            weight = torch.addmm(weight.float(), b, a, alpha=module.scaling[adapter]).to(weight.dtype)
         dense = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         dense.weight, dense.bias = torch.nn.Parameter(weight, requires_grad=False), layer.bias
         parent, _, leaf = name.rpartition(".")

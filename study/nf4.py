@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from study.kernels import EXACT, power_of_2
+from study.kernels import EXACT, power_of_2, rank_tile
 
 NF4_BLOCK = 64  # weights that share a scale
 FEW_ROWS = 64  # up to which multiplying from 4 bits is the faster way
@@ -123,7 +123,7 @@ def add_up_kernel(
     size,
     splits,
     rank: tl.constexpr,
-    padded: tl.constexpr,
+    tile_rank: tl.constexpr,
     tile_x: tl.constexpr,
     tile: tl.constexpr,
 ):
@@ -133,8 +133,8 @@ def add_up_kernel(
     total = tl.zeros([tile_x, tile], tl.float32)
     for split in range(splits):
         total += tl.load(part + (split * rows + row).to(tl.int64) * size + column, inside, 0.0)
-    if rank:
-        r = tl.arange(0, padded)
+    for first in range(0, rank, tile_rank):
+        r = first + tl.arange(0, tile_rank)
         left = tl.load(h + row * rank + r[None, :], (row < rows) & (r[None, :] < rank), 0.0)
         right = tl.load(b + column * rank + r[:, None], (column < size) & (r[:, None] < rank), 0.0)
         total = tl.dot(left, right, total, input_precision=EXACT)
@@ -152,6 +152,7 @@ class PackedWeights:
         self.outer = torch.cat([state.state2.absmax for state in states])
         self.offsets = torch.stack([state.offset.reshape(()) for state in states])
         self.scale_code, self.code = states[0].state2.code, states[0].code
+        self.size = sum(state.shape[0] for state in states)
         self.borders = ([*accumulate(state.shape[0] for state in states)] * 2)[:2]
         counts = [(state.absmax.numel(), state.state2.absmax.numel()) for state in states]
         starts = zip(*([0, *accumulate(column)][:-1] for column in zip(*counts, strict=True)), strict=True)
@@ -175,10 +176,11 @@ class PackedWeights:
             *(*self.arguments(), out, out.stride(0), blocks, tile), **exact_scales(out)
         )
 
-    def multiply(self, x: torch.Tensor, size: int, h=None, b=None) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor, h=None, b=None) -> torch.Tensor:
         """x W^T + h b^T [rows, size] for a few rows, at most FEW_ROWS, read from the 4 bits themselves; h
         [rows, rank] and b [size, rank], or neither."""
         (rows, width), (tile, tile_bytes, warps, stages) = x.shape, TILE
+        size = self.size
         blocks, tile_x = width // NF4_BLOCK, max(16, power_of_2(rows))
         per = tile_bytes // 32
         splits = min(triton.cdiv(blocks, 4 * per), triton.cdiv(512, triton.cdiv(size, tile)))
@@ -192,7 +194,7 @@ class PackedWeights:
         out, rank = x.new_empty(rows, size), 0 if h is None else h.shape[1]
         add_up_kernel[(triton.cdiv(size, 64),)](
             *(part, part if h is None else h, part if b is None else b, out, rows, size, splits),
-            *(rank, max(16, power_of_2(rank)), tile_x, 64),
+            *(rank, rank_tile(rank), tile_x, 64),
         )
         return out
 

@@ -49,6 +49,13 @@ def split_to_fit(
     return groups
 
 
+def common_beginning(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with."""
+    first, last = min(rows), max(rows)
+    shorter = min(len(first), len(last))
+    return next((i for i in range(shorter) if first[i] != last[i]), shorter)
+
+
 def learned_places(example: Example, loss_on: str) -> range:
     """Places whose next token is learned: those before the answer's tokens and the EOS, or all ("all")."""
     return range(

@@ -15,7 +15,7 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.exactness import llama, make_examples, with_adapters
-from study import cache, engine, fused
+from study import cache, engine, fused, kernels
 from study.model import merge
 
 SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -51,8 +51,8 @@ def collect(variants: dict) -> None:
 def train(base) -> None:
     """A pass without dropout, and one with it and with tokens that all examples begin with."""
     lengths = ((40, 30), (70, 60), (33, 31))
-    for shared, dropout, keep in ((0, 0.0, "all"), (20, 0.1, "input")):
-        model = with_adapters(base, 8, dropout)
+    for shared, rank, dropout, keep in ((0, 8, 0.0, "all"), (20, kernels.MOST_RANK, 0.1, "input")):
+        model = with_adapters(base, rank, dropout)
         path = fused.FusedModel(model, fused.Plan(150, keep))
         path.loss_sum(make_examples(lengths, 96, shared), "answer", 1).backward()
 
@@ -61,7 +61,7 @@ def score(base) -> None:
     """Reading and a step, with weights in 4 bits and dense, shared rows read apart and not."""
     for merged, apart in ((False, 10), (True, 1000)):
         cache.APART = apart
-        tuned = with_adapters(base, 8, 0.0)
+        tuned = with_adapters(base, kernels.MOST_RANK, 0.0)
         path = engine.Engine(merge(tuned) if merged else tuned, 1e9)
         prompts = [example.ids for example in make_examples(((90, 1), (30, 1)), 96, shared=20)]
         list(path.answers(dict(enumerate(prompts)), 3, [-1]))

@@ -78,6 +78,7 @@ def main() -> None:
     results["reasons"] = {
         "llama": fused.why_not(model),
         "some layers only": fused.why_not(with_adapters(base, 4, 0.0, ["q_proj", "v_proj"])),
+        "rank": fused.why_not(with_adapters(base, 256, 0.0)),
         "neox": fused.why_not(with_adapters(quantized(GPTNeoXForCausalLM, neox), 4, 0.0)),
     }
 

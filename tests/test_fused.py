@@ -81,6 +81,7 @@ def test_models_that_can_not_take_the_path_say_why(errors):
     assert reasons["llama"] is None
     assert "not every linear layer" in reasons["some layers only"]
     assert "GPTNeoX" in reasons["neox"]
+    assert "rank exceeds 128" in reasons["rank"]
 
 
 def test_a_plan_fits_the_memory_and_prefers_speed(errors):
