@@ -89,6 +89,12 @@ scripts() { # the whole test sets through the ordinary scripts
 (($#)) || set -- training training_13b training_samsum sizes profile exactness curves \
   inference inference_13b inference_samsum equality scripts
 for step in "$@"; do
+  declare -F "$step" >/dev/null || {
+    echo "error: there is no step $step: the head of this script lists them" >&2
+    exit 2
+  }
+done
+for step in "$@"; do
   printf '\n%s, %s\n' "$step" "$(date -u +%FT%TZ)"
   "$step"
 done

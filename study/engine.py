@@ -3,7 +3,7 @@
 Prompts lie end to end when they are read, so nothing is padded, and what all of them begin with is read once.
 They are taken longest first; an answered example leaves at once, and its place in the cache, long enough for
 every example that is left, goes to the next. A step of few examples is one CUDA graph. The weights are dense,
-or stay in 4 bits and are unpacked for each product (study/model.py merges them where memory allows).
+merged where memory allows (study/model.py), or stay in 4 bits (study/nf4.py).
 """
 
 import math
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from study import cache, kernels, nf4
 from study.fused import counting, head_size, linear_layers, why_not_base
+from study.model import base_of
 from study.packing import common_beginning
 
 GRAPH_MOST = 512  # examples up to which a step may be bound by its launches, and so becomes a graph
@@ -26,8 +27,7 @@ READ_TOKENS = 16_384  # of prompts at once: enough for full speed
 
 def why_not(model) -> str | None:
     """The reason why a model, with adapters or merged ones, can't take this path, or None if it can."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return why_not_base(base)
+    return why_not_base(base_of(model))
 
 
 class Linear:
@@ -35,33 +35,33 @@ class Linear:
 
     def __init__(self, modules: Sequence):
         bases = [getattr(module, "base_layer", module) for module in modules]
-        self.sizes, self.width = [base.out_features for base in bases], bases[0].in_features
+        sizes, self.width = [base.out_features for base in bases], bases[0].in_features
+        self.size = sum(sizes)
         self.packed = self.dense = self.a = self.b = None
         if hasattr(bases[0].weight, "quant_state"):
             self.packed = nf4.PackedWeights([base.weight for base in bases])
         else:
             self.dense = torch.cat([base.weight.data for base in bases])
-            for base, part in zip(bases, self.dense.split(self.sizes), strict=True):
+            for base, part in zip(bases, self.dense.split(sizes), strict=True):
                 base.weight.data = part
         adapted = [module for module in modules if "default" in getattr(module, "lora_A", {})]
         if adapted:
             dtype = getattr(bases[0], "compute_dtype", bases[0].weight.dtype)
             self.a = torch.cat([module.lora_A["default"].weight.data.to(dtype) for module in adapted])
-            self.b = self.a.new_zeros(sum(self.sizes), len(self.a))
+            self.b = self.a.new_zeros(self.size, len(self.a))
             column = 0
-            for module, rows in zip(modules, self.b.split(self.sizes), strict=True):
+            for module, rows in zip(modules, self.b.split(sizes), strict=True):
                 if module in adapted:
                     rank, scale = module.r["default"], module.scaling["default"]
                     rows[:, column : column + rank] = module.lora_B["default"].weight.data * scale
                     column += rank
 
     def __call__(self, x: torch.Tensor, space: torch.Tensor | None) -> torch.Tensor:
-        size, weight = sum(self.sizes), self.dense
-        h = None if self.a is None else torch.mm(x, self.a.T)
+        weight, h = self.dense, None if self.a is None else torch.mm(x, self.a.T)
         if weight is None and len(x) <= nf4.FEW_ROWS:
             return self.packed.multiply(x, h, self.b)
         if weight is None:
-            weight = space[: size * self.width].view(size, self.width)
+            weight = space[: self.size * self.width].view(self.size, self.width)
             self.packed.unpack(weight)
         y = torch.mm(x, weight.T)
         return y if h is None else y.addmm_(h, self.b.T)
@@ -146,7 +146,7 @@ class Engine:
     """A model's layers for greedy decoding within `memory` bytes beside the weights."""
 
     def __init__(self, model, memory: float):
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        base = base_of(model)
         self.config, self.memory = base.config, memory
         self.embedding, self.norm = base.model.embed_tokens.weight.data, base.model.norm.weight.data
         self.head, self.rotary = base.lm_head.weight.data, base.model.rotary_emb
@@ -154,7 +154,7 @@ class Engine:
         groups = [
             group for layer in self.layers for group in (layer.qkv, layer.out, layer.gate_up, layer.down)
         ]
-        widest = max(sum(group.sizes) * group.width for group in groups)
+        widest = max(group.size * group.width for group in groups)
         packed = groups[0].packed is not None
         self.space = self.embedding.new_empty(widest) if packed else None
         self.heads, self.size = self.config.num_attention_heads, head_size(self.config)
@@ -197,7 +197,7 @@ class Engine:
         """Logits [n, vocabulary] after tokens [n], or after those numbered `last` alone, by `attend_last` in
         the last layer."""
         x, delta, epsilon = F.embedding(ids, self.embedding), None, self.config.rms_norm_eps
-        normed, hidden = torch.empty_like(x), x.shape[1]
+        normed = torch.empty_like(x)
         for i, layer in enumerate(self.layers):
             x, _ = kernels.rms_norm(x, layer.norm_1, epsilon, normed, delta)
             qkv = layer.qkv(normed, self.space)
@@ -211,7 +211,7 @@ class Engine:
             kernels.swiglu(gate_up, inner)
             delta = layer.down(inner, self.space)
         kernels.rms_norm(x, self.norm, epsilon, normed, delta)
-        return torch.mm(normed.view(-1, hidden), self.head.T)
+        return torch.mm(normed, self.head.T)
 
     def choose(self, logits, nodes) -> tuple[torch.Tensor, torch.Tensor]:
         return self.choices.choose(logits, nodes) if self.choices else (logits.argmax(1), nodes)

@@ -111,6 +111,11 @@ def four_bit_layers(model) -> dict:
     return found
 
 
+def base_of(model):
+    """A PEFT model's own model, or `model` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def free_memory() -> int:
     """Bytes of the GPU that this process can still take."""
     cached = torch.cuda.memory_reserved(device()) - torch.cuda.memory_allocated(device())
@@ -134,7 +139,7 @@ def merge(model):
     """
     from bitsandbytes.functional import dequantize_4bit
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     for name, module in four_bit_layers(base).items():
         layer = getattr(module, "base_layer", module)
         if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):

@@ -92,14 +92,21 @@ def multiply_nf4_kernel(
     total = tl.zeros([tile, tile_x], tl.float32)
     for first in range(split * chunk, tl.minimum(blocks, (split + 1) * chunk), per):
         block = first + tl.arange(0, per)[None, :]
-        inside = (row >= 0) & (block < blocks)
         scale = scales_of(
-            row * blocks + block, row, inside, scales, scale_code, outer, offsets, starts, second, third
+            row * blocks + block,
+            row,
+            block < blocks,
+            scales,
+            scale_code,
+            outer,
+            offsets,
+            starts,
+            second,
+            third,
         )
         scale = tl.broadcast_to(scale[:, :, None], [tile, per, 32]).reshape([tile, tile_bytes])
         place = first * 32 + tl.arange(0, tile_bytes)[None, :]
-        inside = (row >= 0) & (place < blocks * 32)
-        byte = tl.load(packed + row * (blocks * 32) + place, inside, 0).to(tl.int32)
+        byte = tl.load(packed + row * (blocks * 32) + place, place < blocks * 32, 0).to(tl.int32)
         flat = tl.reshape(byte, [tile * tile_bytes])
         high = tl.reshape(tl.gather(table, flat >> 4, 0), [tile, tile_bytes]) * scale
         low = tl.reshape(tl.gather(table, flat & 15, 0), [tile, tile_bytes]) * scale
