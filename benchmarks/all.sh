@@ -5,8 +5,8 @@
 #
 # DATA holds newsgroups_{train,test}.jsonl.gz and samsum_{train,test}.jsonl.gz. Checkpoints with random weights and
 # trained runs go to $WORK (a temporary folder), results to benchmarks/results/. Steps, all by default:
-#   training training_13b training_samsum sizes profile exactness curves
-#   inference inference_13b inference_samsum equality scripts
+#   training training_13b training_samsum sizes exactness curves
+#   inference inference_sizes inference_13b inference_samsum equality scripts
 set -euo pipefail
 data=$(realpath "${1:?usage: benchmarks/all.sh DATA TOKENIZER [STEP...]}")
 tokenizer=$(realpath "${2:?usage: benchmarks/all.sh DATA TOKENIZER [STEP...]}")
@@ -46,7 +46,9 @@ tune() { # tune NAME FLAG...: 200 steps on posts
     --epochs 1 --dropout 0 --experiment_dir "$(run_of "$1")" "${@:2}"
 }
 
-training() { train 7b training-7b --modes fast,22,7,dropout --peers unsloth-fast,unsloth,trl,published; }
+training() {
+  train 7b training-7b --modes fast,22,7,dropout --peers unsloth-fast,unsloth,trl,published --profile
+}
 training_13b() { train 13b training-13b --modes fast,22; }
 training_samsum() {
   train 7b training-7b-samsum --modes fast --task summarization --dataset "$data/samsum_train.jsonl.gz"
@@ -56,7 +58,6 @@ sizes() {
   train 7b training-7b-lengths --modes fast --lengths 256,2048,4096 --steps 8
   train 7b training-7b-samples --samples 100,400,1600
 }
-profile() { train 7b training-7b-profile --modes fast --profile; }
 exactness() { python -m benchmarks.exactness --output "$results/exactness.json"; }
 curves() {
   tune fused
@@ -66,15 +67,15 @@ curves() {
   python -m benchmarks.curves "$(run_of fused)" "$(run_of plain)" --names fused plain --output "$results/curves.png"
 }
 inference() {
-  infer 7b inference-7b "${posts[@]}" --modes fast,8,zero-shot,few-shot,constrained --profile \
+  infer 7b inference-7b "${posts[@]}" --modes fast,8,zero-shot,few-shot,constrained --profile --examples 2000 \
     --peers published,generate,generate-merged,vllm
-  infer 7b inference-7b-examples "${posts[@]}" --modes fast --examples 100,1000
 }
+inference_sizes() { infer 7b inference-7b-examples "${posts[@]}" --modes fast --examples 100,1000,7317; }
 inference_13b() { infer 13b inference-13b "${posts[@]}" --modes fast --examples 2000; }
 inference_samsum() { infer 7b inference-7b-samsum "${dialogues[@]}" --task summarization --modes fast; }
 equality() {
   tune fused
-  infer 7b equality-7b "${posts[@]}" --adapter "$(run_of fused)/adapter" --examples 200 --stop --equality 128
+  infer 7b equality-7b "${posts[@]}" --adapter "$(run_of fused)/adapter" --modes '' --stop --equality 256
 }
 scripts() { # the whole test sets through the ordinary scripts
   tune fused
@@ -86,8 +87,8 @@ scripts() { # the whole test sets through the ordinary scripts
   cp "$(run_of samsum)/eval.json" "$results/eval-samsum.json"
 }
 
-(($#)) || set -- training training_13b training_samsum sizes profile exactness curves \
-  inference inference_13b inference_samsum equality scripts
+(($#)) || set -- training training_13b training_samsum sizes exactness curves \
+  inference inference_sizes inference_13b inference_samsum equality scripts
 for step in "$@"; do
   declare -F "$step" >/dev/null || {
     echo "error: there is no step $step: the head of this script lists them" >&2

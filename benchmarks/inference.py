@@ -179,7 +179,7 @@ def ours(args: argparse.Namespace, mode: str, count: int) -> dict:
 
     row = timed(answer, tests.prompts, args.max_new_tokens)
     row["how"] = f"{how}, {path.at_once:,} tokens read at once, cache of {path.cache.keys.shape[1]:,}"
-    if args.profile and mode in PROFILED:
+    if args.profile and (mode in PROFILED or mode.isdigit()):
         row["kinds"] = profile(path, tests.prompts, args.max_new_tokens)
     return row
 
@@ -461,8 +461,8 @@ def main() -> None:
         work = equality if kind == "equality" else WORKERS.get(mode, ours)
         return print(json.dumps(work(args, weights or mode, int(count))))
     counts = args.examples or [0]  # 0: all
-    jobs = [("ceiling", counts[-1]), *product(args.modes, counts)]
-    jobs += product(installed(args.peers, PEERS), counts[-1:])
+    jobs = [*product(args.modes, counts), *product(installed(args.peers, PEERS), counts[-1:])]
+    jobs[:0] = [("ceiling", counts[-1])] if jobs else []
     rows = []
     for mode, count in jobs:
         row = {"mode": mode, "examples": count}
