@@ -57,14 +57,14 @@ class Linear:
                     column += rank
 
     def __call__(self, x: torch.Tensor, space: torch.Tensor | None) -> torch.Tensor:
-        weight, h = self.dense, None if self.a is None else torch.mm(x, self.a.T)
-        if weight is None and len(x) <= nf4.FEW_ROWS:
-            return self.packed.multiply(x, h, self.b)
+        weight = self.dense
         if weight is None:
+            if len(x) <= nf4.FEW_ROWS:
+                return self.packed.multiply(x, self.a, self.b)
             weight = space[: self.size * self.width].view(self.size, self.width)
             self.packed.unpack(weight)
         y = torch.mm(x, weight.T)
-        return y if h is None else y.addmm_(h, self.b.T)
+        return y if self.a is None else y.addmm_(torch.mm(x, self.a.T), self.b.T)
 
 
 class Layer:
@@ -167,11 +167,11 @@ class Engine:
         """Tokens of prompts that are read at once, and rows of the cache, within `memory`."""
         c, width = self.config, self.embedding.element_size()
         qkv = (self.heads + 2 * self.key_heads) * self.size
-        each = width * (4 * c.hidden_size + qkv + 2 * self.heads * self.size + 3 * c.intermediate_size)
+        each = width * (4 * c.hidden_size + max(qkv + self.heads * self.size, 2 * c.intermediate_size))
         each += 4 * self.heads * self.size * (shared >= cache.APART)
-        free = self.memory - (0 if self.space is None else self.space.numel() * width)
-        at_once = max(longest, min(READ_TOKENS, int(0.15 * free / each)))
         row = 2 * width * c.num_hidden_layers * self.key_heads * self.size
+        free = self.memory - (0 if self.space is None else self.space.numel() * width)
+        at_once = max(longest, min(READ_TOKENS, int(free / (each + 2 * row))))  # half of what fits
         return at_once, int((0.98 * free - at_once * each) / row)
 
     def make_cache(self, shared: int, longest: int, total: int) -> None:
@@ -206,8 +206,9 @@ class Engine:
                 x, qkv, attend, normed = x[last], qkv[last], attend_last, normed[: len(last)]
             delta = layer.out(attend(i, qkv), self.space)
             x, _ = kernels.rms_norm(x, layer.norm_2, epsilon, normed, delta)
+            del qkv, delta  # their memory is wanted for the widest
             gate_up = layer.gate_up(normed, self.space)
-            inner = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
+            inner = gate_up[:, : gate_up.shape[1] // 2]
             kernels.swiglu(gate_up, inner)
             delta = layer.down(inner, self.space)
         kernels.rms_norm(x, self.norm, epsilon, normed, delta)

@@ -16,7 +16,8 @@ from study.kernels import EXACT, power_of_2, rank_tile
 
 NF4_BLOCK = 64  # weights that share a scale
 FEW_ROWS = 64  # up to which multiplying from 4 bits is the faster way
-TILE = (64, 64, 4, 3)  # outputs, bytes, warps, stages
+TILE = (64, 64, 4, 1)  # outputs, bytes, warps, stages
+PROGRAMS = 512  # that keep a GPU busy
 
 
 @triton.jit
@@ -61,7 +62,7 @@ def unpack_nf4_kernel(
     tl.store(out + row * stride + columns, tl.interleave(high, low).to(out.dtype.element_ty), inside[:, None])
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "chunk"])
 def multiply_nf4_kernel(
     packed,
     scales,
@@ -73,78 +74,95 @@ def multiply_nf4_kernel(
     second,
     third,
     x,
+    a,
     part,
     stride,
     rows,
     size,
     chunk,
+    rank: tl.constexpr,
     blocks: tl.constexpr,
     tile_x: tl.constexpr,
     tile: tl.constexpr,
     tile_bytes: tl.constexpr,
 ):
-    """Some outputs for all rows of x, from a chunk of the blocks of each weight's row."""
+    """Some outputs for all rows of x, from a chunk of the blocks of each weight's row; behind the tiles of
+    outputs those of x a^T."""
+    split, tiles = tl.program_id(1), tl.cdiv(size, tile)
     output = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)[:, None]
-    row, split = tl.minimum(output, size - 1), tl.program_id(1)
     number = tl.arange(0, tile_x)
-    table = tl.load(code + tl.arange(0, 16))
     per: tl.constexpr = tile_bytes // 32
+    begin, end = split * chunk, tl.minimum(blocks, (split + 1) * chunk)
     total = tl.zeros([tile, tile_x], tl.float32)
-    for first in range(split * chunk, tl.minimum(blocks, (split + 1) * chunk), per):
-        block = first + tl.arange(0, per)[None, :]
-        scale = scales_of(
-            row * blocks + block,
-            row,
-            block < blocks,
-            scales,
-            scale_code,
-            outer,
-            offsets,
-            starts,
-            second,
-            third,
-        )
-        scale = tl.broadcast_to(scale[:, :, None], [tile, per, 32]).reshape([tile, tile_bytes])
-        place = first * 32 + tl.arange(0, tile_bytes)[None, :]
-        byte = tl.load(packed + row * (blocks * 32) + place, place < blocks * 32, 0).to(tl.int32)
-        flat = tl.reshape(byte, [tile * tile_bytes])
-        high = tl.reshape(tl.gather(table, flat >> 4, 0), [tile, tile_bytes]) * scale
-        low = tl.reshape(tl.gather(table, flat & 15, 0), [tile, tile_bytes]) * scale
-        column = first * 64 + tl.arange(0, 2 * tile_bytes)[None, :]
-        in_x = (number[:, None] < rows) & (column < blocks * 64)
-        value = tl.load(x + number[:, None] * stride + column, in_x, 0.0)
-        even, odd = tl.split(tl.reshape(value, [tile_x, tile_bytes, 2]))
-        total = tl.dot(high.to(x.dtype.element_ty), tl.trans(even), total, input_precision=EXACT)
-        total = tl.dot(low.to(x.dtype.element_ty), tl.trans(odd), total, input_precision=EXACT)
-    at = part + (split * rows + number[None, :]).to(tl.int64) * size + output
-    tl.store(at, total, (output < size) & (number[None, :] < rows))
+    if tl.program_id(0) < tiles:
+        row = tl.minimum(output, size - 1)
+        table = tl.load(code + tl.arange(0, 16))
+        for first in range(begin, end, per):
+            block = first + tl.arange(0, per)[None, :]
+            scale = scales_of(
+                row * blocks + block,
+                row,
+                block < blocks,
+                scales,
+                scale_code,
+                outer,
+                offsets,
+                starts,
+                second,
+                third,
+            )
+            scale = tl.broadcast_to(scale[:, :, None], [tile, per, 32]).reshape([tile, tile_bytes])
+            place = first * 32 + tl.arange(0, tile_bytes)[None, :]
+            byte = tl.load(packed + row * (blocks * 32) + place, place < blocks * 32, 0).to(tl.int32)
+            flat = tl.reshape(byte, [tile * tile_bytes])
+            high = tl.reshape(tl.gather(table, flat >> 4, 0), [tile, tile_bytes]) * scale
+            low = tl.reshape(tl.gather(table, flat & 15, 0), [tile, tile_bytes]) * scale
+            weight = tl.interleave(high.to(x.dtype.element_ty), low.to(x.dtype.element_ty))
+            column = first * 64 + tl.arange(0, 2 * tile_bytes)[None, :]
+            in_x = (number[:, None] < rows) & (column < blocks * 64)
+            value = tl.load(x + number[:, None] * stride + column, in_x, 0.0)
+            total = tl.dot(weight, tl.trans(value), total, input_precision=EXACT)
+    else:
+        row = output - tiles * tile
+        for first in range(begin, end, per):
+            column = first * 64 + tl.arange(0, 2 * tile_bytes)[None, :]
+            inside = column < blocks * 64
+            weight = tl.load(a + row * (blocks * 64) + column, (row < rank) & inside, 0.0)
+            value = tl.load(x + number[:, None] * stride + column, (number[:, None] < rows) & inside, 0.0)
+            total = tl.dot(weight, tl.trans(value), total, input_precision=EXACT)
+    width = tiles * tile + rank
+    at = part + (split * rows + number[None, :]).to(tl.int64) * width + output
+    tl.store(at, total, (output < width) & (number[None, :] < rows))
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def add_up_kernel(
     part,
-    h,
     b,
     out,
     rows,
     size,
     splits,
+    first_a,
     rank: tl.constexpr,
     tile_rank: tl.constexpr,
     tile_x: tl.constexpr,
     tile: tl.constexpr,
 ):
-    """The sum of all splits, and of h b^T if there is an adapter."""
+    """The sums over all splits, and of (x a^T) b^T if there is an adapter."""
     row, column = tl.arange(0, tile_x)[:, None], (tl.program_id(0) * tile + tl.arange(0, tile))[None, :]
-    inside = (row < rows) & (column < size)
+    inside, width = (row < rows) & (column < size), first_a + rank
     total = tl.zeros([tile_x, tile], tl.float32)
     for split in range(splits):
-        total += tl.load(part + (split * rows + row).to(tl.int64) * size + column, inside, 0.0)
+        total += tl.load(part + (split * rows + row).to(tl.int64) * width + column, inside, 0.0)
     for first in range(0, rank, tile_rank):
         r = first + tl.arange(0, tile_rank)
-        left = tl.load(h + row * rank + r[None, :], (row < rows) & (r[None, :] < rank), 0.0)
+        left = tl.zeros([tile_x, tile_rank], tl.float32)
+        for split in range(splits):
+            at = part + (split * rows + row).to(tl.int64) * width + first_a + r[None, :]
+            left += tl.load(at, (row < rows) & (r[None, :] < rank), 0.0)
         right = tl.load(b + column * rank + r[:, None], (column < size) & (r[:, None] < rank), 0.0)
-        total = tl.dot(left, right, total, input_precision=EXACT)
+        total = tl.dot(left.to(b.dtype.element_ty), right, total, input_precision=EXACT)
     tl.store(out + row * size + column, total.to(out.dtype.element_ty), inside)
 
 
@@ -183,24 +201,25 @@ class PackedWeights:
             *(*self.arguments(), out, out.stride(0), blocks, tile), **exact_scales(out)
         )
 
-    def multiply(self, x: torch.Tensor, h=None, b=None) -> torch.Tensor:
-        """x W^T + h b^T [rows, size] for a few rows, at most FEW_ROWS, read from the 4 bits themselves; h
-        [rows, rank] and b [size, rank], or neither."""
+    def multiply(self, x: torch.Tensor, a=None, b=None) -> torch.Tensor:
+        """x W^T + (x a^T) b^T [rows, size] for a few rows, at most FEW_ROWS, read from the 4 bits themselves;
+        a [rank, width] and b [size, rank], or neither."""
         (rows, width), (tile, tile_bytes, warps, stages) = x.shape, TILE
-        size = self.size
+        rank = 0 if a is None else len(a)
         blocks, tile_x = width // NF4_BLOCK, max(16, power_of_2(rows))
-        per = tile_bytes // 32
-        splits = min(triton.cdiv(blocks, 4 * per), triton.cdiv(512, triton.cdiv(size, tile)))
+        per, tiles = tile_bytes // 32, triton.cdiv(self.size, tile)
+        splits = min(triton.cdiv(blocks, 4 * per), triton.cdiv(PROGRAMS, tiles))
         chunk = triton.cdiv(triton.cdiv(blocks, splits), per) * per
         splits = triton.cdiv(blocks, chunk)
-        part = torch.empty(splits, rows, size, dtype=torch.float32, device=x.device)
-        multiply_nf4_kernel[(triton.cdiv(size, tile), splits)](
-            *(*self.arguments(), x, part, x.stride(0), rows, size, chunk, blocks, tile_x, tile, tile_bytes),
+        part = torch.empty(splits, rows, tiles * tile + rank, dtype=torch.float32, device=x.device)
+        multiply_nf4_kernel[(tiles + triton.cdiv(rank, tile), splits)](
+            *(*self.arguments(), x, x if a is None else a, part, x.stride(0), rows, self.size, chunk),
+            *(rank, blocks, tile_x, tile, tile_bytes),
             **{"num_warps": warps, "num_stages": stages} | exact_scales(x),
         )
-        out, rank = x.new_empty(rows, size), 0 if h is None else h.shape[1]
-        add_up_kernel[(triton.cdiv(size, 64),)](
-            *(part, part if h is None else h, part if b is None else b, out, rows, size, splits),
+        out = x.new_empty(rows, self.size)
+        add_up_kernel[(triton.cdiv(self.size, 64),)](
+            *(part, part if b is None else b, out, rows, self.size, splits, tiles * tile),
             *(rank, rank_tile(rank), tile_x, 64),
         )
         return out

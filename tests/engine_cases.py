@@ -38,7 +38,7 @@ def make_prompts(shared: int, lengths) -> list[list[int]]:
 
 
 def multiply_error(sizes, width: int, rows: int) -> float:
-    """The largest difference of x W^T + h b^T, from 4 bits, to the product with the unpacked weights."""
+    """The largest difference of x W^T + x a^T b^T, from 4 bits, to the product with the unpacked weights."""
     generator = torch.Generator().manual_seed(0)
     weights, dense = [], []
     for size in sizes:
@@ -51,11 +51,11 @@ def multiply_error(sizes, width: int, rows: int) -> float:
         weights.append(torch.nn.Parameter(packed, requires_grad=False))
         weights[-1].quant_state = state
         dense.append(bnb.dequantize_4bit(packed, state))
-    x, h, b = (
-        torch.randn(*shape, generator=generator) for shape in ((rows, width), (rows, 6), (sum(sizes), 6))
+    x, a, b = (
+        torch.randn(*shape, generator=generator) for shape in ((rows, width), (6, width), (sum(sizes), 6))
     )
-    got = nf4.PackedWeights(weights).multiply(x, h, b)
-    expected = x @ torch.cat(dense).T + h @ b.T
+    got = nf4.PackedWeights(weights).multiply(x, a, b)
+    expected = x @ torch.cat(dense).T + x @ a.T @ b.T
     return ((got - expected).abs().max() / expected.abs().max()).item()
 
 
