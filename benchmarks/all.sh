@@ -42,8 +42,8 @@ run_of() { echo "$work/$1"; } # run_of NAME: the folder of a trained run
 
 tune() { # tune NAME FLAG...: 200 steps on posts
   checkpoint 7b
-  python llama2_classification.py --pretrained_ckpt "$model" "${posts[@]}" "${price[@]}" --max_train_samples 3200 \
-    --epochs 1 --dropout 0 --experiment_dir "$(run_of "$1")" "${@:2}"
+  python llama2_classification.py --pretrained_ckpt "$model" "${posts[@]}" "${price[@]}" --max_train_samples 1600 \
+    --batch_size 8 --epochs 1 --dropout 0 --experiment_dir "$(run_of "$1")" "${@:2}"
 }
 
 training() {

@@ -78,7 +78,8 @@ def quantized(make, config, dtype=torch.float32, device="cpu"):
 
 
 def llama(device="cpu", dtype=torch.float32, **sizes):
-    config = LlamaConfig(initializer_range=0.08, **TINY | sizes)
+    sizes = TINY | sizes
+    config = LlamaConfig(initializer_range=0.64 / sizes["hidden_size"] ** 0.5, **sizes)
     return quantized(LlamaForCausalLM, config, dtype, device)
 
 

@@ -268,7 +268,7 @@ class Engine:
         """Few sizes for graphs: with empty places up to a multiple of 8, 32 or 64."""
         if count > GRAPH_MOST or not self.embedding.is_cuda:
             return count
-        multiple = 8 if count <= 32 else 32 if count <= 128 else 64
+        multiple = 8 if count <= 64 else 32 if count <= 128 else 64
         return math.ceil(count / multiple) * multiple
 
     def load(self, examples: Sequence[Running]) -> None:

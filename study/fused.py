@@ -218,7 +218,7 @@ class Group:
 
     def forward(self, x: torch.Tensor, out: torch.Tensor, space: Space) -> torch.Tensor:
         """out [rows, size] = x W^T + h B^T, from x in the first columns of `x`, and what dropout leaves of it
-        in `space`; returns h [rows, ranks]."""
+        in `space`; returns h [rows, ranks] times the scale, as B's gradient takes it."""
         source = space.left(len(x), self.width) if self.dropout else x[:, : self.width]
         wide = self.width + self.room
         h = torch.mm(source, self.a.T, out=x[:, self.width : wide])
@@ -226,7 +226,7 @@ class Group:
         self.weights.unpack(weight[:, : self.width])
         weight[:, self.width :] = self.b
         torch.mm(x[:, :wide], weight.T, out=out)
-        return h[:, : self.ranks].clone()
+        return h[:, : self.ranks] * self.scale
 
     def backward_h(self, dy: torch.Tensor) -> torch.Tensor:
         """dh [rows, ranks], from dy in the first columns of `dy`, written beside it."""
@@ -249,13 +249,6 @@ class Group:
         if out is None:
             kernels.add_adapter(dx, dh, self.a[: self.ranks], seed, self.dropout)
         return dx, dh
-
-    def gradients(self, da: torch.Tensor, db: torch.Tensor) -> list[torch.Tensor]:
-        """Gradients of the parameters, all A and then all B, from those of the stacked and scaled ones."""
-        return [
-            *da[: self.rank * len(self.sizes)].split(self.rank),
-            *(self.scale * block for block in self.blocks(db)),
-        ]
 
 
 @dataclass
@@ -408,18 +401,23 @@ class Layer:
             dh = self.qkv.backward_h(dqkv)
         db_qkv = product(dqkv[:, : self.qkv.size].T, s.h_qkv)
         da_qkv = self.norm_gradient(self.qkv, dh, s.x, self.norm_1, s.inverse_1, batch, space)
-        pairs = ((da_qkv, db_qkv), (da_out, db_out), (da_gate_up, db_gate_up), (da_down, db_down))
-        gradients = (group.gradients(*pair) for group, pair in zip(self.groups, pairs, strict=True))
-        return grad, [gradient for group in gradients for gradient in group]
+        gradients = []
+        for group, da, db in (
+            (self.qkv, da_qkv, self.qkv.blocks(db_qkv)),
+            (self.out, da_out, self.out.blocks(db_out)),
+            (self.gate_up, da_gate_up, db_gate_up),
+            (self.down, da_down, self.down.blocks(db_down)),
+        ):
+            gradients += [*da[: group.rank * len(group.sizes)].split(group.rank), *db]
+        return grad, gradients
 
-    def through_swiglu(self, s, dp, dh, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Turn s.gate_up into its gradient; A's of down and B's of gate and up come with it."""
-        rank, down, gate_up = self.down.rank, self.down, self.gate_up
-        da, db = kernels.swiglu_backward(s.gate_up, dp, dh, down.a[:rank], s.h_gate_up, seed, down.dropout)
-        blocks = db.new_zeros(gate_up.size, gate_up.ranks)
-        for place, block in zip(gate_up.blocks(blocks), db.split(gate_up.sizes), strict=True):
-            place.copy_(block)
-        return da, blocks
+    def through_swiglu(self, s, dp, dh, seed: int) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
+        """Turn s.gate_up into its gradient; A's of down and B's of gate and of up come with it."""
+        down = self.down
+        da, db = kernels.swiglu_backward(
+            s.gate_up, dp, dh, down.a[: down.rank], s.h_gate_up, seed, down.dropout
+        )
+        return da, db.split(self.gate_up.sizes)
 
     def norm_gradient(self, group: Group, dh, x, weight, inverse, batch: Batch, space: Space) -> torch.Tensor:
         """A's gradient, dh^T dropout(norm(x)); without dropout the norm is not computed again."""

@@ -105,7 +105,8 @@ class PackedTrainer(Trainer):
         A step that exceeds the memory is begun again with half as many tokens at once.
         """
         [number] = inputs
-        model.train()
+        if not model.training:
+            model.train()  # it visits every module
         indices = self.steps[number]
         learned = sum(len(learned_places(self.examples[i], self.loss_on)) for i in indices)
         while True:
