@@ -54,7 +54,8 @@ training_samsum() {
   train 7b training-7b-samsum --modes fast --task summarization --dataset "$data/samsum_train.jsonl.gz"
 }
 sizes() {
-  train 7b training-7b-tokens --modes fast --tokens 1024,4096,65536 --steps 8
+  train 7b training-7b-tokens --modes fast --tokens 1024,4096 --steps 40 --profile
+  train 7b training-7b-65536 --modes fast --tokens 65536 --steps 8
   train 7b training-7b-lengths --modes fast --lengths 256,2048,4096 --steps 8
   train 7b training-7b-samples --samples 100,400,1600
 }
@@ -67,15 +68,24 @@ curves() {
   python -m benchmarks.curves "$(run_of fused)" "$(run_of plain)" --names fused plain --output "$results/curves.png"
 }
 inference() {
-  infer 7b inference-7b "${posts[@]}" --modes fast,8,zero-shot,few-shot,constrained --profile --examples 2000 \
+  infer 7b inference-7b "${posts[@]}" --modes fast,8,zero-shot,few-shot,constrained --profile --examples 1500 \
     --peers published,generate,generate-merged,vllm
 }
 inference_sizes() { infer 7b inference-7b-examples "${posts[@]}" --modes fast --examples 100,1000,7317; }
-inference_13b() { infer 13b inference-13b "${posts[@]}" --modes fast --examples 2000; }
+inference_13b() { infer 13b inference-13b "${posts[@]}" --modes fast --examples 1500; }
 inference_samsum() { infer 7b inference-7b-samsum "${dialogues[@]}" --task summarization --modes fast; }
-equality() {
+equality() { # of answers that a model has learned: the demo's small one, and one of full size with random weights
+  local small=(--learning_rate 3e-3 --batch_size 8 "${price[@]}") task name
+  for task in classification:posts summarization:dialogues; do
+    IFS=: read -r task name <<<"$task"
+    python "llama2_$task.py" --pretrained_ckpt demo/model --train_file "demo/data/${name}_train.jsonl" \
+      --test_file "demo/data/${name}_test.jsonl" "${small[@]}" --epochs 6 --experiment_dir "$(run_of "$name")"
+    python -m benchmarks.inference --model demo/model --task "$task" --train_file "demo/data/${name}_train.jsonl" \
+      --test_file "demo/data/${name}_test.jsonl" --adapter "$(run_of "$name")/adapter" --modes '' --stop \
+      --equality 160 --output "$results/equality-$name.json"
+  done
   tune fused
-  infer 7b equality-7b "${posts[@]}" --adapter "$(run_of fused)/adapter" --modes '' --stop --equality 256
+  infer 7b equality-7b "${posts[@]}" --adapter "$(run_of fused)/adapter" --modes '' --stop --equality 128
 }
 scripts() { # the whole test sets through the ordinary scripts
   tune fused

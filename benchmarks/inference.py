@@ -51,7 +51,7 @@ PEERS = {"published": (), "generate": (), "generate-merged": (), "vllm": ("vllm"
 BATCHES = {"published": (1, 8), "generate": (64, 256), "generate-merged": (256, 1024)}  # at once, in all
 CEILING_TOKENS = 16_384
 STEP_MOST = 512  # examples of the step that is profiled
-ENOUGH = 15  # seconds from which on one round is enough
+ENOUGH = 10  # seconds from which on one round is enough
 
 
 def flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -177,7 +177,7 @@ def ours(args: argparse.Namespace, mode: str, count: int) -> dict:
     def answer(prompts: dict, new: int) -> Iterator:
         return path.answers(prompts, new, ends, allowed)
 
-    row = timed(answer, tests.prompts, args.max_new_tokens)
+    row = timed(answer, tests.prompts, args.max_new_tokens, (64, 32, 16))
     row["how"] = f"{how}, {path.at_once:,} tokens read at once, cache of {path.cache.keys.shape[1]:,}"
     if args.profile and (mode in PROFILED or mode.isdigit()):
         row["kinds"] = profile(path, tests.prompts, args.max_new_tokens)
@@ -202,11 +202,13 @@ def make_engine(tuned, mode: str) -> tuple:
     return path, "dense weights" if merged else "weights in 4 bits"
 
 
-def timed(answer: Callable[[dict, int], Iterator], prompts: dict[int, list[int]], new: int) -> dict:
-    """Examples per second over whole rounds of `prompts`, after some of a few that compile."""
+def timed(
+    answer: Callable[[dict, int], Iterator], prompts: dict[int, list[int]], new: int, warm: Sequence[int]
+) -> dict:
+    """Examples per second over whole rounds of `prompts`, after rounds of `warm` prompts that compile."""
     import torch
 
-    for count in (64, 32, 16):
+    for count in warm:
         for _ in answer(dict(islice(prompts.items(), count)), new):
             pass
     torch.cuda.reset_peak_memory_stats()
@@ -299,7 +301,7 @@ def by_generate(args: argparse.Namespace, mode: str, count: int) -> dict:
 
     weights = "dense weights" if mode == "generate-merged" else "weights in 4 bits"
     how = f"{weights}, {size} at once; {len(prompts):,} of {len(tests.prompts):,} examples"
-    return timed(answer, prompts, args.max_new_tokens) | {"how": how}
+    return timed(answer, prompts, args.max_new_tokens, [size]) | {"how": how}
 
 
 def vllm(args: argparse.Namespace, mode: str, count: int) -> dict:
@@ -326,7 +328,8 @@ def vllm(args: argparse.Namespace, mode: str, count: int) -> dict:
         results = path.generate([{"prompt_token_ids": ids} for ids in prompts.values()], settings)
         return zip(prompts, (list(result.outputs[0].token_ids) for result in results), strict=True)
 
-    return timed(answer, tests.prompts, args.max_new_tokens) | {"how": "dense weights, vLLM's defaults"}
+    row = timed(answer, tests.prompts, args.max_new_tokens, [64])
+    return row | {"how": "dense weights, vLLM's defaults"}
 
 
 def save_merged(args: argparse.Namespace, folder: str) -> None:
@@ -473,7 +476,9 @@ def main() -> None:
         for mode in (("fast", "unmerged") if args.equality else ())
     ]
     result = provenance() | {"rows": rows, "equality": same}
-    print(f"{headline(result)}\n\n{show_all(rows)}\n")
+    print(f"{headline(result)}\n")
+    if rows:
+        print(f"{show_all(rows)}\n")
     if same:
         print(f"{show_equality(same)}\n")
     for row in rows:

@@ -16,8 +16,7 @@ from study.kernels import EXACT, power_of_2, rank_tile
 
 NF4_BLOCK = 64  # weights that share a scale
 FEW_ROWS = 64  # up to which multiplying from 4 bits is the faster way
-TILE = (64, 64, 4, 1)  # outputs, bytes, warps, stages
-PROGRAMS = 512  # that keep a GPU busy
+WARPS, STAGES, PROGRAMS = 4, 1, 512  # of the product with few rows: what keeps a GPU busy
 
 
 @triton.jit
@@ -83,22 +82,26 @@ def multiply_nf4_kernel(
     rank: tl.constexpr,
     blocks: tl.constexpr,
     tile_x: tl.constexpr,
-    tile: tl.constexpr,
-    tile_bytes: tl.constexpr,
+    warps: tl.constexpr,
 ):
     """Some outputs for all rows of x, from a chunk of the blocks of each weight's row; behind the tiles of
-    outputs those of x a^T."""
+    outputs those of x a^T.
+
+    A product may sum in any order and its outputs may come in any. Both are chosen so that each thread
+    multiplies the very bytes that it loads, 16 in a row: of each 16 weights that a tensor core takes at once,
+    thread t of 4 holds those numbered 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+    """
+    tile: tl.constexpr = 16 * warps
     split, tiles = tl.program_id(1), tl.cdiv(size, tile)
-    output = (tl.program_id(0) * tile + tl.arange(0, tile)).to(tl.int64)[:, None]
-    number = tl.arange(0, tile_x)
-    per: tl.constexpr = tile_bytes // 32
+    first_output, number = tl.program_id(0) * tile, tl.arange(0, tile_x)
+    output = (first_output + tl.arange(0, tile)).to(tl.int64)
     begin, end = split * chunk, tl.minimum(blocks, (split + 1) * chunk)
     total = tl.zeros([tile, tile_x], tl.float32)
-    if tl.program_id(0) < tiles:
-        row = tl.minimum(output, size - 1)
+    if first_output < size:
+        row = tl.minimum(output, size - 1)[:, None]
         table = tl.load(code + tl.arange(0, 16))
-        for first in range(begin, end, per):
-            block = first + tl.arange(0, per)[None, :]
+        for first in range(begin, end, 2):
+            block = first + tl.arange(0, 4)[None, :] // 2  # of each thread's 16 bytes
             scale = scales_of(
                 row * blocks + block,
                 row,
@@ -111,28 +114,30 @@ def multiply_nf4_kernel(
                 second,
                 third,
             )
-            scale = tl.broadcast_to(scale[:, :, None], [tile, per, 32]).reshape([tile, tile_bytes])
-            place = first * 32 + tl.arange(0, tile_bytes)[None, :]
+            place = first * 32 + tl.arange(0, 64)[None, :]
             byte = tl.load(packed + row * (blocks * 32) + place, place < blocks * 32, 0).to(tl.int32)
-            flat = tl.reshape(byte, [tile * tile_bytes])
-            high = tl.reshape(tl.gather(table, flat >> 4, 0), [tile, tile_bytes]) * scale
-            low = tl.reshape(tl.gather(table, flat & 15, 0), [tile, tile_bytes]) * scale
-            weight = tl.interleave(high.to(x.dtype.element_ty), low.to(x.dtype.element_ty))
-            column = first * 64 + tl.arange(0, 2 * tile_bytes)[None, :]
+            index = tl.reshape(tl.join(byte >> 4, byte & 15), [tile * 128])
+            weight = tl.reshape(tl.gather(table, index, 0), [tile, 4, 32]) * scale[:, :, None]
+            weight = tl.reshape(weight.to(x.dtype.element_ty), [2, warps, 8, 4, 8, 2, 2])
+            weight = tl.reshape(tl.permute(weight, (1, 0, 2, 4, 5, 3, 6)), [tile, 128])
+            column = first * 64 + tl.arange(0, 128)[None, :]
             in_x = (number[:, None] < rows) & (column < blocks * 64)
             value = tl.load(x + number[:, None] * stride + column, in_x, 0.0)
+            value = tl.permute(tl.reshape(value, [tile_x, 4, 8, 2, 2]), (0, 2, 3, 1, 4))
+            value = tl.reshape(value, [tile_x, 128])
             total = tl.dot(weight, tl.trans(value), total, input_precision=EXACT)
+        output = tl.reshape(tl.permute(tl.reshape(output, [2, warps, 8]), (1, 0, 2)), [tile])
     else:
-        row = output - tiles * tile
-        for first in range(begin, end, per):
-            column = first * 64 + tl.arange(0, 2 * tile_bytes)[None, :]
+        row = (output - tiles * tile)[:, None]
+        for first in range(begin, end, 2):
+            column = first * 64 + tl.arange(0, 128)[None, :]
             inside = column < blocks * 64
             weight = tl.load(a + row * (blocks * 64) + column, (row < rank) & inside, 0.0)
             value = tl.load(x + number[:, None] * stride + column, (number[:, None] < rows) & inside, 0.0)
             total = tl.dot(weight, tl.trans(value), total, input_precision=EXACT)
     width = tiles * tile + rank
-    at = part + (split * rows + number[None, :]).to(tl.int64) * width + output
-    tl.store(at, total, (output < width) & (number[None, :] < rows))
+    at = part + (split * rows + number[None, :]).to(tl.int64) * width + output[:, None]
+    tl.store(at, total, (output[:, None] < width) & (number[None, :] < rows))
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
@@ -204,18 +209,17 @@ class PackedWeights:
     def multiply(self, x: torch.Tensor, a=None, b=None) -> torch.Tensor:
         """x W^T + (x a^T) b^T [rows, size] for a few rows, at most FEW_ROWS, read from the 4 bits themselves;
         a [rank, width] and b [size, rank], or neither."""
-        (rows, width), (tile, tile_bytes, warps, stages) = x.shape, TILE
-        rank = 0 if a is None else len(a)
+        (rows, width), rank, tile = x.shape, 0 if a is None else len(a), 16 * WARPS
         blocks, tile_x = width // NF4_BLOCK, max(16, power_of_2(rows))
-        per, tiles = tile_bytes // 32, triton.cdiv(self.size, tile)
-        splits = min(triton.cdiv(blocks, 4 * per), triton.cdiv(PROGRAMS, tiles))
-        chunk = triton.cdiv(triton.cdiv(blocks, splits), per) * per
+        tiles = triton.cdiv(self.size, tile)
+        splits = min(triton.cdiv(blocks, 8), triton.cdiv(PROGRAMS, tiles))
+        chunk = 2 * triton.cdiv(blocks, 2 * splits)
         splits = triton.cdiv(blocks, chunk)
         part = torch.empty(splits, rows, tiles * tile + rank, dtype=torch.float32, device=x.device)
         multiply_nf4_kernel[(tiles + triton.cdiv(rank, tile), splits)](
             *(*self.arguments(), x, x if a is None else a, part, x.stride(0), rows, self.size, chunk),
-            *(rank, blocks, tile_x, tile, tile_bytes),
-            **{"num_warps": warps, "num_stages": stages} | exact_scales(x),
+            *(rank, blocks, tile_x, WARPS),
+            **{"num_warps": WARPS, "num_stages": STAGES} | exact_scales(x),
         )
         out = x.new_empty(rows, self.size)
         add_up_kernel[(triton.cdiv(self.size, 64),)](
