@@ -87,9 +87,9 @@ def multiply_nf4_kernel(
     """Some outputs for all rows of x, from a chunk of the blocks of each weight's row; behind the tiles of
     outputs those of x a^T.
 
-    A product may sum in any order and its outputs may come in any. Both are chosen so that each thread
-    multiplies the very bytes that it loads, 16 in a row: of each 16 weights that a tensor core takes at once,
-    thread t of 4 holds those numbered 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+    A product may sum in any order, and its outputs may come in any. Both are chosen so that each thread
+    multiplies the very bytes that it loads, 16 in a row of 64: of 16 weights that a tensor core takes at
+    once, thread t of 4 holds numbers 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
     """
     tile: tl.constexpr = 16 * warps
     split, tiles = tl.program_id(1), tl.cdiv(size, tile)
@@ -118,6 +118,8 @@ def multiply_nf4_kernel(
             byte = tl.load(packed + row * (blocks * 32) + place, place < blocks * 32, 0).to(tl.int32)
             index = tl.reshape(tl.join(byte >> 4, byte & 15), [tile * 128])
             weight = tl.reshape(tl.gather(table, index, 0), [tile, 4, 32]) * scale[:, :, None]
+            # As loaded: a warp's second eight rows lie half a tile further; a row is 4 threads x 8 pairs of
+            # bytes x 2 weights. As multiplied: 8 times the first bytes of all threads, then their second.
             weight = tl.reshape(weight.to(x.dtype.element_ty), [2, warps, 8, 4, 8, 2, 2])
             weight = tl.reshape(tl.permute(weight, (1, 0, 2, 4, 5, 3, 6)), [tile, 128])
             column = first * 64 + tl.arange(0, 128)[None, :]
