@@ -12,8 +12,8 @@ few prompts warm up; then the whole set is timed by the clock on the wall, three
 median stands in the table. Slow peers take an evenly spaced sample of the prompts, equally long on average.
 The ceiling is what the products of the prompts with the frozen weights alone reach, sustained over seconds,
 for the mean length of the tuned prompts; few-shot prompts are longer, and read what they share only once.
-With --equality the answers are compared with those of `generate`, token by token. The last line is all of it
-as JSON.
+With --equality the answers are compared with those that `generate` gives one by one, token by token. The last
+line is all of it as JSON.
 """
 
 import argparse
@@ -51,6 +51,7 @@ PEERS = {"published": (), "generate": (), "generate-merged": (), "vllm": ("vllm"
 BATCHES = {"published": (1, 8), "generate": (64, 256), "generate-merged": (256, 1024)}  # at once, in all
 CEILING_TOKENS = 16_384
 STEP_MOST = 512  # examples of the step that is profiled
+EQUALITY_BATCH = 32  # prompts that `generate` takes at once, to see what rounding alone changes
 ENOUGH = 10  # seconds from which on one round is enough
 
 
@@ -360,7 +361,8 @@ def ceiling(args: argparse.Namespace, mode: str, count: int, seconds: float = 4)
 
 
 def equality(args: argparse.Namespace, mode: str, count: int) -> dict:
-    """Answers by the engine and, one example at a time, by `generate` with the same weights."""
+    """Answers by the engine and, one example at a time, by `generate` with the same weights; by `generate`
+    in batches, where rounding alone differs, too."""
     import torch
 
     from study import generation, metrics, model
@@ -370,23 +372,28 @@ def equality(args: argparse.Namespace, mode: str, count: int) -> dict:
     ends = generation.stop_tokens(tuned, tokenizer)
     prompts = spaced(tests.prompts, count)
     path, how = make_engine(tuned, mode)
-    answers = dict(path.answers(prompts, args.max_new_tokens, ends))
+    found = {"engine": dict(path.answers(prompts, args.max_new_tokens, ends))}
     path.cache, path.graphs = None, {}
     torch.cuda.empty_cache()
     plain = tuned if mode == "unmerged" else tuned.get_base_model()
-    others = {
-        index: generation.continue_batch(plain, [prompt], args.max_new_tokens, ends, None)[0]
-        for index, prompt in prompts.items()
-    }
+    for way, size in (("generate", 1), ("batches", EQUALITY_BATCH)):
+        found[way], order = {}, list(prompts)  # by length, from `spaced`
+        for first in range(0, len(order), size):
+            indices = order[first : first + size]
+            batch = [prompts[index] for index in indices]
+            rows = generation.continue_batch(plain, batch, args.max_new_tokens, ends, None)
+            found[way].update(zip(indices, rows, strict=True))
 
-    def scores(found: dict) -> dict:
-        texts = [tokenizer.decode(found[index], skip_special_tokens=True) for index in prompts]
+    def compare(answers: dict) -> dict:
+        texts = [tokenizer.decode(answers[index], skip_special_tokens=True) for index in prompts]
         references = [tests.references[index] for index in prompts]
-        return metrics.score(args.task, texts, references, tests.labels)[0]
+        scores = metrics.score(args.task, texts, references, tests.labels)[0]
+        return {
+            "same": sum(answers[index] == found["generate"][index] for index in prompts),
+            "scores": {name: metric["value"] for name, metric in scores.items()},
+        }
 
-    same = sum(answers[index] == others[index] for index in prompts)
-    row = {"examples": len(prompts), "same": same, "how": how}
-    return row | {"engine": scores(answers), "generate": scores(others)}
+    return {"examples": len(prompts), "how": how} | {way: compare(found[way]) for way in found}
 
 
 WORKERS = {
@@ -444,15 +451,17 @@ def show_equality(rows: Sequence[dict]) -> str:
     lines = []
     for row in rows:
         if "failed" in row:
-            lines.append([row["mode"], *["—"] * 3, row["failed"]])
+            lines.append([row["mode"], *["—"] * 4, row["failed"]])
             continue
-        share = f"{row['same']} ({100 * row['same'] / row['examples']:.1f} %)"
-        metrics = [
-            f"{name} {row['engine'][name]['value']:.1f} and {row['generate'][name]['value']:.1f}"
-            for name in row["engine"]
-        ]
-        lines.append([row["mode"], row["how"], row["examples"], share, ", ".join(metrics)])
-    titles = ["mode", "how", "examples", "the same tokens", "metrics, engine and generate"]
+        ways = [row[way] for way in ("engine", "generate", "batches")]
+        same = [f"{way['same']} ({100 * way['same'] / row['examples']:.1f} %)" for way in (ways[0], ways[2])]
+        scores = []
+        for name in ways[0]["scores"]:
+            values = (f"{way['scores'][name]:.1f}" for way in ways)
+            scores.append(f"{name} {', '.join(values)}")
+        lines.append([row["mode"], row["how"], row["examples"], *same, "; ".join(scores)])
+    titles = ["mode", "how", "examples", "the same tokens", "by generate in batches"]
+    titles += ["metrics of engine, generate, in batches"]
     return tabulate(lines, titles, tablefmt="github", disable_numparse=True)
 
 

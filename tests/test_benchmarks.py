@@ -227,10 +227,15 @@ def test_the_tables_of_inference_show_measured_and_failed_rows():
     assert lines[3][:9] == ["fast", "80", "200", "20.0", "4.0", "20", "9 to 81", "1.00", "25 %"]
     assert lines[4][7:9] == ["0.50", "12 %"]
     assert lines[5][:2] + lines[5][-1:] == ["few-shot", "all", "out of memory"]
-    scores = {name: {"accuracy": {"value": value}} for name, value in (("engine", 70.0), ("generate", 71.0))}
-    same = {"mode": "fast", "examples": 40, "same": 39, "how": "dense weights"}
-    table = inference.show_equality([same | scores, {"mode": "unmerged", "failed": "no GPU"}])
-    assert all(text in table for text in ("39 (97.5 %)", "accuracy 70.0 and 71.0", "no GPU"))
+    ways = {
+        way: {"same": same, "scores": {"accuracy": accuracy}}
+        for way, same, accuracy in (("engine", 39, 70.0), ("generate", 40, 71.0), ("batches", 38, 72.0))
+    }
+    row = {"mode": "fast", "examples": 40, "how": "dense weights"} | ways
+    table = inference.show_equality([row, {"mode": "unmerged", "failed": "no GPU"}])
+    assert all(
+        text in table for text in ("39 (97.5 %)", "38 (95.0 %)", "accuracy 70.0, 71.0, 72.0", "no GPU")
+    )
 
 
 def write_run(folder, losses):
