@@ -63,7 +63,6 @@ def tokens_that_fit(model, examples, args, padded, checkpointing, device) -> int
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        model.train()
         with torch.autocast("cuda", torch.bfloat16, enabled=compute_dtype() == torch.bfloat16):
             loss_sum(model, group, args.loss_on, padded, device).backward()
         used = torch.cuda.max_memory_allocated(device) - before
@@ -105,8 +104,6 @@ class PackedTrainer(Trainer):
         A step that exceeds the memory is begun again with half as many tokens at once.
         """
         [number] = inputs
-        if not model.training:
-            model.train()  # it visits every module
         indices = self.steps[number]
         learned = sum(len(learned_places(self.examples[i], self.loss_on)) for i in indices)
         while True:
@@ -259,7 +256,7 @@ def train(
     device = training.device
     padded = choose_batching(model, args.attn_implementation, device)
     torch.manual_seed(args.seed)
-    model = get_peft_model(model, lora)
+    model = get_peft_model(model, lora).train()  # once: nothing here evaluates
     steps = plan_steps(len(examples), args.batch_size, args.epochs, args.seed)
     tokens = [sum(len(examples[i].ids) for i in step) for step in steps]
     fast, slow = None, why_slow(model, args, padded, training)

@@ -201,31 +201,44 @@ def test_a_finished_run_is_found_and_changed_data_under_it_is_not_overlooked(who
     assert str(file) in line
 
 
-SHORT_OF_MEMORY = """
+PATCHED = """
 import runpy, sys, torch
 from study import training
 
 plain = training.loss_sum
 
 def loss_sum(model, examples, *more):
-    if sum(len(example.ids) for example in examples) > 600:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    {first}
     return plain(model, examples, *more)
 
 training.loss_sum = loss_sum
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
+# In eval mode checkpointing is off, and on the CPU weights in 4 bits are repacked.
+CHECK_MODE = "assert all(module.training for module in model.modules()), 'a module is in eval mode'"
+RUN_SHORT = """if sum(len(example.ids) for example in examples) > 600:
+        raise torch.OutOfMemoryError("CUDA out of memory")"""
+
+
+def train_with(first: str, folder, *flags) -> subprocess.CompletedProcess:
+    """Train with a loss of plain layers that does `first` before anything else."""
+    command = [sys.executable, "-c", PATCHED.format(first=first), ROOT / SCRIPT, *DATA, *flags]
+    command += ["--experiment_dir", folder]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_every_module_is_in_train_mode_while_it_trains(tmp_path):
+    train_with(CHECK_MODE, tmp_path, "--epochs=1", "--max_train_samples=32")
 
 
 def test_a_step_that_exceeds_the_memory_goes_on_in_smaller_passes_and_learns_the_same(tmp_path):
     flags = ("--epochs=1", "--dropout=0", "--max_train_samples=60")
     reference = train(tmp_path / "reference", *flags)
-    command = [sys.executable, "-c", SHORT_OF_MEMORY, ROOT / SCRIPT, *DATA, *flags]
-    command += ["--experiment_dir", tmp_path / "short"]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stderr
+    done = train_with(RUN_SHORT, tmp_path / "short", *flags)
     assert "out of memory: going on with" in done.stdout
     record = json.loads((tmp_path / "short" / "train.json").read_text())
     assert record["train"]["batching"]["max_tokens_per_batch"] <= 600
