@@ -377,12 +377,7 @@ def equality(args: argparse.Namespace, mode: str, count: int) -> dict:
     torch.cuda.empty_cache()
     plain = tuned if mode == "unmerged" else tuned.get_base_model()
     for way, size in (("generate", 1), ("batches", EQUALITY_BATCH)):
-        found[way], order = {}, list(prompts)  # by length, from `spaced`
-        for first in range(0, len(order), size):
-            indices = order[first : first + size]
-            batch = [prompts[index] for index in indices]
-            rows = generation.continue_batch(plain, batch, args.max_new_tokens, ends, None)
-            found[way].update(zip(indices, rows, strict=True))
+        found[way] = dict(generation.plain_answers(plain, prompts, args.max_new_tokens, ends, None, size))
 
     def compare(answers: dict) -> dict:
         texts = [tokenizer.decode(answers[index], skip_special_tokens=True) for index in prompts]
