@@ -355,3 +355,5 @@ def run_script(main: Callable[[], None], distributed: bool = False) -> None:
     except KeyboardInterrupt:
         print("interrupted: start it again and it goes on", file=sys.stderr)
         sys.exit(130)
+    if os.environ.get("RANK", "0") != "0":
+        os._exit(0)  # what gloo's threads do while the interpreter ends can abort the process
