@@ -6,6 +6,7 @@ script finds the run that the training flags name, and the training script leave
 """
 
 import argparse
+import atexit
 import logging
 import os
 import signal
@@ -355,5 +356,7 @@ def run_script(main: Callable[[], None], distributed: bool = False) -> None:
     except KeyboardInterrupt:
         print("interrupted: start it again and it goes on", file=sys.stderr)
         sys.exit(130)
-    if os.environ.get("RANK", "0") != "0":
-        os._exit(0)  # what gloo's threads do while the interpreter ends can abort the process
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        os._exit(0)  # gloo's threads, if they outlive the interpreter, abort the process

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -167,7 +168,10 @@ class Progress(TrainerCallback):
         last = state.global_step == state.max_steps
         if state.global_step % max(1, state.max_steps // 10) == 0 or last:
             self.say(state)
-        if time.time() - self.saved > 20 * self.saving and not last:
+        due = time.time() - self.saved > 20 * self.saving and not last
+        if args.world_size > 1:  # saving takes all processes, so the first one's clock counts
+            due = bool(broadcast(torch.tensor(due, device=args.device)))
+        if due:
             control.should_save, self.saved = True, time.time()
 
     def speed(self, state) -> float:

@@ -102,6 +102,25 @@ def test_how_a_batch_is_split_changes_the_adapter_by_rounding_only(whole, tmp_pa
     assert apart < 0.25 * moved
 
 
+ONE_SAVES = """
+import os, runpy, sys
+from study.training import Progress
+
+def on_train_begin(self, *args, begin=Progress.on_train_begin, **kwargs):
+    begin(self, *args, **kwargs)
+    self.saving = 1e9 * int(os.environ["RANK"])
+
+def on_save(self, args, state, control, save=Progress.on_save, **kwargs):
+    print("saved", state.global_step)
+    save(self, args, state, control, **kwargs)
+    self.saving = 1e9
+
+Progress.on_train_begin, Progress.on_save = on_train_begin, on_save
+sys.argv[0] = "{script}"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_two_processes_train_what_one_does(tmp_path):
     flags = (
         *DATA,
@@ -111,9 +130,17 @@ def test_two_processes_train_what_one_does(tmp_path):
         "--batch_size=5",
     )  # a last step of one
     one = train(tmp_path / "one", *flags)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", ROOT / SCRIPT, *flags]
-    done = subprocess.run([*launch, f"--experiment_dir={tmp_path / 'two'}"], capture_output=True, check=False)
+    (tmp_path / "script.py").write_text(ONE_SAVES.format(script=ROOT / SCRIPT))
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", tmp_path / "script.py"]
+    done = subprocess.run(
+        [*launch, *flags, f"--experiment_dir={tmp_path / 'two'}"],
+        capture_output=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
+    assert b"saved 1" in done.stdout
     two = json.loads((tmp_path / "two" / "train.json").read_text())
     assert two["train"]["batching"]["processes"] == 2
     for (_, ours), (_, theirs) in zip(
