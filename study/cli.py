@@ -359,4 +359,4 @@ def run_script(main: Callable[[], None], distributed: bool = False) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         atexit._run_exitfuncs()
         sys.stdout.flush()
-        os._exit(0)  # gloo's threads, if they outlive the interpreter, abort the process
+        os._exit(0)  # with gloo's threads, leaving the process group may hang and the interpreter's end abort

@@ -308,7 +308,6 @@ def train(
     seconds = progress.seconds()
     if record.is_main_process():
         save_adapter(model, tokenizer, folder)
-    trainer.accelerator.end_training()  # leaves the process group
     per_epoch = len(steps) // args.epochs
     return {
         "loss": mean_loss(history[-per_epoch:]),
