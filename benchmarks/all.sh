@@ -4,15 +4,16 @@
 #   benchmarks/all.sh DATA TOKENIZER [STEP...]
 #
 # DATA holds newsgroups_{train,test}.jsonl.gz and samsum_{train,test}.jsonl.gz. Checkpoints with random weights and
-# trained runs go to $WORK (a temporary folder), results to benchmarks/results/. Steps, all by default:
+# trained runs go to experiments/benchmarks/, results to benchmarks/results/. Steps, all by default:
 #   training training_13b training_samsum sizes exactness curves
 #   inference inference_sizes inference_13b inference_samsum equality scripts
 set -euo pipefail
-data=$(realpath "${1:?usage: benchmarks/all.sh DATA TOKENIZER [STEP...]}")
-tokenizer=$(realpath "${2:?usage: benchmarks/all.sh DATA TOKENIZER [STEP...]}")
+root=$(dirname "${BASH_SOURCE[0]}")/..
+data=$(realpath -s --relative-to="$root" "${1:?usage: benchmarks/all.sh DATA TOKENIZER [STEP...]}")
+tokenizer=$(realpath -s --relative-to="$root" "${2:?usage: benchmarks/all.sh DATA TOKENIZER [STEP...]}")
 shift 2
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-work=${WORK:-$(mktemp -d)}
+cd "$root"
+work=experiments/benchmarks
 results=benchmarks/results
 posts=(--train_file "$data/newsgroups_train.jsonl.gz" --test_file "$data/newsgroups_test.jsonl.gz")
 dialogues=(--train_file "$data/samsum_train.jsonl.gz" --test_file "$data/samsum_test.jsonl.gz")

@@ -33,7 +33,8 @@ from benchmarks.provenance import headline, provenance
 from benchmarks.workers import (
     GIB,
     MARGIN,
-    check_names,
+    check_flags,
+    finish,
     frozen_products,
     installed,
     measure,
@@ -76,7 +77,7 @@ def flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, metavar="FILE", help="write the tables as JSON here, too")
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    check_names(parser, args, MODES, PEERS)
+    check_flags(parser, args, MODES, PEERS)
     if args.task == "summarization" and "constrained" in args.modes:
         parser.error("--modes constrained chooses among classes: it goes with classification")
     args.max_new_tokens = args.max_new_tokens or cli.DEFAULTS[args.task]["max_new_tokens"]
@@ -488,9 +489,7 @@ def main() -> None:
     for row in rows:
         for what, table in row.get("kinds", {}).items():
             print(f"{row['mode']}, {what}:\n\n{show_kinds(table)}\n")
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    finish(result, [*rows, *same], args.output)
 
 
 if __name__ == "__main__":

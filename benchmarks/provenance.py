@@ -16,7 +16,9 @@ PACKAGES = (
 
 
 def provenance() -> dict:
-    """Device, versions of the packages that are installed, date in UTC, and the command line."""
+    """Device, versions of the packages that are installed, date in UTC, and the command line, where absolute
+    paths are cut to their last part."""
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -25,7 +27,7 @@ def provenance() -> dict:
         "device": plan.this_device(),
         "versions": versions,
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
+        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words]),
     }
 
 

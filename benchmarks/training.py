@@ -25,7 +25,8 @@ from benchmarks.provenance import headline, provenance
 from benchmarks.workers import (
     GIB,
     MARGIN,
-    check_names,
+    check_flags,
+    finish,
     frozen_products,
     installed,
     measure,
@@ -67,7 +68,12 @@ def flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="512",
         help="most tokens of an example, comma-separated (%(default)s)",
     )
-    add("--steps", type=int, default=20, help="steps that are timed, with the first fifth (%(default)s)")
+    add(
+        "--steps",
+        type=cli.positive_int,
+        default=20,
+        help="steps that are timed, with the first fifth (%(default)s)",
+    )
     add(
         "--samples",
         type=numbers,
@@ -80,7 +86,7 @@ def flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, metavar="FILE", help="write the table as JSON here, too")
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    check_names(parser, args, MODES, PEERS)
+    check_flags(parser, args, MODES, PEERS)
     return args
 
 
@@ -470,9 +476,7 @@ def main() -> None:
     for row in rows:
         if "kinds" in row:
             print(f"{row['mode']}, {row['tokens']:,} tokens a step:\n\n{show_kinds(row['kinds'])}\n")
-    if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    finish(result, rows, args.output)
 
 
 if __name__ == "__main__":

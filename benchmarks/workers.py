@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 
 from study import cli
 
@@ -24,8 +25,11 @@ def numbers(text: str) -> list[int]:
     return [cli.positive_int(word) for word in names(text)]
 
 
-def check_names(parser: argparse.ArgumentParser, args: argparse.Namespace, modes, peers) -> None:
-    """Refuse a mode or peer that is not known; a mode may be a number of GiB, too."""
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, modes, peers) -> None:
+    """Refuse a mode or peer that is not known, and an --output without a folder; a mode may be a number of
+    GiB, too."""
+    if args.output and not args.output.parent.is_dir():
+        parser.error(f"--output {args.output}: there is no folder {args.output.parent}: make it first")
     for flag, given, known in (("--modes", args.modes, modes), ("--peers", args.peers, peers)):
         for name in given:
             if name not in known and not (flag == "--modes" and name.isdigit()):
@@ -55,6 +59,15 @@ def measure(module: str, worker: str) -> dict:
         lines = (done.stderr.strip() or "it printed nothing").splitlines()
         print("\n".join(lines[-6:]), file=sys.stderr)
         return {"failed": lines[-1][:200]}
+
+
+def finish(result: dict, rows: Sequence[dict], output: Path | None) -> None:
+    """Write and print the result. Exits with 1 if none of the `rows` was measured."""
+    if output:
+        output.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+    if all("failed" in row for row in rows):
+        sys.exit("error: nothing could be measured: see above")
 
 
 def nf4():

@@ -167,7 +167,7 @@ class Progress(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         last = state.global_step == state.max_steps
         if state.global_step % max(1, state.max_steps // 10) == 0 or last:
-            self.say(state)
+            self.say(args, state)
         due = time.time() - self.saved > 20 * self.saving and not last
         if args.world_size > 1:  # saving takes all processes, so the first one's clock counts
             due = bool(broadcast(torch.tensor(due, device=args.device)))
@@ -178,14 +178,25 @@ class Progress(TrainerCallback):
         """Tokens per second since this process began to train."""
         return sum(self.tokens[self.first : state.global_step]) / (time.time() - self.began)
 
-    def say(self, state) -> None:
+    def loss(self, args, state) -> float:
+        """The last step's. Raises UserError if it is not a number, as all later ones would be."""
+        loss = float(self.history[-1][1])
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} at step {state.global_step:,}: --learning_rate {args.learning_rate:g} "
+                "is too high for these examples; give a lower one"
+            )
+        return loss
+
+    def say(self, args, state) -> None:
         speed, left = self.speed(state), sum(self.tokens[state.global_step :])
         tqdm.write(
-            f"step {state.global_step:>6,}/{state.max_steps:,}  loss {float(self.history[-1][1]):.4f}  "
+            f"step {state.global_step:>6,}/{state.max_steps:,}  loss {self.loss(args, state):.4f}  "
             f"{speed:,.0f} tokens/s  {peak_memory_gib():.1f} GiB  {left / speed:,.0f} s left"
         )
 
     def on_save(self, args, state, control, **kwargs):
+        self.loss(args, state)
         if state.is_world_process_zero:
             spent = {
                 "seconds": self.seconds(),
@@ -324,7 +335,8 @@ def train(
             "padded": padded,
             "attention": "fused" if fast else model.config._attn_implementation,
             "max_tokens_per_batch": trainer.max_tokens,
-            "gradient_checkpointing": fast.plan.keep if fast else checkpointing,
+            "gradient_checkpointing": fast.plan.keep != "all" if fast else checkpointing,
+            "plan": str(fast.plan) if fast else None,
             "processes": training.world_size,
         },
         "loss_history": thin([[step + 1, float(loss)] for step, loss, _ in history]),
