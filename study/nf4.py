@@ -16,7 +16,7 @@ from study.kernels import EXACT, power_of_2, rank_tile
 
 NF4_BLOCK = 64  # weights that share a scale
 FEW_ROWS = 64  # up to which multiplying from 4 bits is the faster way
-WARPS, STAGES, PROGRAMS = 4, 1, 512  # of the product with few rows: what keeps a GPU busy
+WARPS, STAGES, PROGRAMS = 4, 3, 256  # of the product with few rows: what keeps a GPU busy
 
 
 @triton.jit
@@ -28,6 +28,14 @@ def scales_of(place, row, inside, scales, scale_code, outer, offsets, starts, se
     scale = tl.load(scale_code + tl.load(scales + place, inside, 0).to(tl.int32))
     scale = scale * tl.load(outer + first_outer + (place - first_block) // 256, inside, 0.0)
     return scale + tl.load(offsets + weight)
+
+
+@triton.jit
+def indices_of(words):
+    """The indices into the code that `words` [..., n] of four bytes hold, in order, [..., n, 2, 2, 2]."""
+    halves = tl.join(words, words >> 16)
+    bytes = tl.join(halves, halves >> 8)
+    return tl.join(bytes >> 4, bytes) & 15
 
 
 @triton.jit
@@ -52,13 +60,12 @@ def unpack_nf4_kernel(
     inside = block < blocks
     place = row * blocks + block
     scale = scales_of(place, row, inside, scales, scale_code, outer, offsets, starts, second, third)
-    byte = tl.load(packed + place[:, None] * 32 + tl.arange(0, 32)[None, :], inside[:, None], 0).to(tl.int32)
-    flat = tl.reshape(byte, [tile * 32])
+    words = tl.load(packed + place[:, None] * 8 + tl.arange(0, 8)[None, :], inside[:, None], 0)
     table = tl.load(code + tl.arange(0, 16))
-    high = tl.reshape(tl.gather(table, flat >> 4, 0), [tile, 32]) * scale[:, None]
-    low = tl.reshape(tl.gather(table, flat & 15, 0), [tile, 32]) * scale[:, None]
+    weight = tl.gather(table, tl.reshape(indices_of(words), [tile * 64]), 0)
+    weight = tl.reshape(weight, [tile, 64]) * scale[:, None]
     columns = block[:, None] * 64 + tl.arange(0, 64)[None, :]
-    tl.store(out + row * stride + columns, tl.interleave(high, low).to(out.dtype.element_ty), inside[:, None])
+    tl.store(out + row * stride + columns, weight.to(out.dtype.element_ty), inside[:, None])
 
 
 @triton.jit(do_not_specialize=["rows", "chunk"])
@@ -114,10 +121,10 @@ def multiply_nf4_kernel(
                 second,
                 third,
             )
-            place = first * 32 + tl.arange(0, 64)[None, :]
-            byte = tl.load(packed + row * (blocks * 32) + place, place < blocks * 32, 0).to(tl.int32)
-            index = tl.reshape(tl.join(byte >> 4, byte & 15), [tile * 128])
-            weight = tl.reshape(tl.gather(table, index, 0), [tile, 4, 32]) * scale[:, :, None]
+            place = first * 8 + tl.arange(0, 16)[None, :]
+            words = tl.load(packed + row * (blocks * 8) + place, place < blocks * 8, 0)
+            weight = tl.gather(table, tl.reshape(indices_of(words), [tile * 128]), 0)
+            weight = tl.reshape(weight, [tile, 4, 32]) * scale[:, :, None]
             # As loaded: a warp's second eight rows lie half a tile further; a row is 4 threads x 8 pairs of
             # bytes x 2 weights. As multiplied: 8 times the first bytes of all threads, then their second.
             weight = tl.reshape(weight.to(x.dtype.element_ty), [2, warps, 8, 4, 8, 2, 2])
@@ -197,7 +204,7 @@ class PackedWeights:
 
     def arguments(self) -> tuple:
         """What every kernel takes first."""
-        numbers = self.packed, self.scales, self.scale_code, self.outer, self.offsets, self.starts, self.code
+        numbers = self.packed.view(torch.int32), self.scales, self.scale_code, self.outer, self.offsets, self.starts, self.code
         return *numbers, *self.borders
 
     def unpack(self, out: torch.Tensor) -> None:
