@@ -251,7 +251,7 @@ def profile(path, prompts: dict[int, list[int]], new: int) -> dict:
         read = kinds(lambda: path.read(group), path.layers[0].qkv.a is not None)
         path.load(running)
         for _ in range(GRAPH_USES):
-            path.step(len(running))
+            path.step(len(running))()
         step = kinds(lambda: path.step(len(running)), adapters=False)
     count = sum(len(example.tokens) for example in group)
     shared = f" behind {path.cache.shared:,} shared ones"

@@ -8,7 +8,7 @@ merged where memory allows (study/model.py), or stay in 4 bits (study/nf4.py).
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,6 +22,7 @@ from study.packing import common_beginning
 
 GRAPH_MOST = 512  # examples up to which a step may be bound by its launches, and so becomes a graph
 GRAPH_USES = 3  # of a size before it does: with answers that end early most sizes are passed once
+AHEAD = 2  # steps that are on their way at once, so that the GPU need not wait for the next
 READ_TOKENS = 16_384  # of prompts at once: enough for full speed
 
 
@@ -121,6 +122,7 @@ class Running:
     place: int
     answer: list[int] = field(default_factory=list)
     node: int = 0
+    done: bool = False
 
 
 class Places:
@@ -250,8 +252,8 @@ class Engine:
         self.state[1:3, :count] += 1
         lengths += 1
 
-    def step(self, count: int) -> list[int]:
-        """The next tokens of the `count` examples in `state`."""
+    def step(self, count: int) -> Callable[[], list[int]]:
+        """Begin a step of the `count` examples in `state`. Returns what waits for their next tokens."""
         padded = self.padded(count)
         if padded in self.graphs:
             self.graphs[padded].replay()
@@ -262,7 +264,15 @@ class Engine:
                 self.graphs[padded] = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(self.graphs[padded], pool=self.pool):
                     self.advance(padded)
-        return self.state[0, :count].tolist()
+        tokens = self.state[0, :count].to("cpu", non_blocking=True, copy=True)
+        done = torch.cuda.current_stream().record_event() if self.state.is_cuda else None
+
+        def wait() -> list[int]:
+            if done:
+                done.synchronize()
+            return tokens.tolist()
+
+        return wait
 
     def padded(self, count: int) -> int:
         """Few sizes for graphs: with empty places up to a multiple of 8, 32 or 64."""
@@ -309,20 +319,31 @@ class Engine:
         most = min(most or len(prompts), len(prompts))
         places = self.prepare(list(prompts.values()), max_new_tokens, allowed, most)
         active: list[Running] = []
+        loaded: list[Running] = []  # whose steps are on their way, those answered meanwhile among them
+        begun: deque[Callable] = deque()
         while waiting or active:
-            fresh = self.admit(prompts, waiting, places, most - len(active), not active, max_new_tokens)
-            tokens = self.read_all(fresh) if fresh else self.step(len(active))
+            room = most - len(active)
+            fresh = [] if begun else self.admit(prompts, waiting, places, room, not active, max_new_tokens)
+            if fresh:
+                tokens = self.read_all(fresh)
+            else:
+                least = min((len(example.answer) for example in active), default=0)
+                while (
+                    len(begun) < AHEAD and len(active) == len(loaded) and least + len(begun) < max_new_tokens
+                ):
+                    begun.append(self.step(len(loaded)))
+                tokens = begun.popleft()()
             finished = [
                 example
-                for example, token in zip(fresh or active, tokens, strict=True)
-                if self.accept(example, token, max_new_tokens, ends)
+                for example, token in zip(fresh or loaded, tokens, strict=True)
+                if not example.done and self.accept(example, token, max_new_tokens, ends)
             ]
-            gone = {example.index for example in finished}
-            active = [example for example in active + fresh if example.index not in gone]
+            active = [example for example in active + fresh if not example.done]
             places.freed += [example.place for example in finished]
             yield from ((example.index, example.answer) for example in finished)
-            if active and (fresh or finished):
+            if active and not begun and (fresh or len(active) < len(loaded)):
                 self.load(active)
+                loaded = active
 
     def prepare(self, prompts: Sequence[list[int]], max_new_tokens: int, allowed, most: int) -> Places:
         """Make the cache and read what all prompts begin with. Returns the places for what is their own."""
@@ -366,7 +387,7 @@ class Engine:
         return torch.cat([self.read(group) for group in groups]).tolist()
 
     def accept(self, example: Running, token: int, max_new_tokens: int, ends: Sequence[int]) -> bool:
-        """Take over an example's next token. Returns whether its answer is whole."""
+        """Take over an example's next token. Returns whether its answer is whole, and sets `done`."""
         example.answer.append(token)
         if self.choices:
             example.node = self.choices.next[example.node][token]
@@ -374,8 +395,9 @@ class Engine:
             if rest is not None:
                 example.answer += rest
                 del example.answer[max_new_tokens:]
-                return True
-        return token in ends or len(example.answer) == max_new_tokens
+                example.done = True
+        example.done = example.done or token in ends or len(example.answer) == max_new_tokens
+        return example.done
 
 
 def shared_tokens(prompts: Sequence[list[int]]) -> int:

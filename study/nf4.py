@@ -204,7 +204,15 @@ class PackedWeights:
 
     def arguments(self) -> tuple:
         """What every kernel takes first."""
-        numbers = self.packed.view(torch.int32), self.scales, self.scale_code, self.outer, self.offsets, self.starts, self.code
+        numbers = (
+            self.packed.view(torch.int32),
+            self.scales,
+            self.scale_code,
+            self.outer,
+            self.offsets,
+            self.starts,
+            self.code,
+        )
         return *numbers, *self.borders
 
     def unpack(self, out: torch.Tensor) -> None:
