@@ -24,7 +24,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -49,7 +49,11 @@ UNTUNED = ("few-shot", "zero-shot")
 MODES = ("fast", *UNTUNED, "constrained")
 PROFILED = ("fast", "few-shot")
 PEERS = {"published": (), "generate": (), "generate-merged": (), "vllm": ("vllm",)}  # and what each needs
-BATCHES = {"published": (1, 8), "generate": (64, 256), "generate-merged": (256, 1024)}  # at once, in all
+BATCHES = {  # at once (None: as many as fit, up to 256), in all
+    "published": (1, 8),
+    "generate": (64, 256),
+    "generate-merged": (None, 1024),
+}
 CEILING_TOKENS = 16_384
 STEP_MOST = 512  # examples of the step that is profiled
 EQUALITY_BATCH = 32  # prompts that `generate` takes at once, to see what rounding alone changes
@@ -197,10 +201,10 @@ def make_engine(tuned, mode: str) -> tuple:
     merged = merged and mode != "unmerged"
     if merged:
         tuned = model.merge(tuned)
-    path = engine.Engine(tuned, 0.92 * model.free_memory())
+    path = engine.Engine(tuned)
+    path.memory = 0.92 * model.free_memory()
     if mode.isdigit():
         path.memory = (int(mode) - MARGIN) * GIB - torch.cuda.memory_allocated()
-        path.memory += 0 if path.space is None else path.space.nbytes  # which the engine counts
     return path, "dense weights" if merged else "weights in 4 bits"
 
 
@@ -295,17 +299,15 @@ def by_generate(args: argparse.Namespace, mode: str, count: int) -> dict:
         return tuned.generate(input_ids=ids, pad_token_id=ends[0], **settings)[:, ids.shape[1] :].tolist()
 
     def answer(prompts: dict, new: int) -> Iterator:
-        order = list(prompts)  # by length, from `spaced`
-        for first in range(0, len(order), size):
-            indices = order[first : first + size]
-            batch = [prompts[index] for index in indices]
-            greedy = mode != "published"
-            rows = generation.continue_batch(tuned, batch, new, ends, None) if greedy else sample(batch, new)
-            yield from zip(indices, rows, strict=True)
+        if mode != "published":
+            yield from generation.plain_answers(tuned, prompts, new, ends, None, size)
+            return
+        for index, prompt in prompts.items():
+            yield index, sample([prompt], new)[0]
 
     weights = "dense weights" if mode == "generate-merged" else "weights in 4 bits"
-    how = f"{weights}, {size} at once; {len(prompts):,} of {len(tests.prompts):,} examples"
-    return timed(answer, prompts, args.max_new_tokens, [size]) | {"how": how}
+    how = f"{weights}, {size or 'up to 256'} at once; {len(prompts):,} of {len(tests.prompts):,} examples"
+    return timed(answer, prompts, args.max_new_tokens, [size or 64]) | {"how": how}
 
 
 def vllm(args: argparse.Namespace, mode: str, count: int) -> dict:

@@ -145,9 +145,9 @@ class Places:
 
 
 class Engine:
-    """A model's layers for greedy decoding within `memory` bytes beside the weights."""
+    """A model's layers for greedy decoding, within `memory` bytes beside what this holds from the start."""
 
-    def __init__(self, model, memory: float):
+    def __init__(self, model, memory: float = 0.0):
         base = base_of(model)
         self.config, self.memory = base.config, memory
         self.embedding, self.norm = base.model.embed_tokens.weight.data, base.model.norm.weight.data
@@ -172,9 +172,8 @@ class Engine:
         each = width * (4 * c.hidden_size + max(qkv + self.heads * self.size, 2 * c.intermediate_size))
         each += 4 * self.heads * self.size * (shared >= cache.APART)
         row = 2 * width * c.num_hidden_layers * self.key_heads * self.size
-        free = self.memory - (0 if self.space is None else self.space.numel() * width)
-        at_once = max(longest, min(READ_TOKENS, int(free / (each + 2 * row))))  # half of what fits
-        return at_once, int((0.98 * free - at_once * each) / row)
+        at_once = max(longest, min(READ_TOKENS, int(self.memory / (each + 2 * row))))  # half of what fits
+        return at_once, int((0.98 * self.memory - at_once * each) / row)
 
     def make_cache(self, shared: int, longest: int, total: int) -> None:
         """A cache for prompts with their answers, of at most `longest` tokens behind the shared ones and

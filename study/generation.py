@@ -171,8 +171,8 @@ def fast_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, all
     """(index, answer) of each of `prompts`, by the fast path in what memory is free."""
     from study import engine
 
-    given, left = 0.92 * free_memory(), dict(prompts)
-    path = engine.Engine(model, given)
+    left, path = dict(prompts), engine.Engine(model)
+    given = path.memory = 0.92 * free_memory()
     while left:
         try:
             for index, ids in path.answers(left, max_new_tokens, ends, allowed, most):

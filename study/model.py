@@ -117,9 +117,9 @@ def base_of(model):
 
 
 def free_memory() -> int:
-    """Bytes of the GPU that this process can still take."""
-    cached = torch.cuda.memory_reserved(device()) - torch.cuda.memory_allocated(device())
-    return torch.cuda.mem_get_info(device())[0] + cached
+    """Bytes of the GPU that this process can still take, gaps between its tensors not counted."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device())[0]
 
 
 def should_merge(model, wanted: str) -> bool:

@@ -83,15 +83,15 @@ def test_places_do_not_overlap_and_a_freed_one_is_taken_again():
 
 
 class TooLarge:
-    """An engine that runs out of memory after each answer until it has a quarter of what it was given."""
+    """An engine that runs out of memory after each answer until it has a quarter of what is free."""
 
-    def __init__(self, model, memory):
-        self.memory = self.given = memory
+    def __init__(self, model):
+        pass
 
     def answers(self, prompts, max_new_tokens, ends, allowed, most):
         for index in sorted(prompts):
             yield index, [index]
-            if self.memory > self.given / 4:
+            if self.memory > 100 / 4:
                 raise torch.OutOfMemoryError
 
 
