@@ -5,6 +5,7 @@
 #   MODELS="NousResearch/Llama-2-7b-chat-hf" ./baseline_inference.sh --chat_template auto
 #   TASKS=classification SEEDS="1 2 3" ./baseline_inference.sh --train_file train.jsonl --test_file test.jsonl
 set -euo pipefail
+owns="pretrained_ckpt:MODELS task_type:TASKS seed:SEEDS" # read by loop.sh
 # shellcheck source=study/loop.sh
 source "$(dirname "${BASH_SOURCE[0]}")/study/loop.sh"
 

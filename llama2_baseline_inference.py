@@ -59,7 +59,7 @@ def main() -> None:
             texts = [text for text, _ in test.examples]
             examples = []
             if args.prompt_type == "few-shot":
-                shots = args.shots or {"classification": 1, "summarization": 2}[args.task]
+                shots = args.shots or cli.SHOTS[args.task]
                 examples = encoding.choose_shots(train.examples, args.task, shots, args.seed)
             prompts, cut = encoding.encode_baseline(tokenizer, texts, labels, examples, context, args)
             described[args.split]["truncated"] = cut["texts"]

@@ -4,6 +4,7 @@
 #   ./sample_ablate.sh [flags of llama2_classification.py]
 #   FRACTIONS="0.025 1.0" SEEDS="1 2 3" ./sample_ablate.sh --dry_run
 set -euo pipefail
+owns="train_sample_fraction:FRACTIONS seed:SEEDS" # read by loop.sh
 # shellcheck source=study/loop.sh
 source "$(dirname "${BASH_SOURCE[0]}")/study/loop.sh"
 

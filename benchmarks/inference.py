@@ -118,7 +118,7 @@ def read_tests(args: argparse.Namespace, tokenizer, count: int, mode: str = "", 
     if untuned:
         shown = []
         if mode == "few-shot":
-            shots = {"classification": 1, "summarization": 2}[args.task]
+            shots = cli.SHOTS[args.task]
             shown = encoding.choose_shots(splits["train"].examples, args.task, shots, settings.seed)
         context = model.context_length(base, tokenizer)
         prompts, _ = encoding.encode_baseline(tokenizer, texts, labels, shown, context, settings)

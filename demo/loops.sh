@@ -11,8 +11,8 @@ source study/setup.sh
 set_up requirements.txt
 
 export CUDA_VISIBLE_DEVICES='' OMP_NUM_THREADS=1 MODELS=demo/model
-common=(--pretrained_ckpt demo/model --output_dir results/demo/experiments --price_per_hour "${PRICE_PER_HOUR:-0.10}")
-learning=(--learning_rate 3e-3 --batch_size 8) # a model this small learns best at a high rate
+common=(--output_dir results/demo/experiments --price_per_hour "${PRICE_PER_HOUR:-0.10}")
+learning=(--pretrained_ckpt "$MODELS" --learning_rate 3e-3 --batch_size 8) # a model this small learns best at a high rate
 posts=(--train_file demo/data/posts_train.jsonl --test_file demo/data/posts_test.jsonl)
 dialogues=(--train_file demo/data/dialogues_train.jsonl --test_file demo/data/dialogues_test.jsonl)
 

@@ -23,6 +23,7 @@ DEFAULTS = {  # by task; the other defaults are the same for both and stand at t
     },
     "summarization": {"dataset": "knkarthick/samsum", "lora_r": 64, "epochs": 1, "max_new_tokens": 100},
 }
+SHOTS = {"classification": 1, "summarization": 2}  # per class, or in all
 
 
 class UserError(Exception):
@@ -125,7 +126,7 @@ def add_data_flags(parser: argparse.ArgumentParser, task: str | None) -> None:
         help="longest answer, and the room kept for it within --max_seq_length "
         + ("(%(default)s)" if task else "(classification 20, summarization 100)"),
     )
-    add("--seed", type=int, default=42, help="order, dropout, samples and few-shot examples (%(default)s)")
+    add("--seed", type=seed, default=42, help="order, dropout, samples and few-shot examples (%(default)s)")
 
 
 def add_training_flags(parser: argparse.ArgumentParser, task: str) -> None:
@@ -254,7 +255,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--price_per_hour",
         type=positive_float,
         metavar="USD",
-        help="price of this machine (by GPU, study/cost.py)",
+        help="price of this machine (by GPU, study/prices.json)",
     )
     add("--gpu_name", metavar="NAME", help="price and record the GPU under this name (detected)")
 
@@ -274,6 +275,8 @@ def parse_args(task: str | None, description: str, argv: Sequence[str] | None = 
     for name, value in DEFAULTS[args.task].items():
         if getattr(args, name, 0) is None:
             setattr(args, name, value)
+    if task is None and (args.prompt_type == "zero-shot" or args.shots == SHOTS[args.task]):
+        args.shots = None  # names no other run
     if args.task == "summarization" and getattr(args, "decoding", "free") == "constrained":
         parser.error("--decoding constrained chooses among classes: it goes with classification")
     return args
@@ -288,6 +291,13 @@ def positive_int(word: str) -> int:
     number = int(word)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{word} is not 1 or more")
+    return number
+
+
+def seed(word: str) -> int:
+    number = int(word)
+    if not 0 <= number < 2**32:
+        raise argparse.ArgumentTypeError(f"{word} is not in [0, 4294967296)")
     return number
 
 

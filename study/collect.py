@@ -85,12 +85,16 @@ class Run:
 
 
 def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """Every run in the folders, and a line for each record that is left out, with the reason."""
+    """Every run in the folders, and a line for each record that is left out, with the reason. Hidden folders,
+    where the loops calibrate, do not count."""
     found: dict[tuple, Run] = {}
     problems = []
     for folder in folders:
         paths = [
-            path for path in folder.rglob("*.json") if path.name.lstrip(".").startswith(("train", "eval"))
+            path
+            for path in folder.rglob("*.json")
+            if path.name.lstrip(".").startswith(("train", "eval"))
+            and not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1])
         ]
         if not paths:
             problems.append(f"{folder} holds no records: name the folder of a run, or one above it")

@@ -15,6 +15,12 @@ budget=(inf inf)
 dry_run=
 flags=()
 while (($#)); do
+  for own in ${owns:-}; do # a loop says before it sources this which flags it sets itself
+    if [[ ${1%%=*} == --* && $(tr - _ <<<"${1%%=*}") == "__${own%:*}" ]]; then
+      echo "error: ${1%%=*} is what this loop goes through: set ${own#*:}=\"...\" before it instead" >&2
+      exit 2
+    fi
+  done
   if [[ $1 == --budget[_-]*=* ]]; then set -- "${1%%=*}" "${1#*=}" "${@:2}"; fi
   case $1 in
     --budget[_-]hours | --budget[_-]usd)
@@ -27,6 +33,8 @@ while (($#)); do
       ;;
     -h | --help) # the comment that the loop opens with
       sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+      printf '%s\n' 'As all loops: --dry_run lists the cells with what is left to spend; --budget_usd USD and --budget_hours H' \
+        'stop before the cell that would exceed them; LAUNCH="accelerate launch" stands in front of each script.'
       exit 0
       ;;
     --dry_run | --dry-run) dry_run=1 && flags+=("$1") ;;
@@ -66,8 +74,8 @@ exceeds_budget() { # with the time this loop has taken so far and the cell that 
     exit !((most != "inf" && spent + s > most + 0) || (most_usd != "inf" && s > 0 && (spent + s) * usd / s > most_usd + 0)) }'
 }
 
-calibrate() { # a short run of the cell's scripts, so that the next look-up has a speed to go by
-  local few=(--max_eval_samples 16)
+calibrate() { # a short run of the cell's scripts in a hidden folder, so that the next look-up has a speed to go by
+  local few=(--experiment_dir "$(dirname "$folder")/.calibration/$(basename "$folder")" --max_eval_samples 16)
   ((${#scripts[@]} == 1)) || few+=(--max_train_samples 64 --train_sample_fraction 1.0 --epochs 1)
   echo "nothing to estimate this cell from: a short run first"
   run_scripts "$@" "${few[@]}" || return 1

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -53,14 +54,25 @@ def from_checkpoint(loader, checkpoint: str, **options):
     """`loader.from_pretrained`, with what can go wrong with a checkpoint said in one line."""
     try:
         return loader.from_pretrained(checkpoint, **options)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        if "attn_implementation" in reason or "FlashAttention" in reason:
+            name = options["attn_implementation"]
+            raise UserError(f"--attn_implementation {name} can't be used, auto can: {reason}") from None
         hint = "" if Path(checkpoint).is_dir() else " (offline? fetch it first, or name a local folder)"
-        raise UserError(f"--pretrained_ckpt {checkpoint} can't be loaded{hint}: {reason[:300]}") from None
+        raise UserError(f"--pretrained_ckpt {checkpoint} can't be loaded{hint}: {reason}") from None
 
 
 def load_tokenizer(checkpoint: str):
-    return from_checkpoint(AutoTokenizer, checkpoint)
+    tokenizer = from_checkpoint(AutoTokenizer, checkpoint)
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"--pretrained_ckpt {checkpoint}: its tokenizer has no end-of-sequence token, by which answers "
+            "end: set eos_token in its tokenizer_config.json"
+        )
+    return tokenizer
 
 
 def load_base(checkpoint: str, quantization, attn_implementation: str = "sdpa"):
@@ -94,7 +106,16 @@ def load_adapter(model, folder: Path):
 
     if not (folder / "adapter_model.safetensors").is_file():
         raise UserError(f"{folder} holds no adapter_model.safetensors: train the run again with --force")
-    model = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+    try:
+        model = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder} is damaged or not an adapter of --pretrained_ckpt: name the checkpoint that it was "
+            f"trained on, or train the run again with --force ({reason})"
+        ) from None
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(compute_dtype())

@@ -127,7 +127,13 @@ def check_same_data(recorded: dict, data: dict, where: Path) -> None:
             )
 
 
-def check_same(config: dict, args: argparse.Namespace, settings: Iterable[str], where: Path) -> None:
+def check_same(
+    config: dict,
+    args: argparse.Namespace,
+    settings: Iterable[str],
+    where: Path,
+    mend: str = "use another --experiment_dir, or --force",
+) -> None:
     """Raise UserError if the recorded `config` has other values of `settings` than the flags."""
     other = [
         f"--{name} {config.get(name)}, not {getattr(args, name)}"
@@ -135,9 +141,7 @@ def check_same(config: dict, args: argparse.Namespace, settings: Iterable[str], 
         if hasattr(args, name) and name in config and config.get(name) != getattr(args, name)
     ]
     if other:
-        raise UserError(
-            f"{where} belongs to a run with {'; '.join(other)}: use another --experiment_dir, or --force"
-        )
+        raise UserError(f"{where} belongs to a run with {'; '.join(other)}: {mend}")
 
 
 def finished_training(folder: Path, args: argparse.Namespace) -> dict:
@@ -160,13 +164,24 @@ def finished_training(folder: Path, args: argparse.Namespace) -> dict:
         raise UserError(
             f"--experiment_dir {folder} is a {content['task']} run: score it with that task's script"
         )
+    needed = {
+        "config",
+        "quantization",
+        "prompt_sha256",
+        *(["labels"] if args.task == "classification" else []),
+    }
+    lacking = sorted(needed - content.keys())
+    if lacking:
+        raise UserError(
+            f"{folder / 'train.json'} lacks {', '.join(lacking)}: train the run again with --force"
+        )
     config = content["config"]
     given = [
         name
         for name in (*NAMED, "lora_alpha", "target_modules", "learning_rate", "batch_size", "loss_on")
         if name in args.given
     ]
-    check_same(config, args, given, folder)
+    check_same(config, args, given, folder, "leave them out, or name another --experiment_dir")
     for name, value in config.items():
         if name in (*NAMED, *TRAINED, "test_file", "validation_file") and name not in args.given:
             setattr(args, name, value)

@@ -394,7 +394,12 @@ def resume(checkpoints: Path, run: dict, args) -> tuple[Path | None, dict, list]
     checkpoint = last_checkpoint(checkpoints)
     if checkpoint is None:
         return None, nothing, []
-    progress = json.loads((checkpoint / PROGRESS).read_text())
+    try:
+        progress = json.loads((checkpoint / PROGRESS).read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{checkpoint / PROGRESS} is damaged ({error}): remove {checkpoint} and start again"
+        ) from None
     runs.check_same(progress["config"], args, runs.training_settings(args), checkpoint)
     runs.check_same_data(progress["data"], run["data"], checkpoint)
     return checkpoint, progress["spent"], progress["history"]

@@ -40,6 +40,7 @@ def leave_record(folder: Path, *flags: object, task: str = "classification", err
     try:
         with record.recording(path, args, "qlora", runs.training_settings(args)) as content:
             content |= {"labels": ["a", "b"], "prompt_sha256": "0", "data": {"train": {"sha256": "0"}}}
+            content["quantization"] = {}
             if error:
                 raise error
     except (cli.UserError, KeyboardInterrupt):
@@ -159,6 +160,7 @@ def test_a_test_class_that_training_never_saw_stops_inference_and_names_the_row(
         (["--epochs", "0"], "--epochs: 0 is not 1 or more"),
         (["--lora-r", "2.5"], "--lora_r: invalid positive_int value: '2.5'"),
         (["--learning_rate", "inf"], "--learning_rate: inf is not above 0"),
+        (["--seed", "-1"], "--seed: -1 is not in [0, 4294967296)"),
         (["--gradient_checkpointing", "maybe"], "--gradient_checkpointing: invalid choice: 'maybe'"),
         (["--no_such_flag", "1"], "unrecognized arguments: --no_such_flag 1"),
         (["--epoch", "1"], "unrecognized arguments: --epoch 1"),
@@ -353,3 +355,34 @@ def test_a_hub_data_set_while_offline_is_named(tmp_path):
     line = refusal("llama2_summarization.py", *flags)
     assert line.startswith("error: --dataset nobody/no-such-data: no train split on the hub or in its cache")
     assert "--train_file" in line
+
+
+def test_a_record_that_lacks_a_part_is_named_with_the_way_out(tmp_path, files):
+    path = leave_record(tmp_path / "run", *files)
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "labels"}))
+    line = refusal("llama2_classification_inference.py", "--experiment_dir", path.parent)
+    assert f"{path} lacks labels: train the run again with --force" in line
+
+
+@pytest.mark.parametrize("damage", ["another model", "weights", "configuration"])
+def test_an_adapter_that_does_not_fit_is_said_in_one_short_line(tmp_path, damage):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from study import model
+
+    def llama(width: int) -> LlamaForCausalLM:
+        sizes = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 1, "vocab_size": 32}
+        return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
+
+    lora = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+    get_peft_model(llama(16), lora).save_pretrained(tmp_path)
+    model.load_adapter(llama(16), tmp_path)
+    if damage == "weights":
+        (tmp_path / "adapter_model.safetensors").write_bytes(b"half")
+    elif damage == "configuration":
+        (tmp_path / "adapter_config.json").write_text('{"peft_type"')
+    with pytest.raises(cli.UserError) as error:
+        model.load_adapter(llama(32 if damage == "another model" else 16), tmp_path)
+    assert f"{tmp_path} is damaged or not an adapter of --pretrained_ckpt" in str(error.value)
+    assert len(str(error.value)) < 500

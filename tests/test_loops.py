@@ -250,6 +250,7 @@ def finish_cell(folder: Path, rank: int, files: tuple) -> Path:
             "data": {"train": splits["train"]},
             "labels": ["a", "b"],
             "prompt_sha256": "0",
+            "quantization": {},
             "cost": {"usd": 0.5, "gpu": "CPU", "price_per_hour": 900.0},
         }
         steps = {"loss": 0.1, "steps": 1, "tokens": 9, "trainable_parameters": 9, "tokens_per_second": 9.0}
@@ -518,6 +519,23 @@ def test_a_budget_that_is_no_number_is_refused_before_anything_runs(tmp_path, wo
     assert not (tmp_path / "calls").exists()
 
 
+@pytest.mark.parametrize(
+    ("script", "words", "env", "mend"),
+    [
+        ("run_lora.sh", ["--lora-r=4"], {}, 'set RANKS="..."'),
+        ("sample_ablate.sh", ["--train_sample_fraction", "0.5"], {}, 'set FRACTIONS="..."'),
+        ("baseline_inference.sh", ["--pretrained_ckpt", "x"], {}, 'set MODELS="..."'),
+        ("run_lora.sh", [], {"TASK": "translation"}, "TASK=translation: it is classification or"),
+    ],
+)
+def test_a_flag_that_the_loop_sets_itself_is_refused(tmp_path, script, words, env, mend):
+    done = within(tmp_path, *words, script=script, **env)
+    assert done.returncode == 2
+    [line] = done.stderr.splitlines()
+    assert mend in line
+    assert not (tmp_path / "calls").exists()
+
+
 def test_a_budget_in_dollars_needs_a_price(tmp_path):
     leave_hour(tmp_path / "runs")
     done = within(tmp_path, "--budget_usd", "54", EPOCHS="1")
@@ -541,7 +559,8 @@ def test_with_nothing_to_estimate_from_a_short_run_comes_first(tmp_path, hours, 
     short, long = calls(tmp_path)[:2], calls(tmp_path)[2:]
     assert len(short) == 2
     assert all(call[-8:] == FEW for call in short)
-    assert long == [call[:-8] for call in short] * full
+    assert long == [call[:-10] for call in short] * full
+    assert {call[-9].rpartition("/")[0] for call in short} == {"runs/.calibration"}
     assert ("the budget ends here: 1 of 1 cells" in done.stdout) == (not full)
 
 
