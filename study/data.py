@@ -84,6 +84,8 @@ def load(args: argparse.Namespace, names: Sequence[str], optional: Sequence[str]
             check_labels(split, labels)
     if {"train", "test"} <= splits.keys():
         drop_overlap(splits, args.drop_overlap)
+    elif args.drop_overlap and "train" in splits:
+        raise UserError("--drop_overlap: there is no test split to compare with: name it with --test_file")
     return splits
 
 
@@ -119,9 +121,13 @@ def source_of(args: argparse.Namespace, split: str) -> tuple[str, Iterator[Row]]
 
 def find_in_folder(folder: Path, split: str) -> Path:
     names = {"validation": "validation|valid|val|dev"}.get(split, split)
+    try:
+        files = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"--dataset {folder} can't be read: {error.strerror}") from None
     found = [
         file
-        for file in sorted(folder.iterdir())
+        for file in files
         if bare_suffix(file) in FORMATS and re.search(rf"(^|[-_.])({names})[-_.]", file.name)
     ]
     if not found:

@@ -18,6 +18,7 @@ import torch
 from transformers import GenerationConfig
 
 from study import record
+from study.cli import UserError
 from study.encoding import answer_ids
 from study.metrics import VERSION
 from study.model import compute_dtype, device, free_memory, merge, peak_memory_gib, should_merge
@@ -107,8 +108,14 @@ def generate(
 
     With `allowed` (token ids of the possible answers, EOS included) only these can come out. `merging` is
     --merge; a merged `model` is used up. What exceeds the GPU's memory is tried again with half of it, but a
-    single example that does raises torch.OutOfMemoryError.
+    single example that does raises torch.OutOfMemoryError. Raises UserError if `allowed` does not fit
+    `max_new_tokens`.
     """
+    longest = max(map(len, allowed or [[]])) - 1  # without EOS
+    if longest > max_new_tokens:
+        raise UserError(
+            f"--max_new_tokens {max_new_tokens} cuts class names: the longest has {longest} tokens"
+        )
     progress = progress or Progress()
     ends, slow = stop_tokens(model, tokenizer), why_slow(model)
     merged = should_merge(model, merging)

@@ -264,6 +264,11 @@ def test_texts_that_differ_in_white_space_only_overlap(tmp_path):
     assert splits["train"].overlap == 1
 
 
+def test_drop_overlap_without_a_test_split_is_refused(overlapping):
+    with pytest.raises(UserError, match="--drop_overlap: there is no test split"):
+        data.load(flags(*overlapping[:2], "--drop_overlap"), ["train"], optional=["test"])
+
+
 def test_drop_overlap_that_would_leave_nothing_is_refused(tmp_path):
     path = write_rows(tmp_path / "same.jsonl", ROWS)
     with pytest.raises(UserError, match="--drop_overlap leaves no train example"):

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from prompts import build_prompt
 from study import generation
+from study.cli import UserError
 from study.encoding import prompt_ids
 from study.model import merge
 
@@ -66,6 +67,11 @@ def test_every_answer_is_one_of_the_labels_when_constrained(model, tokenizer, pr
     assert all(text.strip() in labels for text in answers.texts)
     free = generation.generate(model, tokenizer, prompts, 20, 4)
     assert not any(text.strip() in labels for text in free.texts)
+
+
+def test_answers_longer_than_what_may_be_written_are_refused(model, tokenizer, prompts):
+    with pytest.raises(UserError, match="--max_new_tokens 2 cuts class names: the longest has 3 tokens"):
+        generation.generate(model, tokenizer, prompts, 2, allowed=[[5, 2], [5, 6, 7, 2]])
 
 
 def test_constrained_greedy_takes_the_likeliest_allowed_token(model, tokenizer, prompts):
