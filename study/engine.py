@@ -22,7 +22,7 @@ from study.packing import common_beginning
 
 GRAPH_MOST = 512  # examples up to which a step may be bound by its launches, and so becomes a graph
 GRAPH_USES = 3  # of a size before it does: with answers that end early most sizes are passed once
-AHEAD = 2  # steps that are on their way at once, so that the GPU need not wait for the next
+AHEAD = 2  # steps on their way at once, so that the GPU need not wait; places have room for one too many
 READ_TOKENS = 16_384  # of prompts at once: enough for full speed
 
 
@@ -165,29 +165,32 @@ class Engine:
 
     # Memory
 
-    def plan(self, longest: int, shared: int) -> tuple[int, int]:
-        """Tokens of prompts that are read at once, and rows of the cache, within `memory`."""
+    def plan(self, longest: int, shared: int) -> tuple[int, int, int]:
+        """Tokens of prompts that are read at once, rows of the cache, and the most examples of a step, within
+        `memory`."""
         c, width = self.config, self.embedding.element_size()
         qkv = (self.heads + 2 * self.key_heads) * self.size
         each = width * (4 * c.hidden_size + max(qkv + self.heads * self.size, 2 * c.intermediate_size))
         each += 4 * self.heads * self.size * (shared >= cache.APART)
         row = 2 * width * c.num_hidden_layers * self.key_heads * self.size
         at_once = max(longest, min(READ_TOKENS, int(self.memory / (each + 2 * row))))  # half of what fits
-        return at_once, int((0.98 * self.memory - at_once * each) / row)
+        most = max(1, int(at_once * each / (each + width * len(self.head))))  # which have logits each
+        return at_once, int((0.98 * self.memory - at_once * each) / row), most
 
-    def make_cache(self, shared: int, longest: int, total: int) -> None:
-        """A cache for prompts with their answers, of at most `longest` tokens behind the shared ones and
-        `total` in all."""
+    def make_cache(self, shared: int, longest: int, total: int, new: int) -> None:
+        """A cache for prompts with their answers of `new` tokens, at most `longest` tokens behind the shared
+        ones and `total` in all."""
         self.cache, self.graphs, self.uses = None, {}, Counter()
         self.pool = torch.cuda.graph_pool_handle() if self.embedding.is_cuda else None
-        self.at_once, rows = self.plan(max(longest, shared), shared)
-        if rows < shared + 2 * longest:
-            raise torch.OutOfMemoryError(f"out of memory: no room for {shared + 2 * longest:,} tokens")
-        rows = min(rows, shared + total + longest)
+        self.at_once, rows, self.most = self.plan(max(longest, shared), shared)
+        least = shared + longest + new
+        if rows < least:
+            raise torch.OutOfMemoryError(f"out of memory: no room for {least:,} tokens")
+        rows = min(rows, shared + total + new)
         shape = self.config.num_hidden_layers, rows, self.key_heads * self.size
         keys, values = self.embedding.new_empty(shape), self.embedding.new_empty(shape)
         self.cache = cache.Cache(keys, values, self.heads, self.key_heads, self.size)
-        self.idle_place = rows - longest  # where the empty places of a graph write
+        self.idle_place = rows - new  # where the empty places of a graph write
         positions = torch.arange(shared + longest, device=keys.device)[None]
         cos, sin = self.rotary(torch.empty(0, dtype=torch.float32, device=keys.device), positions)
         self.cos, self.sin = (table[0, :, : self.size // 2].contiguous() for table in (cos, sin))
@@ -315,14 +318,13 @@ class Engine:
         At most `most` examples are at work at once. Raises torch.OutOfMemoryError.
         """
         waiting = deque(sorted(prompts, key=lambda index: -len(prompts[index])))
-        most = min(most or len(prompts), len(prompts))
-        places = self.prepare(list(prompts.values()), max_new_tokens, allowed, most)
+        places = self.prepare(list(prompts.values()), max_new_tokens, allowed, most or len(prompts))
         active: list[Running] = []
         loaded: list[Running] = []  # whose steps are on their way, those answered meanwhile among them
         begun: deque[Callable] = deque()
         while waiting or active:
-            room = most - len(active)
-            fresh = [] if begun else self.admit(prompts, waiting, places, room, not active, max_new_tokens)
+            free = self.most - len(active)
+            fresh = [] if begun else self.admit(prompts, waiting, places, free, not active, max_new_tokens)
             if fresh:
                 tokens = self.read_all(fresh)
             else:
@@ -349,9 +351,10 @@ class Engine:
         shared, device = shared_tokens(prompts), self.embedding.device
         lengths = [len(prompt) - shared + max_new_tokens for prompt in prompts]
         self.choices = Choices(allowed, device) if allowed else None
-        self.make_cache(shared, max(lengths), sum(lengths))
+        self.make_cache(shared, max(lengths), sum(lengths), max_new_tokens)
+        self.most = min(self.most, most, len(prompts))
         print(f"{'':11}{shared:,} shared tokens, room for {self.idle_place - shared:,} others", flush=True)
-        self.state = torch.zeros(6, most + 64, dtype=torch.long, device=device)
+        self.state = torch.zeros(6, self.most + 64, dtype=torch.long, device=device)
         if shared:
             self.read([Running(-1, prompts[0][:shared], 0)])
         self.cache.shared = shared
@@ -368,7 +371,8 @@ class Engine:
             if place is None:
                 break
             taken.append(Running(waiting.popleft(), tokens, place))
-        if must or not waiting or sum(len(example.tokens) for example in taken) >= self.at_once // 2:
+        tokens = sum(len(example.tokens) for example in taken)
+        if must or not waiting or tokens >= self.at_once // 2 or len(taken) >= self.most / 4:
             return taken
         waiting.extendleft(example.index for example in reversed(taken))
         places.top, places.freed = before

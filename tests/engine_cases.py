@@ -73,7 +73,7 @@ def main() -> None:
             cache.APART = apart
             path = engine.Engine(model, memory or 1e9)
             if not memory:  # a cache for two examples, so that places are used again
-                path.plan = lambda longest, shared: (30, shared + 2 * longest + 30)
+                path.plan = lambda longest, shared: (30, shared + 2 * longest + 30, 9)
             answers = dict(path.answers(dict(enumerate(prompts)), NEW_TOKENS, ENDS, allowed, most))
             kind, room = "constrained" if allowed else "free", f"{most or 'all'} at once"
             reading = "apart" if apart == 10 else "together"

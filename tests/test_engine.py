@@ -116,7 +116,7 @@ def test_what_never_fits_ends_in_out_of_memory(monkeypatch):
 
 def test_examples_wait_for_room_and_are_read_when_there_are_enough():
     path = engine.Engine.__new__(engine.Engine)
-    path.at_once = 20
+    path.at_once, path.most = 20, 9
     path.cache = type("Cache", (), {"shared": 1})
     prompts = {i: [0] * (1 + size) for i, size in enumerate((8, 6, 6, 4, 4))}
     waiting, places = engine.deque(prompts), Places(first=1, rows=1 + 3 * 10)
@@ -129,3 +129,13 @@ def test_examples_wait_for_room_and_are_read_when_there_are_enough():
     places.freed.append(1)
     assert [example.index for example in path.admit(prompts, waiting, places, 9, False, 2)] == [3, 4]
     assert list(itertools.chain(waiting)) == []
+
+
+def test_few_at_once_are_refilled_by_few():
+    path = engine.Engine.__new__(engine.Engine)
+    path.at_once, path.most = 1000, 8
+    path.cache = type("Cache", (), {"shared": 0})
+    prompts = {i: [0] * 10 for i in range(20)}
+    waiting, places = engine.deque(prompts), Places(first=0, rows=1000)
+    assert path.admit(prompts, waiting, places, 1, False, 5) == []
+    assert len(path.admit(prompts, waiting, places, 2, False, 5)) == 2
