@@ -39,6 +39,8 @@ def why_not(model) -> str | None:
     reason = why_not_base(base)
     if reason:
         return reason
+    if getattr(base.model.embed_tokens, "lora_embedding_A", None):
+        return "its embedding has an adapter"
     modules = [module for layer in base.model.layers for module in linear_layers(layer)]
     if any("default" not in getattr(module, "lora_A", {}) for module in modules):
         return "not every linear layer has an adapter"
@@ -75,7 +77,8 @@ def why_not_layer(module) -> str | None:
     if state and layer.in_features % nf4.NF4_BLOCK:
         return "its weights have rows of broken blocks"
     adapters = dict(getattr(module, "lora_A", {}))
-    if layer.bias is not None or any(adapter.bias is not None for adapter in adapters.values()):
+    both = [*adapters.values(), *getattr(module, "lora_B", {}).values()]
+    if layer.bias is not None or any(adapter.bias is not None for adapter in both):
         return "its linear layers have biases"
     plain = set(adapters) <= {"default"} and not any(module.use_dora[name] for name in adapters)
     return None if plain else "its adapters are not plain LoRA"
@@ -109,7 +112,7 @@ def choose_plan(
 ) -> Plan:
     """The fastest plan for steps of `step` (tokens, learned tokens) that fits `free` bytes, of those that
     --max_tokens_per_batch (or None) and --gradient_checkpointing allow; if none fits, the most frugal."""
-    step_tokens, learned = step
+    step_tokens, learned = max(step[0], longest), step[1]
     plans = []
     keeps = {"on": ("input",), "off": ("all",)}.get(checkpointing, KEEPS)
     for keep, on_host in [
@@ -284,7 +287,8 @@ class Layer:
         return [p for group in self.groups for p in (*group.a_parameters, *group.b_parameters)]
 
     def seed(self, batch: Batch, group: Group) -> int:
-        return (batch.seed * 1_000_003 + self.number * 4 + self.groups.index(group)) % 2**31
+        # Far apart: of seeds close by, one's mask is the other's with columns swapped.
+        return hash((batch.seed, self.number, self.groups.index(group))) % 2**31
 
     def forward(self, x, delta, batch: Batch, space: Space, keep: str) -> tuple:
         """The layer's input is x + delta [rows, hidden], and so is its output. Returns (x, delta, saved)."""

@@ -182,10 +182,7 @@ class Progress(TrainerCallback):
         """The last step's. Raises UserError if it is not a number, as all later ones would be."""
         loss = float(self.history[-1][1])
         if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} at step {state.global_step:,}: --learning_rate {args.learning_rate:g} "
-                "is too high for these examples; give a lower one"
-            )
+            raise diverged(f"the loss is {loss} at step {state.global_step:,}", args)
         return loss
 
     def say(self, args, state) -> None:
@@ -196,7 +193,7 @@ class Progress(TrainerCallback):
         )
 
     def on_save(self, args, state, control, **kwargs):
-        self.loss(args, state)
+        check_finite(kwargs["model"], args)
         if state.is_world_process_zero:
             spent = {
                 "seconds": self.seconds(),
@@ -207,6 +204,17 @@ class Progress(TrainerCallback):
             progress = {"schema": record.SCHEMA, **self.run, "spent": spent, "history": history}
             record.write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / PROGRESS, progress)
         self.saving, self.saved = time.time() - self.saved, time.time()
+
+
+def check_finite(model, args) -> None:
+    """Raise UserError if training has made a weight of the adapter infinite or no number."""
+    if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
+        raise diverged("the adapter's weights are no longer numbers", args)
+
+
+def diverged(what: str, args) -> UserError:
+    rate = f"--learning_rate {args.learning_rate:g}"
+    return UserError(f"{what}: {rate} is too high for these examples; give a lower one")
 
 
 def last_checkpoint(folder: Path) -> Path | None:
@@ -317,6 +325,7 @@ def train(
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = progress.seconds()
+    check_finite(model, args)
     if record.is_main_process():
         save_adapter(model, tokenizer, folder)
     per_epoch = len(steps) // args.epochs
@@ -365,7 +374,8 @@ def fast_path(model, examples: Sequence[Example], tokens: Sequence[int], args):
     from study import fused
 
     longest = max(len(example.ids) for example in examples)
-    wanted = None if args.max_tokens_per_batch == "auto" else max(longest, args.max_tokens_per_batch)
+    given = args.max_tokens_per_batch
+    wanted = None if given == "auto" else max(longest, min(given, max(tokens)))
     torch.cuda.empty_cache()
     free = int(0.92 * torch.cuda.mem_get_info()[0])
     learned = args.batch_size * max(len(learned_places(example, args.loss_on)) for example in examples)
@@ -389,8 +399,10 @@ def agree(model, fast, examples: Sequence[Example], loss_on: str) -> bool:
 def resume(checkpoints: Path, run: dict, args) -> tuple[Path | None, dict, list]:
     """The checkpoint to go on from, what the run has spent, and its losses so far."""
     nothing = {"seconds": 0.0, "wall_seconds": 0.0, "peak_memory_gib": 0.0}
-    if args.force and record.is_main_process():
-        shutil.rmtree(checkpoints, ignore_errors=True)
+    if args.force:
+        if record.is_main_process():
+            shutil.rmtree(checkpoints, ignore_errors=True)
+        return None, nothing, []  # the other processes don't wait to see them gone
     checkpoint = last_checkpoint(checkpoints)
     if checkpoint is None:
         return None, nothing, []

@@ -78,6 +78,7 @@ def main() -> None:
     results["reasons"] = {
         "llama": fused.why_not(model),
         "some layers only": fused.why_not(with_adapters(base, 4, 0.0, ["q_proj", "v_proj"])),
+        "embedding": fused.why_not(with_adapters(base, 4, 0.0, r".*\.(\w+_proj|embed_tokens)")),
         "rank": fused.why_not(with_adapters(base, 256, 0.0)),
         "neox": fused.why_not(with_adapters(quantized(GPTNeoXForCausalLM, neox), 4, 0.0)),
     }
@@ -89,6 +90,7 @@ def main() -> None:
     }
     plans["checkpointing on"] = fused.choose_plan(seven, 80 * 2**30, 512, (16384, 400), None, "on")
     plans["1000 tokens"] = fused.choose_plan(seven, 80 * 2**30, 512, (16384, 400), 1000)
+    plans["a long example"] = fused.choose_plan(seven, 80 * 2**30, 20000, (16384, 400))
     results["plans"] = {name: (plan.keep, plan.tokens, plan.on_host) for name, plan in plans.items()}
     print(json.dumps(results))
 

@@ -80,6 +80,7 @@ def test_models_that_can_not_take_the_path_say_why(errors):
     reasons = errors["reasons"]
     assert reasons["llama"] is None
     assert "not every linear layer" in reasons["some layers only"]
+    assert "embedding has an adapter" in reasons["embedding"]
     assert "GPTNeoX" in reasons["neox"]
     assert "rank exceeds 128" in reasons["rank"]
 
@@ -92,3 +93,4 @@ def test_a_plan_fits_the_memory_and_prefers_speed(errors):
     assert (plans["3 GiB"][0], plans["3 GiB"][2]) == ("input", True)
     assert plans["checkpointing on"][0] == "input"
     assert plans["1000 tokens"][1] == 1000
+    assert plans["a long example"][1] >= 20000

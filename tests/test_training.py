@@ -270,3 +270,12 @@ def test_a_step_that_exceeds_the_memory_goes_on_in_smaller_passes_and_learns_the
     record = json.loads((tmp_path / "short" / "train.json").read_text())
     assert record["train"]["batching"]["max_tokens_per_batch"] <= 600
     assert record["train"]["loss"] == pytest.approx(reference["train"]["loss"], rel=2e-3)
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_names_the_learning_rate(tmp_path):
+    flags = ("--epochs", "4", "--max_train_samples", "64", "--learning_rate", "1e30")
+    done = run_script(SCRIPT, *DATA, *flags, "--experiment_dir", tmp_path)
+    assert done.returncode == 1
+    assert "--learning_rate 1e+30 is too high for these examples" in error_line(done)
+    assert not (tmp_path / "adapter").exists()
+    assert json.loads((tmp_path / "train.json").read_text())["status"] == "failed"
