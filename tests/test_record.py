@@ -39,7 +39,8 @@ def make_record(
     path.parent.mkdir(exist_ok=True)
     try:
         with record.recording(path, args, "qlora", runs.training_settings(args)) as content:
-            content |= {"data": DATA, **more}
+            parts = {"labels": ["a", "b"], "prompt_sha256": "0", "quantization": {}}
+            content |= {"data": DATA, **parts, **more}
             if error:
                 raise error
     except (UserError, KeyboardInterrupt):
@@ -94,8 +95,13 @@ def test_a_baseline_is_named_by_model_task_and_prompt(words, folder):
     ["--shots 3", "--chat_template auto", "--max_eval_samples 5", "--seed 1", "--decoding constrained"],
 )
 def test_a_baseline_with_other_settings_gets_a_short_hash(words):
-    name = runs.baseline_dir(flags(*words.split(), task=None)).name
-    assert re.fullmatch("zero-shot_[0-9a-f]{8}", name)
+    name = runs.baseline_dir(flags("--prompt_type", "few-shot", *words.split(), task=None)).name
+    assert re.fullmatch("few-shot_[0-9a-f]{8}", name)
+
+
+@pytest.mark.parametrize("words", ["--shots 3", "--prompt_type few-shot --shots 1"])
+def test_shots_that_change_nothing_name_no_other_run(words):
+    assert "_" not in runs.baseline_dir(flags(*words.split(), task=None)).name
 
 
 SETTINGS = [  # every flag that changes what a training learns
