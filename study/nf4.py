@@ -187,6 +187,7 @@ class PackedWeights:
     def __init__(self, weights: list):
         states = [weight.quant_state for weight in weights]
         self.packed = torch.cat([weight.data.flatten() for weight in weights])
+        self.words = self.packed.view(torch.int32)
         self.scales = torch.cat([state.absmax for state in states])
         self.outer = torch.cat([state.state2.absmax for state in states])
         self.offsets = torch.stack([state.offset.reshape(()) for state in states])
@@ -204,15 +205,7 @@ class PackedWeights:
 
     def arguments(self) -> tuple:
         """What every kernel takes first."""
-        numbers = (
-            self.packed.view(torch.int32),
-            self.scales,
-            self.scale_code,
-            self.outer,
-            self.offsets,
-            self.starts,
-            self.code,
-        )
+        numbers = self.words, self.scales, self.scale_code, self.outer, self.offsets, self.starts, self.code
         return *numbers, *self.borders
 
     def unpack(self, out: torch.Tensor) -> None:
