@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from study.kernels import absorb, power_of_2, to_device
+from study.kernels import absorb, place_of, power_of_2, to_device
 
 LOG2_E = 1.4426950408889634
 APART = 256  # shared rows from which on they are read once for many queries, apart from the own rows
@@ -125,6 +125,7 @@ def prompts_kernel(
     size: tl.constexpr,
     tile_q: tl.constexpr,
     tile_k: tl.constexpr,
+    mixed: tl.constexpr,
 ):
     """A work item is (first row of the prompt, its length, first row of the tile within it, its place in the
     cache)."""
@@ -181,8 +182,8 @@ def prompts_kernel(
         part, part_weight, place, size, wanted, splits, rows * heads, largest, weight, total
     )
     result = (total / weight[:, None]).to(out.dtype.element_ty)
-    at = out + (start + query_place)[:, None] * out_stride + head * size + tl.arange(0, size)[None, :]
-    tl.store(at, result, wanted[:, None])
+    to = place_of(head * size + tl.arange(0, size)[None, :], mixed)
+    tl.store(out + (start + query_place)[:, None] * out_stride + to, result, wanted[:, None])
 
 
 @triton.jit(
@@ -208,6 +209,7 @@ def tokens_kernel(
     size: tl.constexpr,
     tile_q: tl.constexpr,
     tile_k: tl.constexpr,
+    mixed: tl.constexpr,
 ):
     """The queries of one token, those heads that share a key head, over the shared and its example's rows."""
     row, key_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -260,8 +262,8 @@ def tokens_kernel(
         part, part_weight, row * heads + head, size, wanted, splits, rows * heads, largest, weight, total
     )
     result = (total / weight[:, None]).to(out.dtype.element_ty)
-    at = out + row * out_stride + head[:, None] * size + tl.arange(0, size)[None, :]
-    tl.store(at, result, wanted[:, None])
+    to = place_of(head[:, None] * size + tl.arange(0, size)[None, :], mixed)
+    tl.store(out + row * out_stride + to, result, wanted[:, None])
 
 
 @triton.jit(do_not_specialize=["rows", "shared"])
@@ -339,16 +341,17 @@ class Cache:
             *(self.heads, self.key_heads, power_of_2(self.heads + 2 * self.key_heads), self.size // 2),
         )
 
-    def attend_prompts(self, layer: int, qkv: torch.Tensor, work: torch.Tensor) -> torch.Tensor:
-        """Causal attention of prompts that lie end to end, behind the shared rows: [tokens, heads size]."""
-        return self.attend(prompts_kernel, "prompts", (len(work), self.heads), layer, qkv, [work])
+    def attend_prompts(self, layer: int, qkv: torch.Tensor, mixed: bool, work: torch.Tensor) -> torch.Tensor:
+        """Causal attention of prompts that lie end to end, behind the shared rows: [tokens, heads size], its
+        columns as `place_of` has them."""
+        return self.attend(prompts_kernel, "prompts", (len(work), self.heads), layer, qkv, mixed, [work])
 
-    def attend_tokens(self, layer: int, qkv: torch.Tensor, starts, lengths) -> torch.Tensor:
+    def attend_tokens(self, layer: int, qkv: torch.Tensor, mixed: bool, starts, lengths) -> torch.Tensor:
         """Attention of one token of each example over its own rows, `lengths` from `starts` on."""
         grid = len(qkv), self.key_heads
-        return self.attend(tokens_kernel, "tokens", grid, layer, qkv, [starts, lengths])
+        return self.attend(tokens_kernel, "tokens", grid, layer, qkv, mixed, [starts, lengths])
 
-    def attend(self, kernel, name: str, grid: tuple, layer: int, qkv, which: list) -> torch.Tensor:
+    def attend(self, kernel, name: str, grid: tuple, layer: int, qkv, mixed, which: list) -> torch.Tensor:
         out = qkv.new_empty(len(qkv), self.heads * self.size)
         apart = self.shared >= APART
         part, part_weight, splits = self.attend_shared(layer, qkv) if apart else (out, out, 0)
@@ -358,7 +361,7 @@ class Cache:
         kernel[grid](
             *(qkv, self.keys[layer], self.values[layer], out, *which, part, part_weight),
             *(qkv.stride(0), out.stride(0), len(qkv), 0 if apart else self.shared, splits),
-            *(self.size**-0.5 * LOG2_E, self.heads, self.key_heads, self.size, tile_q, tile_k),
+            *(self.size**-0.5 * LOG2_E, self.heads, self.key_heads, self.size, tile_q, tile_k, mixed),
             num_warps=warps,
             num_stages=stages,
         )

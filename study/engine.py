@@ -57,10 +57,12 @@ class Linear:
                     rows[:, column : column + rank] = module.lora_B["default"].weight.data * scale
                     column += rank
 
-    def __call__(self, x: torch.Tensor, space: torch.Tensor | None) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, space: torch.Tensor | None, mixed: bool) -> torch.Tensor:
+        """`space` is where 4-bit weights are unpacked, unless x is `mixed`, as `PackedWeights.multiply` takes
+        it."""
         weight = self.dense
         if weight is None:
-            if len(x) <= nf4.FEW_ROWS:
+            if mixed:
                 return self.packed.multiply(x, self.a, self.b)
             weight = space[: self.size * self.width].view(self.size, self.width)
             self.packed.unpack(weight)
@@ -159,6 +161,8 @@ class Engine:
         widest = max(group.size * group.width for group in groups)
         packed = groups[0].packed is not None
         self.space = self.embedding.new_empty(widest) if packed else None
+        fitting = packed and all(group.width % nf4.MIXED == 0 for group in groups)
+        self.few_rows = nf4.FEW_ROWS if fitting else 0  # up to which weights stay in 4 bits
         self.heads, self.size = self.config.num_attention_heads, head_size(self.config)
         self.key_heads = self.config.num_key_value_heads
         self.cache = None
@@ -201,20 +205,22 @@ class Engine:
         """Logits [n, vocabulary] after tokens [n], or after those numbered `last` alone, by `attend_last` in
         the last layer."""
         x, delta, epsilon = F.embedding(ids, self.embedding), None, self.config.rms_norm_eps
-        normed = torch.empty_like(x)
+        normed, few = torch.empty_like(x), len(x) <= self.few_rows
         for i, layer in enumerate(self.layers):
-            x, _ = kernels.rms_norm(x, layer.norm_1, epsilon, normed, delta)
-            qkv = layer.qkv(normed, self.space)
+            x, _ = kernels.rms_norm(x, layer.norm_1, epsilon, normed, delta, mixed=few)
+            qkv = layer.qkv(normed, self.space, few)
             self.cache.put(i, qkv, positions, self.cos, self.sin, places)
             if last is not None and i == len(self.layers) - 1:
                 x, qkv, attend, normed = x[last], qkv[last], attend_last, normed[: len(last)]
-            delta = layer.out(attend(i, qkv), self.space)
-            x, _ = kernels.rms_norm(x, layer.norm_2, epsilon, normed, delta)
+                few = len(last) <= self.few_rows
+            delta = layer.out(attend(i, qkv, few), self.space, few)
+            x, _ = kernels.rms_norm(x, layer.norm_2, epsilon, normed, delta, mixed=few)
             del qkv, delta  # their memory is wanted for the widest
-            gate_up = layer.gate_up(normed, self.space)
+            gate_up = layer.gate_up(normed, self.space, few)
             inner = gate_up[:, : gate_up.shape[1] // 2]
-            kernels.swiglu(gate_up, inner)
-            delta = layer.down(inner, self.space)
+            inner = torch.empty_like(inner) if few else inner  # columns can't change places within themselves
+            kernels.swiglu(gate_up, inner, mixed=few)
+            delta = layer.down(inner, self.space, few)
         kernels.rms_norm(x, self.norm, epsilon, normed, delta)
         return torch.mm(normed, self.head.T)
 
@@ -237,8 +243,8 @@ class Engine:
         ids, positions, places, last, firsts, lengths_there = table.split([len(column) for column in columns])
         work = cache.prompts_work(lengths.tolist(), [example.place for example in examples], device)
         logits = self.forward(
-            *(ids, positions, places, lambda i, qkv: self.cache.attend_prompts(i, qkv, work), last),
-            lambda i, qkv: self.cache.attend_tokens(i, qkv, firsts, lengths_there),
+            *(ids, positions, places, lambda *layer: self.cache.attend_prompts(*layer, work), last),
+            lambda *layer: self.cache.attend_tokens(*layer, firsts, lengths_there),
         )
         return self.choose(logits, torch.zeros_like(last))[0]
 
@@ -246,7 +252,7 @@ class Engine:
         """One step of the first `count` examples in `state`, in place."""
         ids, positions, places, firsts, lengths, nodes = (column[:count] for column in self.state)
         logits = self.forward(
-            ids, positions, places, lambda i, qkv: self.cache.attend_tokens(i, qkv, firsts, lengths)
+            ids, positions, places, lambda *layer: self.cache.attend_tokens(*layer, firsts, lengths)
         )
         chosen, following = self.choose(logits, nodes)
         ids.copy_(chosen)

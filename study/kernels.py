@@ -112,6 +112,15 @@ def add_adapter(dx: torch.Tensor, dh: torch.Tensor, a: torch.Tensor, seed: int, 
     )
 
 
+@triton.jit
+def place_of(column, mixed: tl.constexpr):
+    """Where to write a column: where it is or, if `mixed`, where `nf4.PackedWeights.multiply` wants it."""
+    if mixed:
+        own = column % 128  # 4 x 8 x 2 x 2 become 8 x 2 x 4 x 2
+        column += own // 4 % 8 * 16 + own // 2 % 2 * 8 + own // 32 * 2 + own % 2 - own
+    return column
+
+
 # RMSNorm (Zhang and Sennrich, 2019)
 
 
@@ -134,6 +143,7 @@ def rms_norm_kernel(
     tile: tl.constexpr,
     add: tl.constexpr,
     drop: tl.constexpr,
+    mixed: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, tile)
@@ -148,24 +158,32 @@ def rms_norm_kernel(
     tl.store(inverse + row, scale)
     value = value * scale * tl.load(weight + column, inside, 0.0).to(tl.float32)
     rounded = value.to(out.dtype.element_ty)
-    tl.store(out + row * out_stride + column, rounded, inside)
+    tl.store(out + row * out_stride + place_of(column, mixed), rounded, inside)
     if drop:
         value = rounded.to(tl.float32) * keep(seed, row, column, width, probability)
         tl.store(left + row * width + column, value.to(left.dtype.element_ty), inside)
 
 
 def rms_norm(
-    x, weight, epsilon: float, out, delta=None, left=None, seed: int = 0, probability: float = 0.0
+    x,
+    weight,
+    epsilon: float,
+    out,
+    delta=None,
+    left=None,
+    seed: int = 0,
+    probability: float = 0.0,
+    mixed=False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Norm of x [rows, width], or of x + delta, into `out`, and what dropout leaves of it into `left`, if
-    given. Returns that sum and the inverse root mean squares [rows]."""
+    """Norm of x [rows, width], or of x + delta, into `out`, its columns as `place_of` has them, and what
+    dropout leaves of it into `left`, if given. Returns that sum and the inverse root mean squares [rows]."""
     rows, width = x.shape
     inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
     total = x if delta is None else torch.empty(rows, width, dtype=x.dtype, device=x.device)
     rms_norm_kernel[(rows,)](
         *(x, x if delta is None else delta, weight, total, out, out if left is None else left, inverse),
         *(x.stride(0), 0 if delta is None else delta.stride(0), out.stride(0), epsilon, seed, probability),
-        *(width, power_of_2(width), delta is not None, left is not None),
+        *(width, power_of_2(width), delta is not None, left is not None, mixed),
         num_warps=4 if width <= 4096 else 8,
     )
     return total, inverse
@@ -232,6 +250,7 @@ def swiglu_kernel(
     width: tl.constexpr,
     tile: tl.constexpr,
     drop: tl.constexpr,
+    mixed: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * tile + tl.arange(0, tile)
@@ -239,22 +258,22 @@ def swiglu_kernel(
     gate = tl.load(gate_up + row * stride + column, inside, 0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + width + column, inside, 0.0).to(tl.float32)
     rounded = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
-    tl.store(out + row * out_stride + column, rounded, inside)
+    tl.store(out + row * out_stride + place_of(column, mixed), rounded, inside)
     if drop:
         value = rounded.to(tl.float32) * keep(seed, row, column, width, probability)
         tl.store(left + row * width + column, value.to(left.dtype.element_ty), inside)
 
 
 def swiglu(
-    gate_up: torch.Tensor, out: torch.Tensor, left=None, seed: int = 0, probability: float = 0.0
+    gate_up: torch.Tensor, out: torch.Tensor, left=None, seed: int = 0, probability: float = 0.0, mixed=False
 ) -> None:
-    """out [rows, width] = silu(gate) * up, which lie side by side in the columns of gate_up, and what dropout
-    leaves of it into `left`, if given."""
+    """out [rows, width] = silu(gate) * up, which lie side by side in the columns of gate_up, its columns as
+    `place_of` has them, and what dropout leaves of it into `left`, if given."""
     rows, width = out.shape
     tile = min(2048, power_of_2(width))
     swiglu_kernel[(rows, triton.cdiv(width, tile))](
         *(gate_up, out, out if left is None else left, gate_up.stride(0), out.stride(0), seed, probability),
-        *(width, tile, left is not None),
+        *(width, tile, left is not None, mixed),
     )
 
 

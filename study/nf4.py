@@ -15,7 +15,8 @@ import triton.language as tl
 from study.kernels import EXACT, power_of_2, rank_tile
 
 NF4_BLOCK = 64  # weights that share a scale
-FEW_ROWS = 64  # up to which multiplying from 4 bits is the faster way
+MIXED = 128  # columns that lie in an order of their own where weights are multiplied from 4 bits
+FEW_ROWS = 64  # up to which that is the faster way
 WARPS, STAGES, PROGRAMS = 4, 3, 256  # of the product with few rows: what keeps a GPU busy
 
 
@@ -96,53 +97,38 @@ def multiply_nf4_kernel(
 
     A product may sum in any order, and its outputs may come in any. Both are chosen so that each thread
     multiplies the very bytes that it loads, 16 in a row of 64: of 16 weights that a tensor core takes at
-    once, thread t of 4 holds numbers 2 t, 2 t + 1, 2 t + 8 and 2 t + 9.
+    once, thread t of 4 holds numbers 2 t, 2 t + 1, 2 t + 8 and 2 t + 9. x comes in that order: the first
+    bytes of all threads, their second, and so on.
     """
     tile: tl.constexpr = 16 * warps
     split, tiles = tl.program_id(1), tl.cdiv(size, tile)
     first_output, number = tl.program_id(0) * tile, tl.arange(0, tile_x)
     output = (first_output + tl.arange(0, tile)).to(tl.int64)
     begin, end = split * chunk, tl.minimum(blocks, (split + 1) * chunk)
+    x += tl.minimum(number, rows - 1)[:, None] * stride
     total = tl.zeros([tile, tile_x], tl.float32)
     if first_output < size:
         row = tl.minimum(output, size - 1)[:, None]
         table = tl.load(code + tl.arange(0, 16))
         for first in range(begin, end, 2):
-            block = first + tl.arange(0, 4)[None, :] // 2  # of each thread's 16 bytes
-            scale = scales_of(
-                row * blocks + block,
-                row,
-                block < blocks,
-                scales,
-                scale_code,
-                outer,
-                offsets,
-                starts,
-                second,
-                third,
-            )
-            place = first * 8 + tl.arange(0, 16)[None, :]
-            words = tl.load(packed + row * (blocks * 8) + place, place < blocks * 8, 0)
+            place = row * blocks + first + tl.arange(0, 2)[None, :]
+            scale = scales_of(place, row, True, scales, scale_code, outer, offsets, starts, second, third)
+            words = tl.load(packed + (row * blocks + first) * 8 + tl.arange(0, 16)[None, :])
             weight = tl.gather(table, tl.reshape(indices_of(words), [tile * 128]), 0)
-            weight = tl.reshape(weight, [tile, 4, 32]) * scale[:, :, None]
-            # As loaded: a warp's second eight rows lie half a tile further; a row is 4 threads x 8 pairs of
-            # bytes x 2 weights. As multiplied: 8 times the first bytes of all threads, then their second.
+            weight = tl.reshape(weight, [tile, 2, 64]) * scale[:, :, None]
+            # A row is 4 threads x 8 pairs of bytes x 2 weights. A warp's second eight rows lie half a tile
+            # further.
             weight = tl.reshape(weight.to(x.dtype.element_ty), [2, warps, 8, 4, 8, 2, 2])
             weight = tl.reshape(tl.permute(weight, (1, 0, 2, 4, 5, 3, 6)), [tile, 128])
-            column = first * 64 + tl.arange(0, 128)[None, :]
-            in_x = (number[:, None] < rows) & (column < blocks * 64)
-            value = tl.load(x + number[:, None] * stride + column, in_x, 0.0)
-            value = tl.permute(tl.reshape(value, [tile_x, 4, 8, 2, 2]), (0, 2, 3, 1, 4))
-            value = tl.reshape(value, [tile_x, 128])
+            value = tl.load(x + first * 64 + tl.arange(0, 128)[None, :])
             total = tl.dot(weight, tl.trans(value), total, input_precision=EXACT)
         output = tl.reshape(tl.permute(tl.reshape(output, [2, warps, 8]), (1, 0, 2)), [tile])
     else:
-        row = (output - tiles * tile)[:, None]
-        for first in range(begin, end, 2):
-            column = first * 64 + tl.arange(0, 128)[None, :]
-            inside = column < blocks * 64
-            weight = tl.load(a + row * (blocks * 64) + column, (row < rank) & inside, 0.0)
-            value = tl.load(x + number[:, None] * stride + column, (number[:, None] < rows) & inside, 0.0)
+        row = tl.minimum(output - tiles * tile, rank - 1)[:, None]
+        for first in range(begin, end):
+            place = first * 64 + tl.arange(0, 64)[None, :]
+            column = place // 2 % 4 * 32 + place // 16 % 8 * 4 + place // 8 % 2 * 2 + place % 2
+            weight, value = tl.load(a + row * (blocks * 64) + place // 128 * 128 + column), tl.load(x + place)
             total = tl.dot(weight, tl.trans(value), total, input_precision=EXACT)
     width = tiles * tile + rank
     at = part + (split * rows + number[None, :]).to(tl.int64) * width + output[:, None]
@@ -218,7 +204,8 @@ class PackedWeights:
 
     def multiply(self, x: torch.Tensor, a=None, b=None) -> torch.Tensor:
         """x W^T + (x a^T) b^T [rows, size] for a few rows, at most FEW_ROWS, read from the 4 bits themselves;
-        a [rank, width] and b [size, rank], or neither."""
+        a [rank, width] and b [size, rank], or neither. The columns of x, a multiple of MIXED, lie as
+        `kernels.place_of` has them."""
         (rows, width), rank, tile = x.shape, 0 if a is None else len(a), 16 * WARPS
         blocks, tile_x = width // NF4_BLOCK, max(16, power_of_2(rows))
         tiles = triton.cdiv(self.size, tile)

@@ -18,7 +18,7 @@ from benchmarks.exactness import llama, make_examples, with_adapters
 from study import cache, engine, fused, kernels
 from study.model import merge
 
-SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
 class NoDevice:
