@@ -12,7 +12,8 @@ few prompts warm up; then the whole set is timed by the clock on the wall, three
 median stands in the table. Slow peers take an evenly spaced sample of the prompts, equally long on average.
 The ceiling is what the products of the prompts with the frozen weights alone reach, sustained over seconds,
 for the mean length of the tuned prompts; few-shot prompts are longer, and read what they share only once.
-With --equality the answers are compared with those that `generate` gives one by one, token by token. The last
+With --equality the answers are compared, token by token, with those that `generate` gives one by one, and
+both with those that the weights give in float32: where rounding decides, no two ways need agree. The last
 line is all of it as JSON.
 """
 
@@ -365,9 +366,21 @@ def ceiling(args: argparse.Namespace, mode: str, count: int, seconds: float = 4)
     }
 
 
+def in_float32(args: argparse.Namespace):
+    """The dequantized weights with the adapter added, nothing of it rounded."""
+    import torch
+
+    from study import model
+
+    tuned = load(args, True)
+    for layer in model.four_bit_layers(tuned).values():
+        getattr(layer, "base_layer", layer).compute_dtype = torch.float32
+    return torch.nn.Module.float(model.merge(tuned))  # transformers' own refuses what was quantized
+
+
 def equality(args: argparse.Namespace, mode: str, count: int) -> dict:
     """Answers by the engine and, one example at a time, by `generate` with the same weights; by `generate`
-    in batches, where rounding alone differs, too."""
+    in batches, where rounding alone differs, too; and how many of each are those of float32."""
     import torch
 
     from study import generation, metrics, model
@@ -383,6 +396,8 @@ def equality(args: argparse.Namespace, mode: str, count: int) -> dict:
     plain = tuned if mode == "unmerged" else tuned.get_base_model()
     for way, size in (("generate", 1), ("batches", EQUALITY_BATCH)):
         found[way] = dict(generation.plain_answers(plain, prompts, args.max_new_tokens, ends, None, size))
+    exact = in_float32(args)
+    truth = dict(generation.plain_answers(exact, prompts, args.max_new_tokens, ends, None, EQUALITY_BATCH))
 
     def compare(answers: dict) -> dict:
         texts = [tokenizer.decode(answers[index], skip_special_tokens=True) for index in prompts]
@@ -390,6 +405,7 @@ def equality(args: argparse.Namespace, mode: str, count: int) -> dict:
         scores = metrics.score(args.task, texts, references, tests.labels)[0]
         return {
             "same": sum(answers[index] == found["generate"][index] for index in prompts),
+            "exact": sum(answers[index] == truth[index] for index in prompts),
             "scores": {name: metric["value"] for name, metric in scores.items()},
         }
 
@@ -451,17 +467,21 @@ def show_equality(rows: Sequence[dict]) -> str:
     lines = []
     for row in rows:
         if "failed" in row:
-            lines.append([row["mode"], *["—"] * 4, row["failed"]])
+            lines.append([row["mode"], *["—"] * 5, row["failed"]])
             continue
         ways = [row[way] for way in ("engine", "generate", "batches")]
-        same = [f"{way['same']} ({100 * way['same'] / row['examples']:.1f} %)" for way in (ways[0], ways[2])]
+        same, exact = (
+            [f"{way[what]} ({100 * way[what] / row['examples']:.1f} %)" for way in ways]
+            for what in ("same", "exact")
+        )
         scores = []
         for name in ways[0]["scores"]:
             values = (f"{way['scores'][name]:.1f}" for way in ways)
             scores.append(f"{name} {', '.join(values)}")
-        lines.append([row["mode"], row["how"], row["examples"], *same, "; ".join(scores)])
+        shares = same[0], same[2], ", ".join(exact)
+        lines.append([row["mode"], row["how"], row["examples"], *shares, "; ".join(scores)])
     titles = ["mode", "how", "examples", "the same tokens", "by generate in batches"]
-    titles += ["metrics of engine, generate, in batches"]
+    titles += [f"{what} of engine, generate, in batches" for what in ("those of float32", "metrics")]
     return tabulate(lines, titles, tablefmt="github", disable_numparse=True)
 
 

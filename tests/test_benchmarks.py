@@ -228,13 +228,24 @@ def test_the_tables_of_inference_show_measured_and_failed_rows():
     assert lines[4][7:9] == ["0.50", "12 %"]
     assert lines[5][:2] + lines[5][-1:] == ["few-shot", "all", "out of memory"]
     ways = {
-        way: {"same": same, "scores": {"accuracy": accuracy}}
-        for way, same, accuracy in (("engine", 39, 70.0), ("generate", 40, 71.0), ("batches", 38, 72.0))
+        way: {"same": same, "exact": exact, "scores": {"accuracy": accuracy}}
+        for way, same, exact, accuracy in (
+            ("engine", 39, 36, 70.0),
+            ("generate", 40, 34, 71.0),
+            ("batches", 38, 30, 72.0),
+        )
     }
     row = {"mode": "fast", "examples": 40, "how": "dense weights"} | ways
     table = inference.show_equality([row, {"mode": "unmerged", "failed": "no GPU"}])
     assert all(
-        text in table for text in ("39 (97.5 %)", "38 (95.0 %)", "accuracy 70.0, 71.0, 72.0", "no GPU")
+        text in table
+        for text in (
+            "39 (97.5 %)",
+            "38 (95.0 %)",
+            "36 (90.0 %), 34 (85.0 %), 30 (75.0 %)",
+            "accuracy 70.0, 71.0, 72.0",
+            "no GPU",
+        )
     )
 
 
