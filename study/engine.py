@@ -57,22 +57,17 @@ class Linear:
                     rows[:, column : column + rank] = module.lora_B["default"].weight.data * scale
                     column += rank
 
-    def __call__(self, x: torch.Tensor, space: torch.Tensor | None, mixed: bool, gated=False) -> torch.Tensor:
-        """SwiGLU of it if `gated`. `space` is where 4-bit weights are unpacked, unless x is `mixed`, as
-        `PackedWeights.multiply` takes it."""
+    def __call__(self, x: torch.Tensor, space: torch.Tensor | None, mixed: bool) -> torch.Tensor:
+        """`space` is where 4-bit weights are unpacked, unless x is `mixed`, as `PackedWeights.multiply` takes
+        it."""
         weight = self.dense
         if weight is None:
             if mixed:
-                return self.packed.multiply(x, self.a, self.b, gated)
+                return self.packed.multiply(x, self.a, self.b)
             weight = space[: self.size * self.width].view(self.size, self.width)
             self.packed.unpack(weight)
         y = torch.mm(x, weight.T)
-        if self.a is not None:
-            y.addmm_(torch.mm(x, self.a.T), self.b.T)
-        if gated:
-            gate_up, y = y, y[:, : self.size // 2]
-            kernels.swiglu(gate_up, y)
-        return y
+        return y if self.a is None else y.addmm_(torch.mm(x, self.a.T), self.b.T)
 
 
 class Layer:
@@ -221,7 +216,10 @@ class Engine:
             delta = layer.out(attend(i, qkv, few), self.space, few)
             x, _ = kernels.rms_norm(x, layer.norm_2, epsilon, normed, delta, mixed=few)
             del qkv, delta  # their memory is wanted for the widest
-            inner = layer.gate_up(normed, self.space, few, gated=True)
+            gate_up = layer.gate_up(normed, self.space, few)
+            inner = gate_up[:, : gate_up.shape[1] // 2]
+            inner = torch.empty_like(inner) if few else inner  # columns can't change places within themselves
+            kernels.swiglu(gate_up, inner, mixed=few)
             delta = layer.down(inner, self.space, few)
         kernels.rms_norm(x, self.norm, epsilon, normed, delta)
         return torch.mm(normed, self.head.T)

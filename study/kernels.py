@@ -238,11 +238,6 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) ->
 # SwiGLU (Shazeer, 2020)
 
 
-@triton.jit
-def silu_product(gate, up):
-    return gate * tl.sigmoid(gate) * up
-
-
 @triton.jit(do_not_specialize=["seed"])
 def swiglu_kernel(
     gate_up,
@@ -255,29 +250,30 @@ def swiglu_kernel(
     width: tl.constexpr,
     tile: tl.constexpr,
     drop: tl.constexpr,
+    mixed: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * tile + tl.arange(0, tile)
     inside = column < width
     gate = tl.load(gate_up + row * stride + column, inside, 0.0).to(tl.float32)
     up = tl.load(gate_up + row * stride + width + column, inside, 0.0).to(tl.float32)
-    rounded = silu_product(gate, up).to(out.dtype.element_ty)
-    tl.store(out + row * out_stride + column, rounded, inside)
+    rounded = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
+    tl.store(out + row * out_stride + place_of(column, mixed), rounded, inside)
     if drop:
         value = rounded.to(tl.float32) * keep(seed, row, column, width, probability)
         tl.store(left + row * width + column, value.to(left.dtype.element_ty), inside)
 
 
 def swiglu(
-    gate_up: torch.Tensor, out: torch.Tensor, left=None, seed: int = 0, probability: float = 0.0
+    gate_up: torch.Tensor, out: torch.Tensor, left=None, seed: int = 0, probability: float = 0.0, mixed=False
 ) -> None:
-    """out [rows, width] = silu(gate) * up, which lie side by side in the columns of gate_up, and what dropout
-    leaves of it into `left`, if given."""
+    """out [rows, width] = silu(gate) * up, which lie side by side in the columns of gate_up, its columns as
+    `place_of` has them, and what dropout leaves of it into `left`, if given."""
     rows, width = out.shape
     tile = min(2048, power_of_2(width))
     swiglu_kernel[(rows, triton.cdiv(width, tile))](
         *(gate_up, out, out if left is None else left, gate_up.stride(0), out.stride(0), seed, probability),
-        *(width, tile, left is not None),
+        *(width, tile, left is not None, mixed),
     )
 
 

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from study.kernels import EXACT, place_of, power_of_2, rank_tile, silu_product
+from study.kernels import EXACT, power_of_2, rank_tile
 
 NF4_BLOCK = 64  # weights that share a scale
 MIXED = 128  # columns that lie in an order of their own where weights are multiplied from 4 bits
@@ -135,37 +135,6 @@ def multiply_nf4_kernel(
     tl.store(at, total, (output[:, None] < width) & (number[None, :] < rows))
 
 
-@triton.jit
-def sum_of(
-    part,
-    b,
-    row,
-    column,
-    rows,
-    size,
-    splits,
-    first_a,
-    rank: tl.constexpr,
-    tile_rank: tl.constexpr,
-    dtype: tl.constexpr,
-):
-    """The sums over all splits, and of (x a^T) b^T if there is an adapter, rounded to `dtype`."""
-    total = tl.zeros([row.shape[0], column.shape[1]], tl.float32)
-    width = first_a + rank
-    for split in range(splits):
-        at = part + (split * rows + row).to(tl.int64) * width + column
-        total += tl.load(at, (row < rows) & (column < size), 0.0)
-    for first in range(0, rank, tile_rank):
-        r = first + tl.arange(0, tile_rank)
-        left = tl.zeros([row.shape[0], tile_rank], tl.float32)
-        for split in range(splits):
-            at = part + (split * rows + row).to(tl.int64) * width + first_a + r[None, :]
-            left += tl.load(at, (row < rows) & (r[None, :] < rank), 0.0)
-        right = tl.load(b + column * rank + r[:, None], (column < size) & (r[:, None] < rank), 0.0)
-        total = tl.dot(left.to(b.dtype.element_ty), right, total, input_precision=EXACT)
-    return total.to(dtype)
-
-
 @triton.jit(do_not_specialize=["rows", "splits"])
 def add_up_kernel(
     part,
@@ -179,17 +148,22 @@ def add_up_kernel(
     tile_rank: tl.constexpr,
     tile_x: tl.constexpr,
     tile: tl.constexpr,
-    gated: tl.constexpr,
 ):
+    """The sums over all splits, and of (x a^T) b^T if there is an adapter."""
     row, column = tl.arange(0, tile_x)[:, None], (tl.program_id(0) * tile + tl.arange(0, tile))[None, :]
-    dtype = out.dtype.element_ty
-    width = size // 2 if gated else size
-    value = sum_of(part, b, row, column, rows, width, splits, first_a, rank, tile_rank, dtype)
-    if gated:
-        up = sum_of(part, b, row, column + width, rows, size, splits, first_a, rank, tile_rank, dtype)
-        value = silu_product(value.to(tl.float32), up.to(tl.float32)).to(dtype)
-    inside = (row < rows) & (column < width)
-    tl.store(out + row * width + place_of(column, gated), value, inside)
+    inside, width = (row < rows) & (column < size), first_a + rank
+    total = tl.zeros([tile_x, tile], tl.float32)
+    for split in range(splits):
+        total += tl.load(part + (split * rows + row).to(tl.int64) * width + column, inside, 0.0)
+    for first in range(0, rank, tile_rank):
+        r = first + tl.arange(0, tile_rank)
+        left = tl.zeros([tile_x, tile_rank], tl.float32)
+        for split in range(splits):
+            at = part + (split * rows + row).to(tl.int64) * width + first_a + r[None, :]
+            left += tl.load(at, (row < rows) & (r[None, :] < rank), 0.0)
+        right = tl.load(b + column * rank + r[:, None], (column < size) & (r[:, None] < rank), 0.0)
+        total = tl.dot(left.to(b.dtype.element_ty), right, total, input_precision=EXACT)
+    tl.store(out + row * size + column, total.to(out.dtype.element_ty), inside)
 
 
 class PackedWeights:
@@ -228,10 +202,10 @@ class PackedWeights:
             *(*self.arguments(), out, out.stride(0), blocks, tile), **exact_scales(out)
         )
 
-    def multiply(self, x: torch.Tensor, a=None, b=None, gated=False) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor, a=None, b=None) -> torch.Tensor:
         """x W^T + (x a^T) b^T [rows, size] for a few rows, at most FEW_ROWS, read from the 4 bits themselves;
         a [rank, width] and b [size, rank], or neither. The columns of x, a multiple of MIXED, lie as
-        `kernels.place_of` has them. If `gated`, SwiGLU of it [rows, size / 2], its columns so, too."""
+        `kernels.place_of` has them."""
         (rows, width), rank, tile = x.shape, 0 if a is None else len(a), 16 * WARPS
         blocks, tile_x = width // NF4_BLOCK, max(16, power_of_2(rows))
         tiles = triton.cdiv(self.size, tile)
@@ -244,10 +218,10 @@ class PackedWeights:
             *(rank, blocks, tile_x, WARPS),
             **{"num_warps": WARPS, "num_stages": STAGES} | exact_scales(x),
         )
-        out = x.new_empty(rows, self.size // (1 + gated))
-        add_up_kernel[(triton.cdiv(out.shape[1], 64),)](
+        out = x.new_empty(rows, self.size)
+        add_up_kernel[(triton.cdiv(self.size, 64),)](
             *(part, part if b is None else b, out, rows, self.size, splits, tiles * tile),
-            *(rank, rank_tile(rank), tile_x, 64, gated),
+            *(rank, rank_tile(rank), tile_x, 64),
         )
         return out
 
