@@ -205,7 +205,7 @@ def make_engine(tuned, mode: str) -> tuple:
     path = engine.Engine(tuned)
     path.memory = 0.92 * model.free_memory()
     if mode.isdigit():
-        path.memory = (int(mode) - MARGIN) * GIB - torch.cuda.memory_allocated()
+        path.memory = (int(mode) - 2 * MARGIN) * GIB - torch.cuda.memory_allocated()  # cuBLAS takes one
     return path, "dense weights" if merged else "weights in 4 bits"
 
 

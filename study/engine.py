@@ -21,7 +21,7 @@ from study.model import base_of
 from study.packing import common_beginning
 
 GRAPH_MOST = 512  # examples up to which a step may be bound by its launches, and so becomes a graph
-GRAPH_USES = 3  # of a size before it does: with answers that end early most sizes are passed once
+GRAPH_USES = 2  # of a size until it does: the first also compiles what the graph will launch
 AHEAD = 2  # steps on their way at once, so that the GPU need not wait; places have room for one too many
 READ_TOKENS = 16_384  # of prompts at once: enough for full speed
 
@@ -166,6 +166,7 @@ class Engine:
         self.heads, self.size = self.config.num_attention_heads, head_size(self.config)
         self.key_heads = self.config.num_key_value_heads
         self.cache = None
+        self.side = torch.cuda.Stream() if self.embedding.is_cuda else None  # where graphs are made
 
     # Memory
 
@@ -263,15 +264,13 @@ class Engine:
     def step(self, count: int) -> Callable[[], list[int]]:
         """Begin a step of the `count` examples in `state`. Returns what waits for their next tokens."""
         padded = self.padded(count)
+        self.uses[padded] += 1
+        if self.uses[padded] == GRAPH_USES and padded <= GRAPH_MOST and self.state.is_cuda:
+            self.graphs[padded] = self.capture(padded)
         if padded in self.graphs:
             self.graphs[padded].replay()
         else:
-            self.advance(padded)  # the first of a size also compiles what its graph will launch
-            self.uses[padded] += 1
-            if self.uses[padded] == GRAPH_USES and padded <= GRAPH_MOST and self.state.is_cuda:
-                self.graphs[padded] = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(self.graphs[padded], pool=self.pool):
-                    self.advance(padded)
+            self.advance(padded)
         tokens = self.state[0, :count].to("cpu", non_blocking=True, copy=True)
         done = torch.cuda.current_stream().record_event() if self.state.is_cuda else None
 
@@ -282,12 +281,24 @@ class Engine:
 
         return wait
 
+    def capture(self, count: int) -> torch.cuda.CUDAGraph:
+        """`advance` as a graph. `torch.cuda.graph` would first hand all free memory back to the device, which
+        takes longer than the rest."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self.side):
+            graph.capture_begin(self.pool)
+            try:
+                self.advance(count)
+            finally:
+                graph.capture_end()
+        return graph
+
     def padded(self, count: int) -> int:
-        """Few sizes for graphs: with empty places up to a multiple of 8, 32 or 64."""
+        """Few sizes for graphs: with empty places, which cost next to nothing, up to 16, 32 or a multiple of
+        64."""
         if count > GRAPH_MOST or not self.embedding.is_cuda:
             return count
-        multiple = 8 if count <= 64 else 32 if count <= 128 else 64
-        return math.ceil(count / multiple) * multiple
+        return max(16, kernels.power_of_2(count)) if count <= 32 else math.ceil(count / 64) * 64
 
     def load(self, examples: Sequence[Running]) -> None:
         """Take `examples` over into `state`: last token, position, its place, first place, tokens, node."""
