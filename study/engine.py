@@ -22,6 +22,7 @@ from study.packing import common_beginning
 
 GRAPH_MOST = 512  # examples up to which a step may be bound by its launches, and so becomes a graph
 GRAPH_USES = 2  # of a size until it does: the first also compiles what the graph will launch
+GRAPH_SPARE = 2**27  # bytes beside twice what a graph needs, since memory comes in large pieces
 AHEAD = 2  # steps on their way at once, so that the GPU need not wait; places have room for one too many
 READ_TOKENS = 16_384  # of prompts at once: enough for full speed
 
@@ -173,14 +174,19 @@ class Engine:
     def plan(self, longest: int, shared: int) -> tuple[int, int, int]:
         """Tokens of prompts that are read at once, rows of the cache, and the most examples of a step, within
         `memory`."""
+        each, with_logits = self.bytes_each(shared)
+        row = 2 * self.embedding.element_size() * self.config.num_hidden_layers * self.key_heads * self.size
+        at_once = max(longest, min(READ_TOKENS, int(self.memory / (each + 2 * row))))  # half of what fits
+        most = max(1, int(at_once * each / with_logits))
+        return at_once, int((0.98 * self.memory - at_once * each) / row), most
+
+    def bytes_each(self, shared: int) -> tuple[int, int]:
+        """What a token takes on its way through the layers, without and with its logits."""
         c, width = self.config, self.embedding.element_size()
         qkv = (self.heads + 2 * self.key_heads) * self.size
         each = width * (4 * c.hidden_size + max(qkv + self.heads * self.size, 2 * c.intermediate_size))
         each += 4 * self.heads * self.size * (shared >= cache.APART)
-        row = 2 * width * c.num_hidden_layers * self.key_heads * self.size
-        at_once = max(longest, min(READ_TOKENS, int(self.memory / (each + 2 * row))))  # half of what fits
-        most = max(1, int(at_once * each / (each + width * len(self.head))))  # which have logits each
-        return at_once, int((0.98 * self.memory - at_once * each) / row), most
+        return each, each + width * len(self.head)
 
     def make_cache(self, shared: int, longest: int, total: int, new: int) -> None:
         """A cache for prompts with their answers of `new` tokens, at most `longest` tokens behind the shared
@@ -282,8 +288,11 @@ class Engine:
         return wait
 
     def capture(self, count: int) -> torch.cuda.CUDAGraph:
-        """`advance` as a graph. `torch.cuda.graph` would first hand all free memory back to the device, which
-        takes longer than the rest."""
+        """`advance` as a graph. While that is made, no memory is freed to make room. `torch.cuda.graph` would
+        always do it before, which takes longer than the rest."""
+        needed = count * self.bytes_each(self.cache.shared)[1]
+        if torch.cuda.mem_get_info()[0] < 2 * needed + GRAPH_SPARE:
+            torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self.side):
             graph.capture_begin(self.pool)
