@@ -205,7 +205,8 @@ def make_engine(tuned, mode: str) -> tuple:
     path = engine.Engine(tuned)
     path.memory = 0.92 * model.free_memory()
     if mode.isdigit():
-        path.memory = (int(mode) - 2 * MARGIN) * GIB - torch.cuda.memory_allocated()  # cuBLAS takes one
+        beside = 2 * MARGIN  # cuBLAS has workspaces of as much again
+        path.memory = (int(mode) - beside) * GIB - torch.cuda.memory_allocated()
     return path, "dense weights" if merged else "weights in 4 bits"
 
 
@@ -367,7 +368,8 @@ def ceiling(args: argparse.Namespace, mode: str, count: int, seconds: float = 4)
 
 
 def in_float32(args: argparse.Namespace):
-    """The dequantized weights with the adapter added, nothing of it rounded."""
+    """The weights as bitsandbytes dequantizes them, to bfloat16, with the adapter added: from there on
+    nothing is rounded."""
     import torch
 
     from study import model

@@ -213,6 +213,24 @@ def test_frozen_products_follow_the_number_of_key_heads():
     assert workers.frozen_shapes(config) == [(384, 64), (64, 128), (192, 64), (64, 96)]
 
 
+def test_the_float32_truth_is_the_dequantized_weights_with_the_adapter_unrounded():
+    import torch
+    from bitsandbytes.functional import dequantize_4bit
+
+    from study.model import four_bit_layers
+
+    args = inference_flags()
+    tuned, exact = torch.nn.Module.float(inference.load(args, True)), inference.in_float32(args)
+    layers = four_bit_layers(tuned.get_base_model())
+    assert layers
+    for name, layer in layers.items():
+        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        expected = weight.float() + layer.get_delta_weight("default")
+        got = exact.get_submodule(name).weight
+        assert got.dtype == torch.float32
+        assert (got - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
 def test_the_tables_of_inference_show_measured_and_failed_rows():
     cost = {"seconds": 4.0, "output_tokens": 1600, "peak_gib": 30.0}
     rows = [
