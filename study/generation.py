@@ -187,7 +187,7 @@ def fast_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, all
                 left.pop(index)
         except torch.OutOfMemoryError:
             path.memory /= 2
-            if path.memory < 0.05 * given:
+            if path.memory <= 0.05 * given:  # both may be 0
                 raise
             print("out of memory: going on with half of it", flush=True)
 

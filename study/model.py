@@ -20,6 +20,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 GIB = 2**30
+KERNELS = 2**28  # bytes for the code of kernels, which CUDA loads at their first use
 
 
 def device() -> torch.device:
@@ -138,9 +139,10 @@ def base_of(model):
 
 
 def free_memory() -> int:
-    """Bytes of the GPU that this process can still take, gaps between its tensors not counted."""
+    """Bytes of the GPU that this process can still fill with tensors: what is free, without the gaps between
+    its tensors and what CUDA will take for kernels."""
     torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info(device())[0]
+    return max(0, torch.cuda.mem_get_info(device())[0] - KERNELS)
 
 
 def should_merge(model, wanted: str) -> bool:

@@ -180,7 +180,8 @@ def describe_error(error: BaseException) -> dict:
     if isinstance(error, UserError):
         found = {"message": text, "advice": "mend it and start again"}
     elif isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "out of memory" in text.lower():
-        advice = "use a smaller --max_tokens_per_batch or --eval_batch_size, or --gradient_checkpointing on"
+        advice = "train with a smaller --max_tokens_per_batch or --gradient_checkpointing on, "
+        advice += "score with a smaller --eval_batch_size or --max_seq_length"
         return {"status": "oom", "error": {"type": kind, "message": "out of memory", "advice": advice}}
     else:
         trace = "".join(traceback.format_exception(error))

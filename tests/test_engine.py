@@ -103,13 +103,14 @@ def test_out_of_memory_is_tried_again_with_half_of_it_and_loses_nothing(monkeypa
     assert capsys.readouterr().out.count("out of memory") == 2
 
 
-def test_what_never_fits_ends_in_out_of_memory(monkeypatch):
+@pytest.mark.parametrize("free", [0, 100])
+def test_what_never_fits_ends_in_out_of_memory(free, monkeypatch):
     class Hopeless(TooLarge):
         def answers(self, *_):
             raise torch.OutOfMemoryError
 
     monkeypatch.setattr(engine, "Engine", Hopeless)
-    monkeypatch.setattr(generation, "free_memory", lambda: 100)
+    monkeypatch.setattr(generation, "free_memory", lambda: free)
     with pytest.raises(torch.OutOfMemoryError):
         list(generation.fast_answers(None, {0: [1]}, 4, [2], None, None))
 
