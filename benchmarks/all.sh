@@ -76,14 +76,17 @@ inference_sizes() { infer 7b inference-7b-examples "${posts[@]}" --modes fast --
 inference_13b() { infer 13b inference-13b "${posts[@]}" --modes fast --examples 1500; }
 inference_samsum() { infer 7b inference-7b-samsum "${dialogues[@]}" --task summarization --modes fast; }
 equality() { # of answers that a model has learned: the demo's small one, and one of full size with random weights
-  local small=(--learning_rate 3e-3 --batch_size 8 "${price[@]}") task name
-  for task in classification:posts summarization:dialogues; do
-    IFS=: read -r task name <<<"$task"
-    python "llama2_$task.py" --pretrained_ckpt demo/model --train_file "demo/data/${name}_train.jsonl" \
-      --test_file "demo/data/${name}_test.jsonl" "${small[@]}" --epochs 6 --experiment_dir "$(run_of "$name")"
-    python -m benchmarks.inference --model demo/model --task "$task" --train_file "demo/data/${name}_train.jsonl" \
-      --test_file "demo/data/${name}_test.jsonl" --adapter "$(run_of "$name")/adapter" --modes '' --stop \
-      --equality 160 --output "$results/equality-$name.json"
+  local small=(--learning_rate 3e-3 --batch_size 8 "${price[@]}") more=$work/more task name count
+  PYTHONPATH=demo python -c "import pathlib, make_data as m
+m.FOLDER, m.POSTS['test'], m.DIALOGUES['test'] = pathlib.Path('$more'), 1000, 400
+m.main()"
+  for task in classification:posts:1000 summarization:dialogues:400; do
+    IFS=: read -r task name count <<<"$task"
+    python "llama2_$task.py" --pretrained_ckpt demo/model --train_file "$more/${name}_train.jsonl" \
+      --test_file "$more/${name}_test.jsonl" "${small[@]}" --epochs 6 --experiment_dir "$(run_of "$name")"
+    python -m benchmarks.inference --model demo/model --task "$task" --train_file "$more/${name}_train.jsonl" \
+      --test_file "$more/${name}_test.jsonl" --adapter "$(run_of "$name")/adapter" --modes '' --stop \
+      --equality "$count" --output "$results/equality-$name.json"
   done
   tune fused
   infer 7b equality-7b "${posts[@]}" --adapter "$(run_of fused)/adapter" --modes '' --stop --equality 128
