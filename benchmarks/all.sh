@@ -62,8 +62,8 @@ sizes() {
 }
 exactness() { python -m benchmarks.exactness --output "$results/exactness.json"; }
 curves() {
-  tune fused
-  tune plain --attn_implementation sdpa
+  tune fused --force
+  tune plain --force --attn_implementation sdpa
   cp "$(run_of fused)/train.json" "$results/curve-fused.json"
   cp "$(run_of plain)/train.json" "$results/curve-plain.json"
   python -m benchmarks.curves "$(run_of fused)" "$(run_of plain)" --names fused plain --output "$results/curves.png"
@@ -93,18 +93,19 @@ m.main()"
 }
 scripts() { # the whole test sets through the ordinary scripts
   tune fused
-  python llama2_classification_inference.py --experiment_dir "$(run_of fused)" "${price[@]}"
+  python llama2_classification_inference.py --experiment_dir "$(run_of fused)" "${price[@]}" --force
   cp "$(run_of fused)/eval.json" "$results/eval-newsgroups.json"
   python llama2_summarization.py --pretrained_ckpt "$model" "${dialogues[@]}" "${price[@]}" --max_train_samples 800 \
     --experiment_dir "$(run_of samsum)"
-  python llama2_summarization_inference.py --experiment_dir "$(run_of samsum)" "${price[@]}"
+  python llama2_summarization_inference.py --experiment_dir "$(run_of samsum)" "${price[@]}" --force
   cp "$(run_of samsum)/eval.json" "$results/eval-samsum.json"
 }
 
-(($#)) || set -- training training_13b training_samsum sizes exactness curves \
-  inference inference_sizes inference_13b inference_samsum equality scripts
+steps=(training training_13b training_samsum sizes exactness curves
+  inference inference_sizes inference_13b inference_samsum equality scripts)
+(($#)) || set -- "${steps[@]}"
 for step in "$@"; do
-  declare -F "$step" >/dev/null || {
+  [[ " ${steps[*]} " == *" $step "* ]] || {
     echo "error: there is no step $step: the head of this script lists them" >&2
     exit 2
   }

@@ -247,6 +247,7 @@ def profile(path, prompts: dict[int, list[int]], new: int) -> dict:
 
     from study.engine import GRAPH_USES
 
+    new = max(new, GRAPH_USES + 2)  # the first token, steps until there is a graph, and the one to see
     with torch.inference_mode():
         running = start(path, list(spaced(prompts, STEP_MOST).values()), new)
         group, tokens = [], 0

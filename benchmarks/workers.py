@@ -62,12 +62,12 @@ def measure(module: str, worker: str) -> dict:
 
 
 def finish(result: dict, rows: Sequence[dict], output: Path | None) -> None:
-    """Write and print the result. Exits with 1 if none of the `rows` was measured."""
+    """Write and print the result. Exits with 1, and writes nothing, if none of the `rows` was measured."""
+    if all("failed" in row for row in rows):
+        sys.exit("error: nothing could be measured: see above")
     if output:
         output.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result))
-    if all("failed" in row for row in rows):
-        sys.exit("error: nothing could be measured: see above")
 
 
 def nf4():

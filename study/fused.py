@@ -39,8 +39,6 @@ def why_not(model) -> str | None:
     reason = why_not_base(base)
     if reason:
         return reason
-    if getattr(base.model.embed_tokens, "lora_embedding_A", None):
-        return "its embedding has an adapter"
     modules = [module for layer in base.model.layers for module in linear_layers(layer)]
     if any("default" not in getattr(module, "lora_A", {}) for module in modules):
         return "not every linear layer has an adapter"
@@ -55,8 +53,11 @@ def why_not(model) -> str | None:
 def why_not_base(base) -> str | None:
     """The reason why layers written out for Llama can't take the place of a model's own, or None."""
     config, name = base.config, type(base).__name__
+    if name not in ("LlamaForCausalLM", "MistralForCausalLM"):
+        return f"{name} is not Llama or Mistral"
+    plain = type(base.model.embed_tokens) is torch.nn.Embedding and type(base.lm_head) is torch.nn.Linear
     reasons = {
-        f"{name} is not Llama or Mistral": name not in ("LlamaForCausalLM", "MistralForCausalLM"),
+        "its embedding or head is quantized or has an adapter": not plain,
         "its attention has a window": getattr(config, "sliding_window", None),
         "its activation is not SiLU": getattr(config, "hidden_act", None) != "silu",
         f"its heads have {head_size(config)} columns": head_size(config) not in (32, 64, 128),

@@ -24,7 +24,6 @@ from study.metrics import VERSION
 from study.model import compute_dtype, device, free_memory, merge, peak_memory_gib, should_merge
 
 AUTO_EXAMPLES = 256
-FLUSH_SECONDS = 1.0
 
 
 @dataclass
@@ -44,20 +43,23 @@ class Progress:
 
     def __init__(self, path: Path | None = None, run: dict | None = None, force: bool = False):
         self.path = path and path.with_name(f".{path.stem}.answers.jsonl")
-        self.run, self.answers, self.new = run, {}, {}
+        self.run, self.answers, self.file = run, {}, None
         self.seconds = self.wall_seconds = 0.0
-        self.began = self.flushed = time.time()
+        self.began = time.time()
         if self.path and force:
             self.path.unlink(missing_ok=True)
 
     def resume(self, prompts: Sequence[list[int]], how: str) -> None:
         """Take over the answers of an earlier attempt at the same run and prompts, answered alike; a broken
         last line is left out."""
-        self.began = self.flushed = time.time()
+        self.began = time.time()
         if not self.path:
             return
-        key = hashlib.sha256(json.dumps([self.run, how, prompts]).encode()).hexdigest()
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        key = hashlib.sha256(json.dumps([self.run, prompts]).encode()).hexdigest()
+        key, lines = f"{key} {how}", self.path.read_text().splitlines() if self.path.exists() else []
+        if lines and lines[0] != key and lines[0].split()[0] == key.split()[0]:
+            earlier = lines[0].partition(" ")[2]
+            print(f"resumed    no answer: the earlier attempt decoded with {earlier}", flush=True)
         if lines[:1] == [key]:
             for line in lines[1:]:
                 with contextlib.suppress(ValueError):
@@ -67,6 +69,7 @@ class Progress:
             print(f"resumed    {len(self.answers):,} of {len(prompts):,} answers are there", flush=True)
         step = self.step(self.answers, self.seconds, self.wall_seconds)
         record.write_text(self.path, f"{key}\n{step}")
+        self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def step(self, answers: dict, seconds: float, wall_seconds: float) -> str:
         """A line of the file."""
@@ -77,19 +80,15 @@ class Progress:
         return self.seconds + time.time() - self.began
 
     def add(self, index: int, ids: list[int]) -> None:
-        self.answers[index] = self.new[index] = ids
-        if time.time() - self.flushed > FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        if self.path and self.new:
+        self.answers[index] = ids
+        if self.file:
             wall_seconds = self.wall_seconds + record.wall_seconds()
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(self.step(self.new, self.spent(), wall_seconds))
-        self.new, self.flushed = {}, time.time()
+            self.file.write(self.step({index: ids}, self.spent(), wall_seconds))
 
     def discard(self) -> None:
         """Once the record is written."""
+        if self.file:
+            self.file.close()
         if self.path:
             self.path.unlink(missing_ok=True)
 
@@ -107,8 +106,8 @@ def generate(
     """Continue every prompt (token ids) greedily up to its EOS or `max_new_tokens`.
 
     With `allowed` (token ids of the possible answers, EOS included) only these can come out. `merging` is
-    --merge; a merged `model` is used up. What exceeds the GPU's memory is tried again with half of it, but a
-    single example that does raises torch.OutOfMemoryError. Raises UserError if `allowed` does not fit
+    --merge; a merged `model` is used up. What exceeds the GPU's memory is tried again with half of it, until
+    next to nothing is left: then its error is raised. Raises UserError if `allowed` does not fit
     `max_new_tokens`.
     """
     longest = max(map(len, allowed or [[]])) - 1  # without EOS
@@ -131,7 +130,6 @@ def generate(
     most = None if batch_size == "auto" else batch_size
     for index, ids in answer(model.eval(), left, max_new_tokens, ends, allowed, most) if left else ():
         progress.add(index, ids)
-    progress.flush()
     answers = [progress.answers[i] for i in range(len(prompts))]
     return Answers(
         texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids in answers],
@@ -185,11 +183,15 @@ def fast_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, all
             for index, ids in path.answers(left, max_new_tokens, ends, allowed, most):
                 yield index, ids
                 left.pop(index)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
             path.memory /= 2
-            if path.memory <= 0.05 * given:  # both may be 0
+            if not record.is_out_of_memory(error) or path.memory <= 0.05 * given:  # both may be 0
                 raise
-            print("out of memory: going on with half of it", flush=True)
+        else:
+            continue
+        path.cache, path.graphs = None, {}
+        torch.cuda.empty_cache()  # what runs out may be wanted outside PyTorch
+        print("out of memory: going on with half of it", flush=True)
 
 
 def plain_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, allowed, most) -> Iterator:
@@ -217,7 +219,9 @@ def fitting(model, tokens: int) -> int:
     if not torch.cuda.is_available():
         return 16
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    heads = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", None)
+    if not heads:
+        return AUTO_EXAMPLES
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * heads * size * 2 * tokens
     # The cache is copied as it grows; the rest is for activations.

@@ -172,6 +172,12 @@ def recording(path: Path, args: argparse.Namespace, method: str, settings: Itera
         raise UserError(f"{content['error']['message']}; {content['error']['advice']}") from error
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of the host or the GPU, by PyTorch, Triton, CUDA or cuBLAS."""
+    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return known or any(words in str(error).lower() for words in ("out of memory", "alloc_failed"))
+
+
 def describe_error(error: BaseException) -> dict:
     """The `status` and `error` of a record."""
     text, kind = " ".join(str(error).split()), type(error).__name__
@@ -179,7 +185,7 @@ def describe_error(error: BaseException) -> dict:
         return {"status": "interrupted"}
     if isinstance(error, UserError):
         found = {"message": text, "advice": "mend it and start again"}
-    elif isinstance(error, MemoryError) or kind == "OutOfMemoryError" or "out of memory" in text.lower():
+    elif is_out_of_memory(error):
         advice = "train with a smaller --max_tokens_per_batch or --gradient_checkpointing on, "
         advice += "score with a smaller --eval_batch_size or --max_seq_length"
         return {"status": "oom", "error": {"type": kind, "message": "out of memory", "advice": advice}}

@@ -82,6 +82,15 @@ def main() -> None:
             reading = "apart" if apart == 10 else "together"
             case = f"{name}, {kind}, {reading}, {room if memory else 'little room'}"
             results[case] = [answers[i] for i in range(len(prompts))]
+    partly = copy.deepcopy(base)
+    partly.model.layers[1].mlp.up_proj = torch.nn.Linear(nf4.MIXED, 2 * nf4.MIXED, bias=False)
+    results["reasons"] = {
+        "adapters": engine.why_not(tuned),
+        "merged": engine.why_not(models["merged"]),
+        "head": engine.why_not(with_adapters(base, 4, 0.0, ["q_proj", "lm_head"])),
+        "embedding": engine.why_not(with_adapters(base, 4, 0.0, ["q_proj", "embed_tokens"])),
+        "partly": engine.why_not(partly),
+    }
     results["multiply"] = [
         multiply_error(*case) for case in (((96, 32, 32), 256, 5), ((64,), 896, 17), ((80, 80), 128, 1))
     ]

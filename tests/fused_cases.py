@@ -5,7 +5,7 @@ import json
 
 import bitsandbytes.functional as bnb
 import torch
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, MambaConfig, MambaForCausalLM
 
 from benchmarks.exactness import (
     TINY,
@@ -79,6 +79,8 @@ def main() -> None:
         "llama": fused.why_not(model),
         "some layers only": fused.why_not(with_adapters(base, 4, 0.0, ["q_proj", "v_proj"])),
         "embedding": fused.why_not(with_adapters(base, 4, 0.0, r".*\.(\w+_proj|embed_tokens)")),
+        "head": fused.why_not(with_adapters(base, 4, 0.0, r".*\.(\w+_proj)|lm_head")),
+        "mamba": fused.why_not_base(MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=1))),
         "rank": fused.why_not(with_adapters(base, 256, 0.0)),
         "neox": fused.why_not(with_adapters(quantized(GPTNeoXForCausalLM, neox), 4, 0.0)),
     }

@@ -1,6 +1,7 @@
 """The benchmarks, as far as they can be tested without a GPU: what they read, refuse, sort and draw."""
 
 import json
+import subprocess
 from itertools import pairwise
 
 import pytest
@@ -305,6 +306,23 @@ def test_curves_that_can_not_be_compared_are_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             curves.read_curves([run, other])
+
+
+def test_where_nothing_was_measured_an_earlier_result_stays(tmp_path):
+    output = tmp_path / "speed.json"
+    output.write_text("{}")
+    with pytest.raises(SystemExit, match="nothing could be measured"):
+        workers.finish({"rows": 1}, [{"failed": "no GPU"}], output)
+    assert output.read_text() == "{}"
+    workers.finish({"rows": 2}, [{"failed": "no GPU"}, {"mode": "fast"}], output)
+    assert json.loads(output.read_text()) == {"rows": 2}
+
+
+def test_a_step_that_all_does_not_have_is_refused(tmp_path):
+    words = ["bash", ROOT / "benchmarks/all.sh", tmp_path, tmp_path, "train"]  # a function, but no step
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "there is no step train" in done.stderr
 
 
 def test_a_random_checkpoint_is_one_that_the_fast_paths_take(tmp_path, monkeypatch):

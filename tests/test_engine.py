@@ -46,6 +46,15 @@ def test_some_answers_end_early(results):
     assert len({len(answer) for answer in results["plain, free"]}) > 1
 
 
+def test_what_it_would_compute_wrongly_is_left_to_generate(results):
+    reasons = results["reasons"]
+    assert reasons["adapters"] is None
+    assert reasons["merged"] is None
+    assert "has an adapter" in reasons["head"]
+    assert "has an adapter" in reasons["embedding"]
+    assert "others not" in reasons["partly"]
+
+
 def test_products_from_4_bits_are_those_with_the_unpacked_weights(results):
     assert max(results["multiply"]) < 1e-5
 
@@ -85,6 +94,8 @@ def test_places_do_not_overlap_and_a_freed_one_is_taken_again():
 class TooLarge:
     """An engine that runs out of memory after each answer until it has a quarter of what is free."""
 
+    error = torch.OutOfMemoryError
+
     def __init__(self, model):
         pass
 
@@ -92,15 +103,32 @@ class TooLarge:
         for index in sorted(prompts):
             yield index, [index]
             if self.memory > 100 / 4:
-                raise torch.OutOfMemoryError
+                raise self.error
 
 
-def test_out_of_memory_is_tried_again_with_half_of_it_and_loses_nothing(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_out_of_memory_is_tried_again_with_half_of_it_and_loses_nothing(error, monkeypatch, capsys):
+    monkeypatch.setattr(TooLarge, "error", error)
     monkeypatch.setattr(engine, "Engine", TooLarge)
     monkeypatch.setattr(generation, "free_memory", lambda: 100)
     got = list(generation.fast_answers(None, {i: [1] for i in range(5)}, 4, [2], None, None))
     assert got == [(i, [i]) for i in range(5)]
     assert capsys.readouterr().out.count("out of memory") == 2
+
+
+def test_another_error_is_not_tried_again(monkeypatch):
+    monkeypatch.setattr(TooLarge, "error", RuntimeError("CUDA error: an illegal memory access"))
+    monkeypatch.setattr(engine, "Engine", TooLarge)
+    monkeypatch.setattr(generation, "free_memory", lambda: 100)
+    with pytest.raises(RuntimeError, match="illegal"):
+        list(generation.fast_answers(None, {0: [1]}, 4, [2], None, None))
 
 
 @pytest.mark.parametrize("free", [0, 100])

@@ -80,7 +80,9 @@ def test_models_that_can_not_take_the_path_say_why(errors):
     reasons = errors["reasons"]
     assert reasons["llama"] is None
     assert "not every linear layer" in reasons["some layers only"]
-    assert "embedding has an adapter" in reasons["embedding"]
+    assert "has an adapter" in reasons["embedding"]
+    assert "has an adapter" in reasons["head"]
+    assert "Mamba" in reasons["mamba"]  # whose configuration knows no heads
     assert "GPTNeoX" in reasons["neox"]
     assert "rank exceeds 128" in reasons["rank"]
 

@@ -107,6 +107,20 @@ def test_merging_changes_no_answer(model, tokenizer, prompts):
     assert answers.texts == generation.generate(tuned, tokenizer, prompts, 16).texts
 
 
+def test_every_answer_is_kept_at_once_for_those_decoded_alike(tmp_path, capsys):
+    prompts, kept = [[1], [2], [3]], []
+    for how in ("dense", "dense", "in 4 bits"):
+        progress = generation.Progress(tmp_path / "eval.json", {"config_hash": "a"})
+        progress.resume(prompts, how)
+        kept.append(dict(progress.answers))
+        for i in (0, 2):
+            progress.add(i, [i])
+    assert kept == [{}, {0: [0], 2: [2]}, {}]
+    shown = capsys.readouterr().out
+    assert "2 of 3 answers are there" in shown
+    assert "no answer: the earlier attempt decoded with dense" in shown
+
+
 class Stopped(Exception):
     pass
 
@@ -114,7 +128,6 @@ class Stopped(Exception):
 def test_a_killed_evaluation_goes_on_with_the_answers_it_has(
     model, tokenizer, prompts, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(generation, "FLUSH_SECONDS", 0)
     path, run, asked = tmp_path / "eval.json", {"config_hash": "a"}, []
 
     def attempt(most: int, run: dict, force: bool = False) -> list[str]:
