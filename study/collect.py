@@ -28,7 +28,7 @@ VARIANTS = sorted({*runs.TRAINED, *runs.BASELINE} - ELSEWHERE - {"seed"})
 NUMBER = (int, float)
 MEASURED = ("examples", "seconds", "wall_seconds", "peak_memory_gib")
 NEEDED = {  # what tables are made from, by dots; fields of finished records only, after the first line
-    "any": dict.fromkeys(("task", "method", "model"), str) | {"config": dict, "config.seed": int},
+    "any": dict.fromkeys(("task", "method", "model", "script"), str) | {"config": dict, "config.seed": int},
     "finished": dict.fromkeys(("finished", "prompt_sha256", "cost.gpu"), str)
     | {"data": dict, "environment": dict},
     "tuned": dict.fromkeys(("config.train_sample_fraction", *(f"config.{name}" for name in KNOBS)), NUMBER),
@@ -149,13 +149,11 @@ def read_whole(path: Path, part: str) -> dict | None:
         content = record.read(record.beside(path)) or content
     if content is None:
         return None
-    if content.get("task") not in SCORES:
+    if content.get("task") not in [*SCORES]:
         raise UserError(f"{path} lacks a task of ours: --force redoes the run")
-    wanted = dict(NEEDED["any"])
+    wanted = NEEDED["any"] | ({} if content.get("method") in [*METHODS] else NEEDED["tuned"])
     if content["status"] == "finished":
-        wanted |= (
-            NEEDED["finished"] | NEEDED[part] | ({} if content.get("method") in METHODS else NEEDED["tuned"])
-        )
+        wanted |= NEEDED["finished"] | NEEDED[part]
     lacking = [name for name, kind in wanted.items() if not isinstance(lookup(content, name), kind)]
     if part == "eval" and not lacking and content["status"] == "finished":
         split = f"data.{content['config']['split']}"
@@ -176,7 +174,7 @@ def lookup(content, dotted: str):
     """What stands at e.g. "eval.metrics.accuracy.ci95.0"; None where nothing does."""
     for name in dotted.split("."):
         if isinstance(content, list):
-            content = content[int(name)] if int(name) < len(content) else None
+            content = content[int(name)] if name.isdigit() and int(name) < len(content) else None
         else:
             content = content.get(name) if isinstance(content, dict) else None
     return content
@@ -187,7 +185,7 @@ def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
 
     The largest group of a task has no reason to stand apart; it takes the runs without a score, too.
     """
-    result = []
+    result, places = [], {}
     for task in SCORES:
         groups = defaultdict(list)
         ours = [run for run in found if run.task == task]
@@ -200,8 +198,9 @@ def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
         for run in ours:
             if run.scored:
                 test, prompt = run.test(), run.content["prompt_sha256"]
+                source = f"{test['rows']:,} test examples of {test['source']} (sha256 {test['sha256'][:8]})"
                 key = (
-                    f"{test['rows']:,} test examples of {test['source']} (sha256 {test['sha256'][:8]})",
+                    places.setdefault(test["sha256"], source),  # the same data has other names elsewhere
                     f"metrics of version {run.scored.get('metrics_version', 'unknown')}",
                     "" if prompt == usual[run.method] else f"{run.method} prompt {prompt[:8]}",
                 )

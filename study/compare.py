@@ -6,7 +6,7 @@ from pathlib import Path
 
 from study import metrics, runs
 from study.cli import UserError
-from study.collect import SCORES, read_whole
+from study.collect import NUMBER, SCORES, read_whole
 
 
 def compare(paths: Sequence[Path]) -> str:
@@ -49,12 +49,16 @@ def read_scored(path: Path) -> tuple[dict, list[dict]]:
     if not content or content["status"] != "finished":
         raise UserError(f"--compare {path}: there is no finished evaluation")
     try:
-        rows = [json.loads(line) for line in predictions.read_text(encoding="utf-8").splitlines()]
+        lines = predictions.read_text(encoding="utf-8").split("\n")  # texts hold other ends of lines
+        rows = [json.loads(line) for line in lines if line]
     except (OSError, ValueError) as error:
         raise UserError(f"--compare: {predictions} is not readable ({error}): --force redoes it") from None
-    keys = {"correct", "parsed", "reference"} if content["task"] == "classification" else set(metrics.ROUGE)
+    kinds = dict.fromkeys(metrics.ROUGE, NUMBER)
+    if content["task"] == "classification":
+        kinds = {"correct": bool, "parsed": str | None, "reference": str}
     if len(rows) != content["eval"]["examples"] or not all(
-        isinstance(r, dict) and keys <= r.keys() for r in rows
+        isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
+        for row in rows
     ):
         raise UserError(f"--compare: {predictions} is not whole: --force redoes it")
     return content, rows

@@ -1,5 +1,6 @@
 """Runs -> plots, as PNG and SVG. Lines and points differ in marker and dash, to be told apart in grey."""
 
+import hashlib
 import re
 import textwrap
 from collections.abc import Sequence
@@ -27,6 +28,7 @@ STYLE = {
     "legend.frameon": False,
     "svg.hashsalt": "study",  # the same records give the same file
 }
+LONGEST_NAME = 100  # of a file, without its ending
 MARKERS, DASHES = "osD^vP*X", ["-", "--", "-.", ":"]
 
 
@@ -51,6 +53,8 @@ def draw(
                 if figure:
                     title = f"{task}: {kind}{apart}"
                     name = "-".join(re.findall(r"\w+", f"{task} {kind} {number if why else ''}".lower()))
+                    if len(name) > LONGEST_NAME:
+                        name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
                     figure.suptitle(textwrap.fill(title, 90), fontsize=11)
                     for ending in ("png", "svg"):
                         dated = {"Date": None} if ending == "svg" else {}
@@ -175,11 +179,15 @@ def plot_grid(task: str, cells: dict):
     return figure
 
 
+def has_losses(run: Run) -> bool:
+    return bool(run.train and run.train["train"]["loss_history"])
+
+
 def plot_loss(group: Sequence[Run]):
     """Training loss over the steps, smoothed, of the runs on the largest training share."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for model, dash in zip(models_of(tuned(group)), cycle(DASHES), strict=False):
-        for number, run in enumerate(run for run in on_everything(group, model) if run.train):
+        for number, run in enumerate(run for run in on_everything(group, model) if has_losses(run)):
             steps, losses = zip(*run.train["train"]["loss_history"], strict=True)
             window = max(1, len(losses) // 20)
             smooth = [mean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]

@@ -66,7 +66,11 @@ def read(path: Path) -> dict | None:
         return None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not a readable record ({error}): --force redoes the run") from None
-    if not isinstance(content, dict) or content.get("schema") != SCHEMA or "status" not in content:
+    if (
+        not isinstance(content, dict)
+        or content.get("schema") != SCHEMA
+        or not isinstance(content.get("status"), str)
+    ):
         raise UserError(f"{path} is not a record of schema {SCHEMA}: --force redoes the run")
     for part in (content[name] for name in ("train", "eval") if name in content):
         times = (

@@ -53,12 +53,12 @@ def result_block(content: dict) -> str:
 
 
 def trace(tables: Sequence[Table], query: str) -> str:
-    """The records, commands and commits behind each cell whose table, row and column have every word asked
-    for."""
-    lines = []
+    """The records, commands and commits behind each cell whose table, row and column have what was asked for:
+    words between commas as they stand side by side."""
+    lines, wanted = [], [words(part) for part in query.split(",")]
     for cell in [cell for table in tables for cell in table.cells()]:
         place = " | ".join([cell["table"], cell["title"], *cell["row"], cell["column"]])
-        if cell["records"] and set(words(query)) <= set(words(place)):
+        if cell["records"] and all(stand_in(part, words(place)) for part in wanted):
             lines.append(f"{place} = {cell['text']}")
             for path in cell["records"]:
                 content = read_whole(Path(path), "train" if path.endswith("train.json") else "eval")
@@ -66,8 +66,14 @@ def trace(tables: Sequence[Table], query: str) -> str:
                 lines.append(f"  {path}: {content['status']} {content.get('finished', '')}, commit {commit}")
                 lines.append(f"    {runs.command(content)}")
     if not lines:
-        raise UserError(f"--trace {query}: no cell with records has all these words in table, row and column")
+        raise UserError(
+            f"--trace {query}: no cell with records has these words side by side; put commas between others"
+        )
     return "\n".join(lines)
+
+
+def stand_in(part: list[str], of: list[str]) -> bool:
+    return any(of[i : i + len(part)] == part for i in range(len(of) - len(part) + 1))
 
 
 def words(text: str) -> list[str]:
@@ -118,7 +124,7 @@ def main() -> None:
     add(
         "--trace",
         metavar="WORDS",
-        help="print the records behind the cells whose table, row and column have the words",
+        help="print the records behind the cells whose table, row and column have the words, between commas",
     )
     add(
         "--compare",

@@ -72,7 +72,7 @@ def method_table(task: str, group: Sequence[Run]) -> Table:
     for checkpoint in sorted(names):
         ours = [run for run in group if run.content["model"] == checkpoint]
         for method in METHODS:
-            models = models_of(run for run in ours if run.method == method) or [names[checkpoint].model]
+            models = models_of(run for run in ours if run.method == method) or [names[checkpoint].name]
             for model in models:
                 of = [run for run in ours if run.method == method and run.model == model]
                 if method == "fine-tuned" and of:
@@ -170,9 +170,10 @@ def training_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
     for task, why, group in groups:
         place = f"{task} ({why})" if why else task
         for model in models_of(tuned(group)):
-            of = [run for run in on_everything(group, model) if run.train]
-            done = [run for run in of if run.scored]
-            if of:
+            ours = [run for run in on_everything(group, model) if run.train]
+            for gpu in sorted({run.train["cost"]["gpu"] for run in ours}):
+                of = [run for run in ours if run.train["cost"]["gpu"] == gpu]
+                done = [run for run in of if run.scored]
                 table.add(
                     *(model, place, trained_on(of), of[0].config["epochs"], len(of)),
                     mean_cell(
@@ -183,7 +184,7 @@ def training_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
                     mean_cell(done, wall_seconds, duration),
                     mean_cell(of, lambda run: trained(run)["tokens_per_second"], "{:,.0f}".format),
                     mean_cell(of, lambda run: trained(run)["peak_memory_gib"], "{:.1f}".format),
-                    ", ".join(sorted({run.train["cost"]["gpu"] for run in of})),
+                    gpu,
                     mean_cell(of, lambda run: training_usd(run, prices), usd_text),
                     mean_cell(done, lambda run: evaluation_usd(run, prices), usd_text),
                     mean_cell(done, lambda run: total_usd(run, prices), usd_text),
@@ -193,6 +194,10 @@ def training_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
         "the hourly price; that of training includes its loading."
     )
     return table
+
+
+def served_as(run: Run) -> tuple[str, str, str]:
+    return run.model, run.method, run.content["cost"]["gpu"]
 
 
 def inference_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
@@ -212,9 +217,9 @@ def inference_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
     table = Table("Inference", "speed and cost to serve", columns, 3)
     for task, why, group in groups:
         place = f"{task} ({why})" if why else task
-        for model, method in sorted({(run.model, run.method) for run in group if run.scored}):
+        for model, method, gpu in sorted({served_as(run) for run in group if run.scored}):
             of = on_everything(group, model) if method == "fine-tuned" else group
-            of = [run for run in of if run.scored and (run.model, run.method) == (model, method)]
+            of = [run for run in of if run.scored and served_as(run) == (model, method, gpu)]
             rates = [
                 lambda run, per=per: served_usd(run, prices, per)
                 for per in ("examples", "input_tokens", "output_tokens")
@@ -226,7 +231,7 @@ def inference_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
                         mean_cell(of, lambda run, name=name: run.scored[name], show)
                         for name, show in SERVED.items()
                     ),
-                    ", ".join(sorted({run.content["cost"]["gpu"] for run in of})),
+                    gpu,
                     *(mean_cell(of, rate, usd_text) for rate in rates),
                 )
     table.note = (
@@ -254,7 +259,8 @@ def wall_seconds(run: Run) -> float:
 
 
 def training_usd(run: Run, prices: Sequence[dict]) -> float | None:
-    return cost.usd(cost.repriced(run.train["cost"], prices), trained(run)["wall_seconds"])
+    gpus = trained(run).get("processes", 1)
+    return cost.usd(cost.repriced(run.train["cost"], prices, gpus), trained(run)["wall_seconds"])
 
 
 def evaluation_usd(run: Run, prices: Sequence[dict]) -> float | None:

@@ -274,6 +274,15 @@ def test_scores_that_can_not_be_compared_stand_apart_and_the_title_says_why(tmp_
     assert found[f"{TABLE_1}, apart: {why}"].rows[-1][2].value == 90
 
 
+def test_the_same_test_data_under_another_name_stand_together(tmp_path):
+    tuned(tmp_path / "one", 70)
+    same = {"source": "/data/eval.jsonl", "rows": 1000, "sha256": "5" * 64}
+    tuned(tmp_path / "two", 72, "--seed 1", data={"test": same})
+    found = tables(tmp_path)
+    assert found[TABLE_1].rows[-1][2].value == 71
+    assert not [title for title in found if "apart" in title]
+
+
 def test_settings_without_a_place_in_the_tables_make_models_of_their_own(tmp_path):
     tuned(tmp_path / "one", 70)
     tuned(tmp_path / "two", 60, "--learning_rate 1e-3 --seed 1")
@@ -357,6 +366,25 @@ def test_other_prices_apply_without_a_new_run(study, tmp_path):
     assert printed(with_prices(study, tmp_path / "prices.json", others).stdout) == GOLDEN
 
 
+def test_each_gpu_has_rows_of_its_own(tmp_path):
+    tuned(tmp_path / "A10G", 70)
+    other = COST | {"gpu": "NVIDIA H100"}
+    tuned(tmp_path / "H100", 72, "--seed 2", cost=other)
+    save(
+        tmp_path / "H100",
+        "train",
+        "classification",
+        "--seed 2",
+        "qlora",
+        cost=other,
+        train=json.loads((tmp_path / "H100/train.json").read_text())["train"],
+    )
+    found = printed(report(tmp_path).stdout)
+    for title, column in ((TRAINING, 11), (SERVING, 8)):
+        assert [row[column] for row in found[title][1:]] == [GPU, "NVIDIA H100"]
+    assert found[TABLE_1][-1][2].endswith("(2)")
+
+
 def test_an_unknown_price_is_unknown_and_not_zero(tmp_path):
     tuned(tmp_path / "one", 70, cost=COST | {"price_per_hour": None})
     tuned(tmp_path / "two", 70, "--seed 1")
@@ -367,7 +395,15 @@ def test_an_unknown_price_is_unknown_and_not_zero(tmp_path):
 
 @pytest.mark.parametrize(
     ("old", "new"),
-    [("per_hour", "per_hours"), ("7.2", "-7.2"), ("7.2", "NaN"), ("7.2", '"7"'), (PRICE, "{}"), ("}]", "")],
+    [
+        ("per_hour", "per_hours"),
+        ("7.2", "-7.2"),
+        ("7.2", "NaN"),
+        ("7.2", '"7"'),
+        (PRICE, "{}"),
+        ("}]", ""),
+        ("none", ""),
+    ],
 )
 def test_a_price_list_that_is_none_is_refused_by_name(study, tmp_path, old, new):
     done = with_prices(study, tmp_path / "prices.json", PRICE.replace(old, new))
@@ -402,6 +438,15 @@ def test_a_trace_names_records_commands_and_commit(study):
     assert len(lines) == 12
 
 
+def test_a_trace_takes_words_side_by_side(tmp_path):
+    tuned(tmp_path / "10 %", 60, "--train_sample_fraction 0.1")
+    tuned(tmp_path / "10 examples", 50, "--train_sample_fraction 0.025", train={"examples": 10})
+    heads = [
+        line for line in report(tmp_path, "--trace", "table 1, 10 %").stdout.splitlines() if line[0] != " "
+    ]
+    assert [head.split(" | ")[2] for head in heads] == ["10 %"]
+
+
 def test_a_trace_without_a_match_is_one_line(study):
     done = report(study, "--trace", "table 9")
     assert (done.returncode, done.stdout) == (1, "")
@@ -414,7 +459,13 @@ def test_a_trace_without_a_match_is_one_line(study):
 def predict(folder: Path, right: str, **more) -> Path:
     """An evaluation with one prediction for each letter of `right`, correct where it is "1"."""
     rows = [
-        {"index": i, "parsed": "yx"[int(mark)], "reference": "x", "correct": mark == "1"}
+        {
+            "index": i,
+            "prediction": "x\x85\u2028y",
+            "parsed": "yx"[int(mark)],
+            "reference": "x",
+            "correct": mark == "1",
+        }
         for i, mark in enumerate(right)
     ]
     score = evaluation(100 * right.count("1") / len(right), examples=len(right))
@@ -489,15 +540,16 @@ DAMAGE = {  # a file's text to another one
     "schema": lambda text: text.replace('"schema": 1', '"schema": 2'),
 }
 LACKING = {
-    "train": "status cost train.examples",
-    "eval": "status prompt_sha256 config config.split config.train_sample_fraction data.test.sha256 cost.gpu "
-    "eval.metrics eval.metrics.accuracy eval.metrics.accuracy.ci95",
+    "train": "status script cost train.examples",
+    "eval": "status script prompt_sha256 config config.split config.train_sample_fraction data.test.sha256 "
+    "cost.gpu eval.metrics eval.metrics.accuracy eval.metrics.accuracy.ci95",
 }
 ODD = {
     "train": {"train.seconds": "360", "train.wall_seconds": -1, "train.examples": "480"},
     "eval": {
         **{"eval": "x", "eval.seconds": -1, "eval.metrics.accuracy.value": "70", "config.lora_r": "8"},
         **{"cost.price_per_hour": "3", "task": "translation", "training": "2023-01-01T00:00:00.000+00:00"},
+        **{"status": ["finished"], "config": ["a"], "data.test": [], "eval.metrics.accuracy": [60, 58, 62]},
     },
 }
 KEYS = [(part, key, None) for part, keys in LACKING.items() for key in keys.split()]
@@ -607,6 +659,16 @@ def test_every_plot_is_drawn_with_its_axes_named_and_shown_in_the_report(written
         drawn = (written / f"{name}.svg").read_text()
         assert all(f"<!-- {label} -->" in drawn for label in labels), name
         assert f"({name}.png)" in (written / "report.md").read_text()
+
+
+def test_plots_with_long_titles_have_files_of_their_own_and_no_loss_is_no_plot(tmp_path):
+    for rank in (8, 16):
+        for column in "ab":
+            words = f"--lora_r {rank} --text_column {column * 120} --label_column {column * 120}"
+            tuned(tmp_path / f"{column} {rank}", 60, words, train={"loss_history": []})
+    assert report(tmp_path, "--output_dir", tmp_path / "out").returncode == 0
+    assert len(list(tmp_path.glob("out/classification-lora-grid*.svg"))) == 2
+    assert not list(tmp_path.glob("out/*loss*"))
 
 
 def test_the_same_records_give_the_same_files(study, written, tmp_path):
