@@ -18,7 +18,8 @@ def main() -> None:
         return plan.say_dry_run(path, args)
 
     needs_train = args.task == "classification" or args.prompt_type == "few-shot"
-    splits = data.load(args, ["train", args.split] if needs_train else [args.split])
+    overlap = ["test"] if args.drop_overlap else []
+    splits = data.load(args, ["train", args.split] if needs_train else [args.split], optional=overlap)
     test = data.sample_eval(splits[args.split], args)
     described = {args.split: test.describe()}
     if needs_train:

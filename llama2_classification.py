@@ -8,6 +8,7 @@ goes on where it was stopped, and prints what it has if it was done. Score it wi
 llama2_classification_inference.py and the same flags.
 """
 
+from prompts import prompt_sha256
 from study import cli, cost, data, plan, record, report, runs
 
 TASK = "classification"
@@ -36,7 +37,7 @@ def main() -> None:
         print(data.say_split("train", splits["train"], train), flush=True)
         cli.check_checkpoint(args.pretrained_ckpt)
         with record.recording(path, args, "qlora", settings) as content:
-            content["data"] = described
+            content |= {"data": described, "prompt_sha256": prompt_sha256(TASK, "instruction")}
             content["labels"] = data.labels_of(splits["train"])
 
             # The libraries load here, so that --help, bad input and a finished run answer at once.
@@ -44,7 +45,6 @@ def main() -> None:
             from peft import LoraConfig
             from transformers import BitsAndBytesConfig
 
-            from prompts import prompt_sha256
             from study import encoding, model, packing, training
 
             quantization = BitsAndBytesConfig(
@@ -87,10 +87,9 @@ def main() -> None:
                 args.pretrained_ckpt, quantization, packing.training_attention(args.attn_implementation)
             )
             model.check_length(base, tokenizer, args)
-            run = {"config": content["config"], "data": described}
+            run = {name: content[name] for name in ("config", "data", "prompt_sha256")}
             content["train"] = training.train(base, tokenizer, lora, schedule, examples, args, folder, run)
             content["quantization"] = quantization.to_dict()
-            content["prompt_sha256"] = prompt_sha256(TASK, "instruction")
             content["cost"] = cost.of_run(args, model.device_name(), content["train"]["wall_seconds"])
         training.discard_checkpoints(folder)
         print(report.result_block(content))

@@ -52,7 +52,7 @@ def main() -> None:
             )
             base = model.load_base(args.pretrained_ckpt, model.quantization_from(trained["quantization"]))
             model.check_length(base, tokenizer, args)
-            tuned = model.load_adapter(base, folder / "adapter")
+            tuned = model.load_adapter(base, folder / "adapter", trained["train"].get("adapter_sha256"))
             labels = trained["labels"]
             allowed = generation.label_answers(tokenizer, labels) if args.decoding == "constrained" else None
             progress = generation.Progress(path, runs.identity(content), args.force)

@@ -48,7 +48,7 @@ def main() -> None:
             )
             base = model.load_base(args.pretrained_ckpt, model.quantization_from(trained["quantization"]))
             model.check_length(base, tokenizer, args)
-            tuned = model.load_adapter(base, folder / "adapter")
+            tuned = model.load_adapter(base, folder / "adapter", trained["train"].get("adapter_sha256"))
             progress = generation.Progress(path, runs.identity(content), args.force)
             answers = generation.generate(
                 tuned,

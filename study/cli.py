@@ -277,6 +277,9 @@ def parse_args(task: str | None, description: str, argv: Sequence[str] | None = 
             setattr(args, name, value)
     if task is None and (args.prompt_type == "zero-shot" or args.shots == SHOTS[args.task]):
         args.shots = None  # names no other run
+    targets = getattr(args, "target_modules", [])
+    if "all-linear" in targets and len(targets) > 1:
+        parser.error("--target_modules all-linear stands alone")
     if args.task == "summarization" and getattr(args, "decoding", "free") == "constrained":
         parser.error("--decoding constrained chooses among classes: it goes with classification")
     return args
@@ -364,7 +367,9 @@ def run_script(main: Callable[[], None], distributed: bool = False) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted: start it again and it goes on", file=sys.stderr)
+        forced = "--force" in sys.argv
+        then = "started again with --force it begins anew" if forced else "start it again and it goes on"
+        print(f"interrupted: {then}", file=sys.stderr)
         sys.exit(130)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         atexit._run_exitfuncs()

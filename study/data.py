@@ -78,14 +78,14 @@ def load(args: argparse.Namespace, names: Sequence[str], optional: Sequence[str]
         except NoSource:
             if name in names:
                 raise
-    if "train" in splits and args.task == "classification":
-        labels = labels_of(splits["train"])
-        for split in splits.values():
-            check_labels(split, labels)
     if {"train", "test"} <= splits.keys():
         drop_overlap(splits, args.drop_overlap)
     elif args.drop_overlap and "train" in splits:
         raise UserError("--drop_overlap: there is no test split to compare with: name it with --test_file")
+    if "train" in splits and args.task == "classification":
+        labels = labels_of(splits["train"])
+        for split in splits.values():
+            check_labels(split, labels)
     return splits
 
 
@@ -240,7 +240,8 @@ def read_hub(name: str, split: str) -> Iterator[Row]:
         rows = datasets.load_dataset(name, split=split)
     except (OSError, ValueError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
+        kind = NoSource if "Unknown split" in reason else UserError
+        raise kind(
             f"--dataset {name}: no {split} split on the hub or in its cache ({reason[:160]}); check name and "
             f"network, or give local files with --train_file and --test_file"
         ) from None

@@ -48,7 +48,7 @@ def answer_ids(tokenizer, task: str, answer: str) -> list[int]:
     They are read in one go with the cue, which gives the tokens that natural text would have, and so that the
     prompt's own tokens stay what inference sees.
     """
-    cue, answer = build_prompt(task, "instruction", ""), defuse(answer, tokenizer.all_special_tokens)
+    cue, answer = build_prompt(task, "instruction", ""), defuse(answer, special_tokens(tokenizer))
     start, whole = (
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in (cue, f"{cue} {answer}")
     )
@@ -92,6 +92,12 @@ def shorten(
     return kept, ids
 
 
+def special_tokens(tokenizer) -> list[str]:
+    """Every text that the tokenizer would read as one control token."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return list(dict.fromkeys([*tokenizer.all_special_tokens, *added]))
+
+
 def token_count(tokenizer, text: str) -> int:
     return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -107,9 +113,10 @@ def fit_tuning(
 ) -> list[tuple[str, bool, list[int]]]:
     """The texts as every prompt of their task shows them: shortened so that their tuning prompts, returned
     too, leave so much room."""
+    special = special_tokens(tokenizer)
     return fit(
         tokenizer,
-        [defuse(text, tokenizer.all_special_tokens) for text in texts],
+        [defuse(text, special) for text in texts],
         lambda text: build_prompt(task, "instruction", text),
         [max_seq_length - room for room in rooms],
     )
@@ -129,6 +136,13 @@ def encode_examples(
         if task == "classification" and len(ending) > args.max_new_tokens:
             raise UserError(
                 f'--max_new_tokens {args.max_new_tokens} is too few for class "{answer}", of {len(ending)}'
+            )
+    least = len(prompt_ids(tokenizer, build_prompt(task, "instruction", "")))
+    for (_, answer), ending in zip(pairs, endings, strict=True):
+        if least + len(ending) > args.max_seq_length and len(ending) > args.max_new_tokens:
+            raise UserError(
+                f'--max_seq_length {args.max_seq_length} is too few for the answer "{answer[:60]}...", of '
+                f"{len(ending)}, and {least} of the prompt without its text: raise it, or leave it out"
             )
     rooms = [max(len(ending), args.max_new_tokens) for ending in endings]
     fitted = fit_tuning(tokenizer, task, [text for text, _ in pairs], rooms, args.max_seq_length)
@@ -196,7 +210,7 @@ def encode_baseline(
     are, the longest first, until instruction, examples, the longest query and the answer fit the model's
     context.
     """
-    special, budget = tokenizer.all_special_tokens, context - args.max_new_tokens
+    special, budget = special_tokens(tokenizer), context - args.max_new_tokens
     labels = [defuse(label, special) for label in labels]
 
     def views(texts: Sequence[str]) -> list[tuple[str, bool, list[int]]]:

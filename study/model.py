@@ -1,7 +1,9 @@
 """Load a checkpoint in 4 bits and its tokenizer, put a trained adapter on it."""
 
+import hashlib
 import os
 import resource
+import warnings
 from pathlib import Path
 
 import torch
@@ -20,6 +22,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 GIB = 2**30
+ADAPTER = "adapter_model.safetensors"
 KERNELS = 2**28  # bytes for the code of kernels, which CUDA loads at their first use
 
 
@@ -100,18 +103,33 @@ def quantization_from(recorded: dict):
     return BitsAndBytesConfig.from_dict(recorded)
 
 
-def load_adapter(model, folder: Path):
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of an adapter's weights."""
+    with open(folder / ADAPTER, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_adapter(model, folder: Path, sha256: str | None = None):
     """`model` with a trained adapter for inference, its weights in the dtype that training multiplied them
-    in."""
+    in. Raises UserError for one that is not whole, does not fit, or has another fingerprint than `sha256`."""
     from peft import PeftModel
 
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise UserError(f"{folder} holds no adapter_model.safetensors: train the run again with --force")
+    if not (folder / ADAPTER).is_file():
+        raise UserError(f"{folder} holds no {ADAPTER}: train the run again with --force")
+    if sha256 not in (None, fingerprint(folder)):
+        raise UserError(
+            f"{folder} is not the adapter that its train.json tells of: train it again with --force"
+        )
     try:
-        model = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", "Found missing adapter keys")
+            model = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
     except torch.OutOfMemoryError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+    except (
+        *(OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError),
+        UserWarning,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{folder} is damaged or not an adapter of --pretrained_ckpt: name the checkpoint that it was "

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from study import record
 from study.encoding import Example
 from study.model import compute_dtype
 
@@ -152,7 +153,7 @@ def choose_batching(model, wanted_attention: str, device) -> bool:
             return False
         reason = "examples laid end to end would see each other"
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        if "out of memory" in str(error):
+        if record.is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if model.config._attn_implementation == "packed":

@@ -11,7 +11,7 @@ from statistics import median
 from study import cost
 from study.cli import UserError
 from study.collect import read_whole
-from study.record import status
+from study.record import read, status
 
 
 def say_dry_run(path: Path, args: argparse.Namespace) -> None:
@@ -21,12 +21,27 @@ def say_dry_run(path: Path, args: argparse.Namespace) -> None:
     An evaluation that has not been made is "trained" where its training is finished, and else says how that
     stands.
     """
-    state, training = status(path), status(path.parent / "train.json")
+    trained = path.parent / "train.json"
+    state, training = stands(path, args.force), stands(trained, args.force)
+    both = path != trained and training == state == "finished"
+    if both and read(path).get("training") != read(trained).get("finished"):
+        state = "outdated"
     if path.name != "train.json" and state not in ("finished", "running", training):
         state = "trained" if training == "finished" else training
     print(f"{args.task} with {args.pretrained_ckpt} -> {path}")
     left = estimate(args, path, training == "finished") if state != "finished" else (0, 0)
     print(state, path.parent, *("?" if number is None else f"{number:.6g}" for number in left), sep="\t")
+
+
+def stands(path: Path, force: bool) -> str:
+    """The `status` of a record; what --force redoes is not started."""
+    try:
+        state = status(path)
+    except UserError:
+        if not force:
+            raise
+        return "not started"
+    return "not started" if force and state == "finished" else state
 
 
 def estimate(args: argparse.Namespace, path: Path, trained: bool) -> tuple[float | None, float | None]:
@@ -36,12 +51,15 @@ def estimate(args: argparse.Namespace, path: Path, trained: bool) -> tuple[float
     """
     gpu, method = args.gpu_name or this_device(), getattr(args, "prompt_type", "qlora")
     seconds: list[float | None] = []
+    gpus = 1
     if method == "qlora" and not trained:
-        seconds.append(training_seconds(args, earlier(args, gpu, "train", method)))
+        before = earlier(args, gpu, "train", method)
+        gpus = max((run["train"].get("batching", {}).get("processes", 1) for run in before), default=1)
+        seconds.append(training_seconds(args, before))
     if path.name != "train.json":
         seconds.append(evaluation_seconds(args, earlier(args, gpu, "eval", method)))
     total = None if None in seconds else sum(seconds)
-    per_hour = cost.price(gpu, args.price_per_hour)["price_per_hour"]
+    per_hour = cost.price(gpu, args.price_per_hour, gpus=gpus)["price_per_hour"]
     return total, None if total is None else cost.usd(per_hour, total)
 
 

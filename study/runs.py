@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+from prompts import prompt_sha256
 from study import cli
 from study.cli import UserError
 from study.record import read, short_hash, status
@@ -79,7 +80,7 @@ def eval_name(args: argparse.Namespace, trained: dict) -> str:
 
 def planned_eval(folder: Path, args: argparse.Namespace) -> str:
     """`eval_name` for --dry_run, where the training may be unfinished."""
-    finished = status(folder / "train.json") == "finished"
+    finished = not args.force and status(folder / "train.json") == "finished"
     return eval_name(args, finished_training(folder, args)["config"] if finished else vars(args))
 
 
@@ -108,6 +109,9 @@ def find_finished(
     content = None if args.force else read(path)
     if not content or content["status"] != "finished" or content.get("training") != training:
         return None
+    from study.collect import read_whole
+
+    read_whole(path, "train" if path.name == "train.json" else "eval")  # raises where it lacks something
     check_same(content["config"], args, settings, path)
     check_same_data(content["data"], data, path)
     return content
@@ -174,6 +178,11 @@ def finished_training(folder: Path, args: argparse.Namespace) -> dict:
     if lacking:
         raise UserError(
             f"{folder / 'train.json'} lacks {', '.join(lacking)}: train the run again with --force"
+        )
+    if content["prompt_sha256"] != prompt_sha256(args.task, "instruction"):
+        raise UserError(
+            f"{folder} was trained with another prompt than prompts.py has now: put that back, or train the "
+            "run again with --force"
         )
     config = content["config"]
     given = [

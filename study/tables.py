@@ -259,7 +259,7 @@ def wall_seconds(run: Run) -> float:
 
 
 def training_usd(run: Run, prices: Sequence[dict]) -> float | None:
-    gpus = trained(run).get("processes", 1)
+    gpus = trained(run).get("batching", {}).get("processes", 1)
     return cost.usd(cost.repriced(run.train["cost"], prices, gpus), trained(run)["wall_seconds"])
 
 

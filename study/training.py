@@ -26,7 +26,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from study import record, runs
 from study.cli import UserError
 from study.encoding import Example
-from study.model import compute_dtype, peak_memory_gib
+from study.model import compute_dtype, fingerprint, peak_memory_gib
 from study.packing import choose_batching, learned_places, loss_sum, plan_steps, split_to_fit
 
 PROGRESS = "progress.json"  # stands in a checkpoint once all of it has been written
@@ -67,7 +67,9 @@ def tokens_that_fit(model, examples, args, padded, checkpointing, device) -> int
         with torch.autocast("cuda", torch.bfloat16, enabled=compute_dtype() == torch.bfloat16):
             loss_sum(model, group, args.loss_on, padded, device).backward()
         used = torch.cuda.max_memory_allocated(device) - before
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not record.is_out_of_memory(error):
+            raise
         used = math.inf
     model.zero_grad(set_to_none=True)
     if checkpointing:
@@ -111,9 +113,10 @@ class PackedTrainer(Trainer):
             try:
                 total = self.pass_by_pass(model, number, indices, learned)
                 break
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
                 longest = max(self.lengths[i] for i in indices)
-                if self.max_tokens <= longest or self.args.world_size > 1:
+                given_up = self.max_tokens <= longest or self.args.world_size > 1
+                if given_up or not record.is_out_of_memory(error):
                     raise
                 model.zero_grad(set_to_none=True)
                 self.max_tokens = max(longest, self.max_tokens // 2)
@@ -271,8 +274,8 @@ def train(
     """Train an adapter on `model` (4-bit, frozen) and leave it in `folder`/adapter. Returns the record's
     `train`.
 
-    `run` says what is being trained ({"config", "data"}); a checkpoint of the same run is resumed, one of
-    another refused.
+    `run` says what is being trained ({"config", "data", "prompt_sha256"}); a checkpoint of the same run is
+    resumed, one of another refused.
     """
     from peft import get_peft_model
 
@@ -280,6 +283,7 @@ def train(
     padded = choose_batching(model, args.attn_implementation, device)
     torch.manual_seed(args.seed)
     model = get_peft_model(model, lora).train()  # once: nothing here evaluates
+    check_targets(model, args.target_modules)
     steps = plan_steps(len(examples), args.batch_size, args.epochs, args.seed)
     tokens = [sum(len(examples[i].ids) for i in step) for step in steps]
     fast, slow = None, why_slow(model, args, padded, training)
@@ -326,8 +330,7 @@ def train(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = progress.seconds()
     check_finite(model, args)
-    if record.is_main_process():
-        save_adapter(model, tokenizer, folder)
+    adapter = save_adapter(model, tokenizer, folder) if record.is_main_process() else None
     per_epoch = len(steps) // args.epochs
     return {
         "loss": mean_loss(history[-per_epoch:]),
@@ -348,8 +351,17 @@ def train(
             "plan": str(fast.plan) if fast else None,
             "processes": training.world_size,
         },
+        "adapter_sha256": adapter,
         "loss_history": thin([[step + 1, float(loss)] for step, loss, _ in history]),
     }
+
+
+def check_targets(model, names: Sequence[str]) -> None:
+    """Raise UserError for a name of --target_modules that no layer has."""
+    adapted = [f".{name}" for name in model.base_model.targeted_module_names]
+    for name in names:
+        if name != "all-linear" and not any(layer.endswith(f".{name}") for layer in adapted):
+            raise UserError(f"--target_modules {name}: the model has no such layer")
 
 
 def why_slow(model, args, padded: bool, training: TrainingArguments) -> str | None:
@@ -414,6 +426,10 @@ def resume(checkpoints: Path, run: dict, args) -> tuple[Path | None, dict, list]
         ) from None
     runs.check_same(progress["config"], args, runs.training_settings(args), checkpoint)
     runs.check_same_data(progress["data"], run["data"], checkpoint)
+    if progress.get("prompt_sha256", run["prompt_sha256"]) != run["prompt_sha256"]:
+        raise UserError(
+            f"{checkpoint} was made with another prompt than prompts.py has now: --force redoes it"
+        )
     return checkpoint, progress["spent"], progress["history"]
 
 
@@ -423,14 +439,15 @@ def discard_checkpoints(folder: Path) -> None:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
-def save_adapter(model, tokenizer, folder: Path) -> None:
-    """Write `folder`/adapter in one move; a reader never sees half of it."""
+def save_adapter(model, tokenizer, folder: Path) -> str:
+    """Write `folder`/adapter in one move; a reader never sees half of it. Returns its fingerprint."""
     new, final = folder / ".adapter", folder / "adapter"
     shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed here
     model.save_pretrained(new, safe_serialization=True)
     tokenizer.save_pretrained(new)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(new, final)
+    return fingerprint(final)
 
 
 def mean_loss(history: Sequence[Sequence]) -> float:

@@ -15,6 +15,13 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = ROOT / "demo" / "model"
 DEMO_DATA = ROOT / "demo" / "data"
+# What a record of a classifier's training or evaluation says of it, as far as tables need it.
+MEASURED = dict.fromkeys(("examples", "seconds", "wall_seconds", "peak_memory_gib", "tokens_per_second"), 1)
+MEASURED |= dict.fromkeys(("examples_per_second", "input_tokens", "output_tokens"), 1)
+MEASURED |= {
+    "loss_history": [[1, 2.0]],
+    "metrics": {name: {"value": 1, "ci95": [0, 2]} for name in ("accuracy", "macro_f1", "invalid_answers")},
+}
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import DEMO_DATA, ROOT, error_line, run_script, write_rows
+from conftest import DEMO_DATA, MEASURED, ROOT, error_line, run_script, write_rows
 
+from prompts import prompt_sha256
 from study import cli, record, runs
 
 TRAINING = ["llama2_classification.py", "llama2_summarization.py"]
@@ -39,8 +40,9 @@ def leave_record(folder: Path, *flags: object, task: str = "classification", err
     path = folder / "train.json"
     try:
         with record.recording(path, args, "qlora", runs.training_settings(args)) as content:
-            content |= {"labels": ["a", "b"], "prompt_sha256": "0", "data": {"train": {"sha256": "0"}}}
-            content["quantization"] = {}
+            content |= {"labels": ["a", "b"], "data": {"train": {"sha256": "0"}}, "quantization": {}}
+            content |= {"prompt_sha256": prompt_sha256(task, "instruction"), "train": MEASURED}
+            content["cost"] = {"gpu": "CPU", "price_per_hour": None}
             if error:
                 raise error
     except (cli.UserError, KeyboardInterrupt):
@@ -258,6 +260,11 @@ def test_inference_on_a_run_of_the_other_task_says_so(tmp_path):
     path = leave_record(tmp_path / "run", *flags)
     line = refusal("llama2_summarization_inference.py", "--experiment_dir", path.parent)
     assert "classification" in line
+
+
+def test_all_linear_beside_other_names_is_refused(files):
+    flags = ("--target_modules", "all-linear", "lm_head")
+    assert "all-linear stands alone" in refusal("llama2_classification.py", *files, *flags, status=2)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

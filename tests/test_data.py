@@ -178,6 +178,12 @@ def hub_rows(tmp_path, monkeypatch):
     return read
 
 
+def test_a_split_that_a_hub_data_set_lacks_is_no_source(hub_rows, tmp_path):
+    hub_rows([0])
+    with pytest.raises(data.NoSource, match="no validation split"):
+        list(data.read_hub(str(tmp_path), "validation"))
+
+
 def test_class_numbers_of_the_hub_become_their_names(hub_rows):
     assert hub_rows([0, 1, 0]) == [(1, "x"), (2, "y"), (3, "x")]
 
@@ -267,6 +273,17 @@ def test_texts_that_differ_in_white_space_only_overlap(tmp_path):
 def test_drop_overlap_without_a_test_split_is_refused(overlapping):
     with pytest.raises(UserError, match="--drop_overlap: there is no test split"):
         data.load(flags(*overlapping[:2], "--drop_overlap"), ["train"], optional=["test"])
+
+
+def test_a_class_that_drop_overlap_takes_away_is_missed_before_training(tmp_path):
+    rows = [{"text": f"t{i}", "label": "ab"[i % 2]} for i in range(4)] + [{"text": "both", "label": "c"}]
+    train, test = (
+        write_rows(tmp_path / f"{name}.jsonl", rows[first:]) for name, first in (("a", 0), ("b", 4))
+    )
+    files = ("--train_file", train, "--test_file", test)
+    assert len(data.labels_of(data.load(flags(*files), ["train", "test"])["train"])) == 3
+    with pytest.raises(UserError, match='class "c" does not occur in the train split'):
+        data.load(flags(*files, "--drop_overlap"), ["train", "test"])
 
 
 def test_drop_overlap_that_would_leave_nothing_is_refused(tmp_path):

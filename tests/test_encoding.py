@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 from conftest import DEMO_MODEL
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 import prompts
 from study import data, encoding
@@ -48,6 +48,20 @@ def check_sequence(tokenizer, text: str, label: str) -> None:
 @pytest.mark.parametrize("label", LABELS)
 def test_a_sequence_has_one_bos_and_ends_in_the_label_and_one_eos(tokenizer, text, label):
     check_sequence(tokenizer, text, label)
+
+
+def test_an_added_control_token_inside_a_text_stays_text():
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer.add_tokens(AddedToken("<|end|>", special=True))
+    [end] = tokenizer("<|end|>", add_special_tokens=False)["input_ids"]
+    [example], _ = encoding.encode_examples(tokenizer, "summarization", [("a<|end|>b", "c <|end|>")], flags())
+    assert end not in example.ids
+
+
+def test_an_answer_that_leaves_no_room_is_named(tokenizer):
+    pairs = [("short", "fine"), ("short", long_text(40))]
+    with pytest.raises(UserError, match=r'--max_seq_length 200 is too few for the answer "word0 about'):
+        encoding.encode_examples(tokenizer, "summarization", pairs, flags())
 
 
 def test_so_it_is_with_the_llama_2_tokenizer(llama):

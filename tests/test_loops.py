@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, write_rows
 
+from prompts import prompt_sha256
 from study import cli, collect, data, metrics, plan, record, runs
 
 TRAIN, SCORE = (str(ROOT / f"llama2_classification{part}.py") for part in ("", "_inference"))
@@ -67,7 +68,7 @@ PRICED = ("--gpu_name", "card", "--price_per_hour", 36)
 
 
 FILE = {"sha256": "5", "source": "s", "rows": 1}
-WHOLE = {"finished": "", "prompt_sha256": "", "environment": {}}
+WHOLE = {"script": "", "finished": "", "prompt_sha256": "", "environment": {}}
 PERFECT = {name: {"value": 100, "ci95": [100, 100]} for name in ("rouge1", "rouge2", "rougeL")}
 
 
@@ -249,7 +250,7 @@ def finish_cell(folder: Path, rank: int, files: tuple) -> Path:
         trained |= {
             "data": {"train": splits["train"]},
             "labels": ["a", "b"],
-            "prompt_sha256": "0",
+            "prompt_sha256": prompt_sha256("classification", "instruction"),
             "quantization": {},
             "cost": {"usd": 0.5, "gpu": "CPU", "price_per_hour": 900.0},
         }

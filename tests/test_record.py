@@ -13,14 +13,15 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_script
+from conftest import MEASURED, ROOT, run_script
 
+from prompts import prompt_sha256
 from study import cli, plan, record, runs
 from study.cli import UserError
 
 CLASSIFICATION = "experiments/classification-sampleFraction-1.0_epochs-5_rank-8_dropout-0.1_seed-42"
 SUMMARIZATION = "experiments/summarization-sampleFraction-1.0_epochs-1_rank-64_dropout-0.1_seed-42"
-DATA = {"train": {"source": "t.jsonl", "sha256": "abc"}}
+DATA = {name: {"source": "t.jsonl", "sha256": "abc", "rows": 2} for name in ("train", "test")}
 
 
 def flags(*words: object, task: str | None = "classification"):
@@ -39,7 +40,12 @@ def make_record(
     path.parent.mkdir(exist_ok=True)
     try:
         with record.recording(path, args, "qlora", runs.training_settings(args)) as content:
-            parts = {"labels": ["a", "b"], "prompt_sha256": "0", "quantization": {}}
+            prompt = prompt_sha256(task, "instruction")
+            parts = {"labels": ["a", "b"], "prompt_sha256": prompt, "quantization": {}}
+            parts |= {
+                ("train" if path.name == "train.json" else "eval"): MEASURED,
+                "cost": {"gpu": "CPU", "price_per_hour": None},
+            }
             content |= {"data": DATA, **parts, **more}
             if error:
                 raise error
@@ -482,6 +488,22 @@ def test_a_finished_run_is_found_and_force_redoes_it(tmp_path):
     assert find(path, "--target_modules", "q_proj", "v_proj", "--force") is None
 
 
+def test_a_finished_record_that_lacks_something_is_refused_in_one_line(tmp_path):
+    record.write_json(tmp_path / "train.json", {"schema": 1, "status": "finished"})
+    with pytest.raises(UserError, match="lacks a task of ours: --force"):
+        find(tmp_path / "train.json")
+    content = make_record(tmp_path / "eval.json", training="x")
+    record.write_json(tmp_path / "eval.json", {name: content[name] for name in content if name != "cost"})
+    with pytest.raises(UserError, match=r"lacks cost\.gpu"):
+        find(tmp_path / "eval.json", training="x")
+
+
+def test_text_that_is_not_unicode_can_not_be_recorded_and_that_is_one_line(tmp_path):
+    with pytest.raises(UserError, match="not Unicode"):
+        record.write_text(tmp_path / "train.json", "caf\udce9.jsonl")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), MemoryError()])
 def test_an_unfinished_run_is_not_found(tmp_path, error):
     make_record(tmp_path / "train.json", error=error)
@@ -518,6 +540,12 @@ def trained(tmp_path) -> dict:
     """The record of a training whose settings are not the defaults."""
     words = "--pretrained_ckpt small --train_file a.jsonl --test_file b.jsonl --lora_r 2 --max_seq_length 99"
     return make_record(tmp_path / "run" / "train.json", *words.split(), "--experiment_dir", tmp_path / "run")
+
+
+def test_an_adapter_of_another_prompt_is_not_scored(tmp_path, trained, monkeypatch):
+    monkeypatch.setattr(runs, "prompt_sha256", lambda *_: "other")
+    with pytest.raises(UserError, match=r"another prompt than prompts\.py has now: .*--force"):
+        runs.finished_training(tmp_path / "run", flags("--experiment_dir", tmp_path / "run"))
 
 
 def test_inference_takes_over_the_settings_of_the_training(tmp_path, trained):
@@ -594,6 +622,24 @@ def test_a_dry_run_of_an_evaluation_says_how_its_training_stands(tmp_path, capsy
         make_record(tmp_path / "run" / "train.json", **training)
     plan.say_dry_run(tmp_path / "run" / "eval.json", flags("--output_dir", tmp_path / "none"))
     assert capsys.readouterr().out.splitlines()[-1] == f"{state}\t{tmp_path / 'run'}\t?\t?"
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_what_force_will_redo_is_not_started(tmp_path, capsys, damaged):
+    trained = make_record(tmp_path / "run" / "train.json")
+    make_record(tmp_path / "run" / "eval.json", training=trained["finished"])
+    if damaged:
+        (tmp_path / "run" / "train.json").write_text("{")
+    args = flags("--output_dir", tmp_path / "none", "--force")
+    plan.say_dry_run(tmp_path / "run" / runs.planned_eval(tmp_path / "run", args), args)
+    assert capsys.readouterr().out.splitlines()[-1] == f"not started\t{tmp_path / 'run'}\t?\t?"
+
+
+def test_a_score_of_an_older_training_is_not_finished(tmp_path, capsys):
+    make_record(tmp_path / "run" / "train.json")
+    make_record(tmp_path / "run" / "eval.json", training="2024-01-01")
+    plan.say_dry_run(tmp_path / "run" / "eval.json", flags("--output_dir", tmp_path / "none"))
+    assert capsys.readouterr().out.splitlines()[-1] == f"trained\t{tmp_path / 'run'}\t?\t?"
 
 
 def test_a_dry_run_leaves_nothing_behind(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DEMO_DATA, DEMO_MODEL, ROOT, error_line, run_script
+from safetensors.torch import load_file, save_file
 
 MODEL = ("--pretrained_ckpt", DEMO_MODEL, "--learning_rate", "3e-3", "--price_per_hour", "0.5")
 FILES = {"classification": "posts", "summarization": "dialogues"}
@@ -86,6 +87,22 @@ def test_a_finished_evaluation_is_found_and_another_setting_stands_beside_it(tun
     [other] = {path.name for path in folder.glob("eval-*.json")}
     content, rows = read_eval(folder, other)
     assert content["eval"]["examples"] == len(rows) == 8
+
+
+def test_an_adapter_that_is_not_the_trained_one_is_refused(tuned, tmp_path):
+    task, folder = tuned
+    shutil.copytree(folder, tmp_path / "run")
+    path = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    weights = load_file(path)
+    save_file(dict(list(weights.items())[:14]), path, {"format": "pt"})
+    flags = ("--experiment_dir", tmp_path / "run", "--force")
+    line = error_line(run_script(f"llama2_{task}_inference.py", *flags))
+    assert "is not the adapter that its train.json tells of" in line
+    content = json.loads((tmp_path / "run" / "train.json").read_text())
+    del content["train"]["adapter_sha256"]  # as in records of earlier versions
+    (tmp_path / "run" / "train.json").write_text(json.dumps(content))
+    line = error_line(run_script(f"llama2_{task}_inference.py", *flags))
+    assert "is damaged or not an adapter of" in line
 
 
 def test_an_evaluation_that_is_killed_goes_on_and_ends_with_the_same_answers(tuned, tmp_path):

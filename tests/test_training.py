@@ -245,7 +245,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 # In eval mode checkpointing is off, and on the CPU weights in 4 bits are repacked.
 CHECK_MODE = "assert all(module.training for module in model.modules()), 'a module is in eval mode'"
 RUN_SHORT = """if sum(len(example.ids) for example in examples) > 600:
-        raise torch.OutOfMemoryError("CUDA out of memory")"""
+        raise {error}"""
+ALLOCATION = 'RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")'
 
 
 def train_with(first: str, folder, *flags) -> subprocess.CompletedProcess:
@@ -262,14 +263,34 @@ def test_every_module_is_in_train_mode_while_it_trains(tmp_path):
     train_with(CHECK_MODE, tmp_path, "--epochs=1", "--max_train_samples=32")
 
 
-def test_a_step_that_exceeds_the_memory_goes_on_in_smaller_passes_and_learns_the_same(tmp_path):
+@pytest.mark.parametrize("error", ['torch.OutOfMemoryError("CUDA out of memory")', ALLOCATION])
+def test_a_step_that_exceeds_the_memory_goes_on_in_smaller_passes_and_learns_the_same(tmp_path, error):
     flags = ("--epochs=1", "--dropout=0", "--max_train_samples=60")
     reference = train(tmp_path / "reference", *flags)
-    done = train_with(RUN_SHORT, tmp_path / "short", *flags)
+    done = train_with(RUN_SHORT.format(error=error), tmp_path / "short", *flags)
     assert "out of memory: going on with" in done.stdout
     record = json.loads((tmp_path / "short" / "train.json").read_text())
     assert record["train"]["batching"]["max_tokens_per_batch"] <= 600
     assert record["train"]["loss"] == pytest.approx(reference["train"]["loss"], rel=2e-3)
+
+
+def test_a_name_of_no_layer_is_refused(tmp_path):
+    flags = ("--target_modules", "q_proj", "v_porj", "--experiment_dir", tmp_path)
+    assert "--target_modules v_porj: the model has no" in error_line(run_script(SCRIPT, *DATA, *flags))
+
+
+def test_a_checkpoint_of_another_prompt_is_refused(tmp_path):
+    from study import training
+    from study.cli import UserError, parse_args
+
+    args = parse_args("classification", "", [])
+    run = {"config": vars(args), "data": {}, "prompt_sha256": "a"}
+    (tmp_path / "checkpoint-3").mkdir()
+    progress = run | {"spent": {"seconds": 1.0}, "history": [[0, 1.0, 9]]}
+    (tmp_path / "checkpoint-3" / training.PROGRESS).write_text(json.dumps(progress))
+    assert training.resume(tmp_path, run, args)[1:] == ({"seconds": 1.0}, [[0, 1.0, 9]])
+    with pytest.raises(UserError, match="another prompt"):
+        training.resume(tmp_path, run | {"prompt_sha256": "b"}, args)
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_names_the_learning_rate(tmp_path):
