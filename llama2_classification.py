@@ -90,7 +90,8 @@ def main() -> None:
             run = {name: content[name] for name in ("config", "data", "prompt_sha256")}
             content["train"] = training.train(base, tokenizer, lora, schedule, examples, args, folder, run)
             content["quantization"] = quantization.to_dict()
-            content["cost"] = cost.of_run(args, model.device_name(), content["train"]["wall_seconds"])
+            spent, gpus = content["train"]["wall_seconds"], cost.gpus_of(content["train"])
+            content["cost"] = cost.of_run(args, model.device_name(), spent, gpus)
         training.discard_checkpoints(folder)
         print(report.result_block(content))
 

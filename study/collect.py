@@ -147,11 +147,16 @@ def read_whole(path: Path, part: str) -> dict | None:
     content = record.read(path)
     if content is None or content["status"] != "finished":
         content = record.read(record.beside(path)) or content
-    if content is None:
-        return None
-    if content.get("task") not in [*SCORES]:
+    if content is not None:
+        check_whole(content, path, part)
+    return content
+
+
+def check_whole(content: dict, path: Path, part: str) -> None:
+    """Raise UserError for the record `path` of a `part`, "train" or "eval", that lacks what tables need."""
+    if content.get("task") not in tuple(SCORES):  # which may be anything, a list too
         raise UserError(f"{path} lacks a task of ours: --force redoes the run")
-    wanted = NEEDED["any"] | ({} if content.get("method") in [*METHODS] else NEEDED["tuned"])
+    wanted = NEEDED["any"] | ({} if content.get("method") in METHODS else NEEDED["tuned"])
     if content["status"] == "finished":
         wanted |= NEEDED["finished"] | NEEDED[part]
     lacking = [name for name, kind in wanted.items() if not isinstance(lookup(content, name), kind)]
@@ -167,7 +172,6 @@ def read_whole(path: Path, part: str) -> dict | None:
         raise UserError(
             f"{path} lacks {', '.join(lacking)}, or has it in another form: --force redoes the run"
         )
-    return content
 
 
 def lookup(content, dotted: str):

@@ -8,7 +8,6 @@ several, each costs that.
 import argparse
 import json
 import math
-import os
 import re
 from pathlib import Path
 
@@ -62,10 +61,15 @@ def usd(price_per_hour: float | None, seconds: float) -> float | None:
     return None if price_per_hour is None else price_per_hour * seconds / 3600
 
 
-def of_run(args: argparse.Namespace, gpu: str, seconds: float) -> dict:
-    """The `cost` of a record: price and dollars of `seconds` on the device `gpu`, or as --gpu_name calls
-    it; on one for each process."""
-    cost = price(args.gpu_name or gpu, args.price_per_hour, gpus=int(os.environ.get("WORLD_SIZE", "1")))
+def gpus_of(train: dict) -> int:
+    """How many GPUs the `train` of a record took: one for each process."""
+    return train.get("batching", {}).get("processes", 1)
+
+
+def of_run(args: argparse.Namespace, gpu: str, seconds: float, gpus: int = 1) -> dict:
+    """The `cost` of a record: price and dollars of `seconds` on `gpus` devices `gpu`, or as --gpu_name calls
+    them."""
+    cost = price(args.gpu_name or gpu, args.price_per_hour, gpus=gpus)
     return {**cost, "usd": usd(cost["price_per_hour"], seconds)}
 
 

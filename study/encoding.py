@@ -132,17 +132,16 @@ def encode_examples(
     """
     known = {answer: answer_ids(tokenizer, task, answer) for answer in dict.fromkeys(a for _, a in pairs)}
     endings = [known[answer] for _, answer in pairs]
+    least = len(prompt_ids(tokenizer, build_prompt(task, "instruction", "")))
     for (_, answer), ending in zip(pairs, endings, strict=True):
         if task == "classification" and len(ending) > args.max_new_tokens:
             raise UserError(
                 f'--max_new_tokens {args.max_new_tokens} is too few for class "{answer}", of {len(ending)}'
             )
-    least = len(prompt_ids(tokenizer, build_prompt(task, "instruction", "")))
-    for (_, answer), ending in zip(pairs, endings, strict=True):
-        if least + len(ending) > args.max_seq_length and len(ending) > args.max_new_tokens:
+        if len(ending) > max(args.max_new_tokens, args.max_seq_length - least):
             raise UserError(
                 f'--max_seq_length {args.max_seq_length} is too few for the answer "{answer[:60]}...", of '
-                f"{len(ending)}, and {least} of the prompt without its text: raise it, or leave it out"
+                f"{len(ending)}, and {least} of the prompt without its text: raise it, or drop that example"
             )
     rooms = [max(len(ending), args.max_new_tokens) for ending in endings]
     fitted = fit_tuning(tokenizer, task, [text for text, _ in pairs], rooms, args.max_seq_length)

@@ -29,13 +29,7 @@ READ_TOKENS = 16_384  # of prompts at once: enough for full speed
 
 def why_not(model) -> str | None:
     """The reason why a model, with adapters or merged ones, can't take this path, or None if it can."""
-    base = base_of(model)
-    reason = why_not_base(base)
-    if reason:
-        return reason
-    modules = [module for layer in base.model.layers for module in linear_layers(layer)]
-    packed = {hasattr(getattr(module, "base_layer", module).weight, "quant_state") for module in modules}
-    return "some of its weights are in 4 bits, others not" if len(packed) > 1 else None
+    return why_not_base(base_of(model))
 
 
 class Linear:

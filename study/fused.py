@@ -66,6 +66,9 @@ def why_not_base(base) -> str | None:
         if holds:
             return reason
     modules = [module for layer in base.model.layers for module in linear_layers(layer)]
+    packed = {hasattr(getattr(module, "base_layer", module).weight, "quant_state") for module in modules}
+    if len(packed) > 1:
+        return "some of its weights are in 4 bits, others not"
     return next(filter(None, map(why_not_layer, modules)), None)
 
 

@@ -55,20 +55,21 @@ class Progress:
         self.began = time.time()
         if not self.path:
             return
-        key = hashlib.sha256(json.dumps([self.run, prompts]).encode()).hexdigest()
-        key, lines = f"{key} {how}", self.path.read_text().splitlines() if self.path.exists() else []
-        if lines and lines[0] != key and lines[0].split()[0] == key.split()[0]:
-            earlier = lines[0].partition(" ")[2]
-            print(f"resumed    no answer: the earlier attempt decoded with {earlier}", flush=True)
-        if lines[:1] == [key]:
-            for line in lines[1:]:
+        same = hashlib.sha256(json.dumps([self.run, prompts]).encode()).hexdigest()
+        head, *lines = self.path.read_text().splitlines() if self.path.exists() else [""]
+        if head == f"{same} {how}":
+            for line in lines:
                 with contextlib.suppress(ValueError):
                     step = json.loads(line)
                     self.answers |= {int(index): ids for index, ids in step["answers"].items()}
                     self.seconds, self.wall_seconds = step["seconds"], step["wall_seconds"]
             print(f"resumed    {len(self.answers):,} of {len(prompts):,} answers are there", flush=True)
+        elif head.startswith(same):
+            print(
+                f"resumed    no answer: the earlier attempt decoded with {head[len(same) + 1 :]}", flush=True
+            )
         step = self.step(self.answers, self.seconds, self.wall_seconds)
-        record.write_text(self.path, f"{key}\n{step}")
+        record.write_text(self.path, f"{same} {how}\n{step}")
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def step(self, answers: dict, seconds: float, wall_seconds: float) -> str:
@@ -189,6 +190,7 @@ def fast_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, all
                 raise
         else:
             continue
+        # Here, where the error holds no tensors any more.
         path.cache, path.graphs = None, {}
         torch.cuda.empty_cache()  # what runs out may be wanted outside PyTorch
         print("out of memory: going on with half of it", flush=True)
@@ -203,8 +205,8 @@ def plain_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, al
         batch = order[: size if most else min(size, room)]
         try:
             continuations = continue_batch(model, [prompts[i] for i in batch], max_new_tokens, ends, allowed)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
+        except RuntimeError as error:
+            if len(batch) == 1 or not record.is_out_of_memory(error):
                 raise
             torch.cuda.empty_cache()
             size = len(batch) // 2

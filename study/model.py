@@ -17,6 +17,7 @@ from transformers import (
 
 from study.cli import UserError
 from study.plan import processor
+from study.record import is_out_of_memory
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -58,9 +59,9 @@ def from_checkpoint(loader, checkpoint: str, **options):
     """`loader.from_pretrained`, with what can go wrong with a checkpoint said in one line."""
     try:
         return loader.from_pretrained(checkpoint, **options)
-    except torch.OutOfMemoryError:
-        raise
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:300]
         if "attn_implementation" in reason or "FlashAttention" in reason:
             name = options["attn_implementation"]
@@ -124,12 +125,9 @@ def load_adapter(model, folder: Path, sha256: str | None = None):
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
             model = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
-    except torch.OutOfMemoryError:
-        raise
-    except (
-        *(OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError),
-        UserWarning,
-    ) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UserWarning) as error:
+        if is_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"{folder} is damaged or not an adapter of --pretrained_ckpt: name the checkpoint that it was "

@@ -18,16 +18,16 @@ def say_dry_run(path: Path, args: argparse.Namespace) -> None:
     """What --dry_run prints: the record, then for programs "status<TAB>folder<TAB>seconds<TAB>USD" with an
     estimate of what is left to spend, or "?".
 
-    An evaluation that has not been made is "trained" where its training is finished, and else says how that
-    stands.
+    An evaluation that has not been made, or of an earlier training, is "trained" where its training is
+    finished, and else says how that stands.
     """
     trained = path.parent / "train.json"
     state, training = stands(path, args.force), stands(trained, args.force)
-    both = path != trained and training == state == "finished"
-    if both and read(path).get("training") != read(trained).get("finished"):
-        state = "outdated"
-    if path.name != "train.json" and state not in ("finished", "running", training):
+    scores = path != trained
+    if scores and state not in ("finished", "running", training):
         state = "trained" if training == "finished" else training
+    if scores and state == training == "finished" and read(path).get("training") != read(trained)["finished"]:
+        state = "trained"
     print(f"{args.task} with {args.pretrained_ckpt} -> {path}")
     left = estimate(args, path, training == "finished") if state != "finished" else (0, 0)
     print(state, path.parent, *("?" if number is None else f"{number:.6g}" for number in left), sep="\t")
@@ -50,17 +50,20 @@ def estimate(args: argparse.Namespace, path: Path, trained: bool) -> tuple[float
     An evaluation includes its training where that is not finished.
     """
     gpu, method = args.gpu_name or this_device(), getattr(args, "prompt_type", "qlora")
-    seconds: list[float | None] = []
-    gpus = 1
+    parts: list[tuple[float | None, int]] = []  # seconds, on so many GPUs
     if method == "qlora" and not trained:
         before = earlier(args, gpu, "train", method)
-        gpus = max((run["train"].get("batching", {}).get("processes", 1) for run in before), default=1)
-        seconds.append(training_seconds(args, before))
+        gpus = max((cost.gpus_of(run["train"]) for run in before), default=1)
+        parts.append((training_seconds(args, before), gpus))
     if path.name != "train.json":
-        seconds.append(evaluation_seconds(args, earlier(args, gpu, "eval", method)))
-    total = None if None in seconds else sum(seconds)
-    per_hour = cost.price(gpu, args.price_per_hour, gpus=gpus)["price_per_hour"]
-    return total, None if total is None else cost.usd(per_hour, total)
+        parts.append((evaluation_seconds(args, earlier(args, gpu, "eval", method)), 1))
+    if any(seconds is None for seconds, _ in parts):
+        return None, None
+    each = [
+        cost.usd(cost.price(gpu, args.price_per_hour, gpus=gpus)["price_per_hour"], seconds)
+        for seconds, gpus in parts
+    ]
+    return sum(seconds for seconds, _ in parts), None if None in each else sum(each)
 
 
 def earlier(args: argparse.Namespace, gpu: str, part: str, method: str) -> list[dict]:

@@ -46,9 +46,8 @@ def write_text(path: Path, text: str) -> None:
             f"{path} can't be written: {error.strerror}; make room or name another --output_dir"
         ) from None
     except UnicodeEncodeError as error:
-        raise UserError(
-            f"{path} can't be written: {error.object[:100]!r} is not Unicode: rename it"
-        ) from None
+        near = error.object[max(0, error.start - 40) : error.end]
+        raise UserError(f"{path} can't be written: {near!r} is not Unicode: rename it") from None
     finally:
         temporary.unlink(missing_ok=True)
 

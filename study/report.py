@@ -58,7 +58,8 @@ def trace(tables: Sequence[Table], query: str) -> str:
     lines, wanted = [], [words(part) for part in query.split(",")]
     for cell in [cell for table in tables for cell in table.cells()]:
         place = " | ".join([cell["table"], cell["title"], *cell["row"], cell["column"]])
-        if cell["records"] and all(stand_in(part, words(place)) for part in wanted):
+        there = words(place)
+        if cell["records"] and all(stand_in(part, there) for part in wanted):
             lines.append(f"{place} = {cell['text']}")
             for path in cell["records"]:
                 content = read_whole(Path(path), "train" if path.endswith("train.json") else "eval")
@@ -124,7 +125,7 @@ def main() -> None:
     add(
         "--trace",
         metavar="WORDS",
-        help="print the records behind the cells whose table, row and column have the words, between commas",
+        help="print the records behind cells whose table, row and column have the words; commas part them",
     )
     add(
         "--compare",

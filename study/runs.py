@@ -103,15 +103,15 @@ def find_finished(
     """The finished record at `path` if there is one and --force is not given; None too if it scored an older
     `training`.
 
-    Raises UserError where it was made with other `settings`, naming the flags, or from other `data` (splits,
-    described).
+    Raises UserError where it lacks something, was made with other `settings`, naming the flags, or from other
+    `data` (splits, described).
     """
     content = None if args.force else read(path)
     if not content or content["status"] != "finished" or content.get("training") != training:
         return None
-    from study.collect import read_whole
+    from study.collect import check_whole  # which imports this
 
-    read_whole(path, "train" if path.name == "train.json" else "eval")  # raises where it lacks something
+    check_whole(content, path, "train" if path.name == "train.json" else "eval")
     check_same(content["config"], args, settings, path)
     check_same_data(content["data"], data, path)
     return content
@@ -164,20 +164,17 @@ def finished_training(folder: Path, args: argparse.Namespace) -> dict:
         raise UserError(
             f"--experiment_dir {folder}: its training is {state}; start the training script again"
         )
-    if content["task"] != args.task:
-        raise UserError(
-            f"--experiment_dir {folder} is a {content['task']} run: score it with that task's script"
-        )
-    needed = {
-        "config",
-        "quantization",
-        "prompt_sha256",
-        *(["labels"] if args.task == "classification" else []),
-    }
+    needed = {"task", "config", "quantization", "prompt_sha256", "train", "finished"}
+    if content.get("task") == "classification":
+        needed.add("labels")
     lacking = sorted(needed - content.keys())
     if lacking:
         raise UserError(
             f"{folder / 'train.json'} lacks {', '.join(lacking)}: train the run again with --force"
+        )
+    if content["task"] != args.task:
+        raise UserError(
+            f"--experiment_dir {folder} is a {content['task']} run: score it with that task's script"
         )
     if content["prompt_sha256"] != prompt_sha256(args.task, "instruction"):
         raise UserError(

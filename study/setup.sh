@@ -18,7 +18,7 @@ set_up() { # set_up REQUIREMENTS_FILE...
   local python file stamp
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # none yet, or one that was interrupted
     python=$(find_python)
-    "$python" -m venv --clear .venv
+    "$python" -m venv .venv
   fi
   # An active environment of the user's must not leak in.
   unset PYTHONPATH PYTHONHOME

@@ -259,8 +259,8 @@ def wall_seconds(run: Run) -> float:
 
 
 def training_usd(run: Run, prices: Sequence[dict]) -> float | None:
-    gpus = trained(run).get("batching", {}).get("processes", 1)
-    return cost.usd(cost.repriced(run.train["cost"], prices, gpus), trained(run)["wall_seconds"])
+    per_hour = cost.repriced(run.train["cost"], prices, cost.gpus_of(trained(run)))
+    return cost.usd(per_hour, trained(run)["wall_seconds"])
 
 
 def evaluation_usd(run: Run, prices: Sequence[dict]) -> float | None:

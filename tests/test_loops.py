@@ -398,6 +398,18 @@ def test_an_evaluation_takes_its_training_too_where_that_is_not_finished(tmp_pat
     assert estimate(tmp_path, "trained", "--epochs", 1)[0] == pytest.approx(23)
 
 
+def test_a_training_on_two_gpus_costs_twice_and_its_evaluation_once(tmp_path):
+    path = leave_record(tmp_path, "train", seconds=1, loading=7, gpu="A10G")
+    content = json.loads(path.read_text())
+    content["train"]["batching"] = {"processes": 2}
+    path.write_text(json.dumps(content))
+    leave_record(tmp_path, "eval", seconds=1, loading=3, gpu="A10G")
+    words = ("--gpu_name", "A10G", "--epochs", "1", "--output_dir", str(tmp_path))
+    seconds, usd = plan.estimate(cli.parse_args("summarization", "", words), tmp_path / "eval.json", False)
+    assert seconds == pytest.approx(107 + 23)
+    assert usd == pytest.approx((2 * 107 + 23) * 1.212 / 3600)
+
+
 def test_a_baseline_is_estimated_by_those_of_its_prompt(tmp_path):
     leave_record(tmp_path / "a", "eval", method="zero-shot", seconds=1, loading=3)
     leave_record(tmp_path / "b", "eval", method="few-shot", seconds=5, loading=3)

@@ -322,9 +322,9 @@ def test_a_device_has_a_price_with_source_and_date_or_none(gpu, per_hour):
     assert (price["price_source"] is None, price["price_date"] is None) == (per_hour is None,) * 2
 
 
-def test_a_run_costs_its_seconds_at_the_price_of_flag_or_device(monkeypatch):
-    def of_run(*words: str) -> dict:
-        return cost.of_run(cli.parse_args("classification", "", words), "CPU", 1800)
+def test_a_run_costs_its_seconds_at_the_price_of_flag_or_device():
+    def of_run(*words: str, gpus: int = 1) -> dict:
+        return cost.of_run(cli.parse_args("classification", "", words), "CPU", 1800, gpus)
 
     assert of_run()["usd"] is None
     assert of_run("--price_per_hour", "3")["usd"] == 1.5
@@ -333,8 +333,7 @@ def test_a_run_costs_its_seconds_at_the_price_of_flag_or_device(monkeypatch):
     assert of_run("--gpu_name", "g5.4xlarge")["usd"] == pytest.approx(0.812)
     assert of_run("--gpu_name", "A10G", "--price_per_hour", "3")["usd"] == 1.5
     assert of_run("--gpu_name", "my card")["gpu"] == "my card"
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert of_run("--gpu_name", "A10G")["usd"] == pytest.approx(1.212)
-    assert of_run("--price_per_hour", "3")["usd"] == 1.5  # of the whole machine
+    assert of_run("--gpu_name", "A10G", gpus=2)["usd"] == pytest.approx(1.212)
+    assert of_run("--price_per_hour", "3", gpus=2)["usd"] == 1.5  # of the whole machine
     listed = [{"gpu": "A10G", "instance": "x", "usd_per_hour": 5, "source": "x", "date": "x"}]
     assert cost.repriced({"gpu": "A10G", "price_per_hour": 1}, listed, 2) == 10

@@ -499,8 +499,8 @@ def test_a_finished_record_that_lacks_something_is_refused_in_one_line(tmp_path)
 
 
 def test_text_that_is_not_unicode_can_not_be_recorded_and_that_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="not Unicode"):
-        record.write_text(tmp_path / "train.json", "caf\udce9.jsonl")
+    with pytest.raises(UserError, match=r"train\.json can't be written: .*caf\\udce9' is not Unicode"):
+        record.write_text(tmp_path / "train.json", f"{'x' * 1000}caf\udce9.jsonl")
     assert not list(tmp_path.iterdir())
 
 
@@ -540,6 +540,12 @@ def trained(tmp_path) -> dict:
     """The record of a training whose settings are not the defaults."""
     words = "--pretrained_ckpt small --train_file a.jsonl --test_file b.jsonl --lora_r 2 --max_seq_length 99"
     return make_record(tmp_path / "run" / "train.json", *words.split(), "--experiment_dir", tmp_path / "run")
+
+
+def test_a_training_whose_record_lacks_all_is_not_scored(tmp_path):
+    record.write_json(tmp_path / "train.json", {"schema": 1, "status": "finished"})
+    with pytest.raises(UserError, match=r"lacks config, .*, train: train the run again with --force"):
+        runs.finished_training(tmp_path, flags("--experiment_dir", tmp_path))
 
 
 def test_an_adapter_of_another_prompt_is_not_scored(tmp_path, trained, monkeypatch):
