@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from study import kernels, nf4
 from study.encoding import Example
-from study.packing import common_beginning, learned_places
+from study.packing import common_beginning, learned_places, seed_of
 
 KEEPS = ("all", "attention", "middle", "input")  # what a layer keeps for its backward, from most to least
 NAMES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
@@ -292,7 +292,7 @@ class Layer:
 
     def seed(self, batch: Batch, group: Group) -> int:
         # Far apart: of seeds close by, one's mask is the other's with columns swapped.
-        return hash((batch.seed, self.number, self.groups.index(group))) % 2**31
+        return seed_of(batch.seed, self.number, self.groups.index(group)) % 2**31
 
     def forward(self, x, delta, batch: Batch, space: Space, keep: str) -> tuple:
         """The layer's input is x + delta [rows, hidden], and so is its output. Returns (x, delta, saved)."""

@@ -4,6 +4,7 @@ over them.
 Where a model can't keep packed examples apart, a probe finds out and the examples are padded instead.
 """
 
+import hashlib
 import importlib.util
 import inspect
 import random
@@ -16,6 +17,13 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from study import record
 from study.encoding import Example
 from study.model import compute_dtype
+
+
+def seed_of(*parts: int) -> int:
+    """A seed in [0, 2^63) for what `parts` name, unrelated to those of other parts: the first 63 bits of the
+    SHA-256 of their decimals with spaces between, so that any program can compute it."""
+    digest = hashlib.sha256(" ".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:8]) >> 1
 
 
 def plan_steps(examples: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:

@@ -27,7 +27,7 @@ from study import record, runs
 from study.cli import UserError
 from study.encoding import Example
 from study.model import compute_dtype, fingerprint, peak_memory_gib
-from study.packing import choose_batching, learned_places, loss_sum, plan_steps, split_to_fit
+from study.packing import choose_batching, learned_places, loss_sum, plan_steps, seed_of, split_to_fit
 
 PROGRESS = "progress.json"  # stands in a checkpoint once all of it has been written
 ENOUGH_TOKENS = 4_096  # in a row: where fewer fit, checkpointing pays
@@ -133,7 +133,7 @@ class PackedTrainer(Trainer):
         groups = split_to_fit(mine, self.lengths, self.max_tokens, self.padded)
         # The dropout of a step depends on seed and step only, so a resumed run draws what the first one would
         # have.
-        seed = hash((self.args.seed, number, rank)) % 2**63
+        seed = seed_of(self.args.seed, number, rank)
         torch.manual_seed(seed)
         total = torch.zeros((), device=self.args.device)
         for i, group in enumerate(groups):
