@@ -7,7 +7,7 @@ Few-shot examples are chosen from the train split by --seed. It leaves eval.json
 experiments/baseline/<model>/<task>/<prompt type>/.
 """
 
-from study import cli, cost, data, plan, record, report, runs
+from study import checkpoint, cli, cost, data, plan, record, report, runs
 
 
 def main() -> None:
@@ -29,7 +29,8 @@ def main() -> None:
         described["train"] = train.describe()
     labels = data.labels_of(splits["train"]) if args.task == "classification" else []
     with record.locked(folder):
-        content = runs.find_finished(path, args, runs.BASELINE, described)
+        here = checkpoint.identify(args.pretrained_ckpt)
+        content = runs.find_finished(path, args, runs.BASELINE, described, checkpoint=here)
         if content:
             return print(f"finished   {path}\n{report.result_block(content)}")
 
@@ -38,9 +39,9 @@ def main() -> None:
             f"model      {args.pretrained_ckpt}, {args.prompt_type}, {args.decoding} decoding"
         )
         print(data.say_split(args.split, splits[args.split], test), flush=True)
-        cli.check_checkpoint(args.pretrained_ckpt)
+        here = checkpoint.identify(args.pretrained_ckpt, fetch=True)
         with record.recording(path, args, args.prompt_type, runs.BASELINE) as content:
-            content |= {"data": described, "labels": labels}
+            content |= {"data": described, "labels": labels, "checkpoint": here}
 
             # The libraries load here, so that --help, bad input and a finished run answer at once.
             from transformers import BitsAndBytesConfig
@@ -55,6 +56,10 @@ def main() -> None:
                 bnb_4bit_compute_dtype=model.compute_dtype(),
             )
             tokenizer = model.load_tokenizer(args.pretrained_ckpt)
+            classes = encoding.label_answers(
+                tokenizer, labels, args.max_new_tokens, encoding.chat_cue(tokenizer, args)
+            )
+            allowed = classes if args.decoding == "constrained" else None
             base = model.load_base(args.pretrained_ckpt, quantization)
             context = model.context_length(base, tokenizer)
             texts = [text for text, _ in test.examples]
@@ -75,7 +80,6 @@ def main() -> None:
                 f"by {cut['example_tokens']:,} tokens in all",
                 flush=True,
             )
-            allowed = generation.label_answers(tokenizer, labels) if args.decoding == "constrained" else None
             progress = generation.Progress(path, runs.identity(content), args.force)
             answers = generation.generate(
                 base,
@@ -92,7 +96,7 @@ def main() -> None:
             )
             content["eval"] = generation.describe(answers, scores, args.decoding)
             content["prompt_sha256"] = prompt_sha256(args.task, args.prompt_type)
-            content["quantization"] = quantization.to_dict()
+            content["quantization"] = model.quantization_of(base)
             content["cost"] = cost.of_run(args, model.device_name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)
         progress.discard()

@@ -9,7 +9,7 @@ llama2_classification_inference.py and the same flags.
 """
 
 from prompts import prompt_sha256
-from study import cli, cost, data, plan, record, report, runs
+from study import checkpoint, cli, cost, data, plan, record, report, runs
 
 TASK = "classification"
 
@@ -26,7 +26,8 @@ def main() -> None:
     described = {"train": train.describe()}
     settings = runs.training_settings(args)
     with record.locked(folder):
-        content = runs.find_finished(path, args, settings, described)
+        here = checkpoint.identify(args.pretrained_ckpt)
+        content = runs.find_finished(path, args, settings, described, checkpoint=here)
         if content:
             return print(f"finished   {path}\n{report.result_block(content)}")
 
@@ -35,9 +36,13 @@ def main() -> None:
             f"model      {args.pretrained_ckpt}, rank {args.lora_r}, {args.epochs} epochs"
         )
         print(data.say_split("train", splits["train"], train), flush=True)
-        cli.check_checkpoint(args.pretrained_ckpt)
+        here = checkpoint.identify(args.pretrained_ckpt, fetch=True)
         with record.recording(path, args, "qlora", settings) as content:
-            content |= {"data": described, "prompt_sha256": prompt_sha256(TASK, "instruction")}
+            content |= {
+                "data": described,
+                "prompt_sha256": prompt_sha256(TASK, "instruction"),
+                "checkpoint": here,
+            }
             content["labels"] = data.labels_of(splits["train"])
 
             # The libraries load here, so that --help, bad input and a finished run answer at once.
@@ -61,15 +66,15 @@ def main() -> None:
                 bias="none",
                 task_type="CAUSAL_LM",
             )
-            # Learning rate, warm-up, clipping and the constant schedule are those of QLoRA (Dettmers et al.,
-            # 2023, B.2).
+            # Learning rate, clipping and the constant schedule are those of QLoRA (Dettmers et al., 2023,
+            # B.2); the warm-up takes their 3 % of the steps of one epoch.
             schedule = training.settings(
                 folder,
                 report_to=args.report_to,
                 optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
                 learning_rate=args.learning_rate,
                 lr_scheduler_type="constant_with_warmup",
-                warmup_steps=0.03,
+                warmup_steps=0.03,  # of the steps of one epoch
                 max_grad_norm=0.3,
                 weight_decay=0.0,
                 bf16=model.compute_dtype() == torch.bfloat16,
@@ -86,10 +91,10 @@ def main() -> None:
             base = model.load_base(
                 args.pretrained_ckpt, quantization, packing.training_attention(args.attn_implementation)
             )
+            content["quantization"] = model.quantization_of(base)
             model.check_length(base, tokenizer, args)
-            run = {name: content[name] for name in ("config", "data", "prompt_sha256")}
+            run = {name: content[name] for name in ("config", "data", "prompt_sha256", "checkpoint")}
             content["train"] = training.train(base, tokenizer, lora, schedule, examples, args, folder, run)
-            content["quantization"] = quantization.to_dict()
             spent, gpus = content["train"]["wall_seconds"], cost.gpus_of(content["train"])
             content["cost"] = cost.of_run(args, model.device_name(), spent, gpus)
         training.discard_checkpoints(folder)

@@ -7,7 +7,7 @@ Model, prompts and data settings come from the run's record; flags override thos
 place. It leaves eval.json and predictions.jsonl beside the adapter.
 """
 
-from study import cli, cost, data, plan, record, report, runs
+from study import checkpoint, cli, cost, data, plan, record, report, runs
 
 TASK = "classification"
 
@@ -25,7 +25,8 @@ def main() -> None:
     described = {args.split: test.describe()}
     data.check_labels(test, trained["labels"])
     with record.locked(folder):
-        content = runs.find_finished(path, args, runs.SCORED, described, trained["finished"])
+        here = checkpoint.identify(args.pretrained_ckpt)
+        content = runs.find_finished(path, args, runs.SCORED, described, trained["finished"], here)
         if content:
             return print(f"finished   {path}\n{report.result_block(content)}")
 
@@ -34,10 +35,14 @@ def main() -> None:
             f"model      {args.pretrained_ckpt} with its adapter, {args.decoding} decoding"
         )
         print(data.say_split(args.split, splits[args.split], test), flush=True)
-        cli.check_checkpoint(args.pretrained_ckpt)
+        here = checkpoint.identify(args.pretrained_ckpt, fetch=True)
+        checkpoint.check_same(
+            trained.get("checkpoint"), here, folder / "adapter", "name the one it was trained on"
+        )
         with record.recording(path, args, "qlora", runs.SCORED) as content:
             content |= {
                 "data": described,
+                "checkpoint": here,
                 "training": trained["finished"],
                 "prompt_sha256": trained["prompt_sha256"],
             }
@@ -50,11 +55,12 @@ def main() -> None:
             prompts, described[args.split]["truncated"] = encoding.encode_prompts(
                 tokenizer, TASK, texts, args
             )
+            labels = trained["labels"]
+            classes = encoding.label_answers(tokenizer, labels, args.max_new_tokens)
+            allowed = classes if args.decoding == "constrained" else None
             base = model.load_base(args.pretrained_ckpt, model.quantization_from(trained["quantization"]))
             model.check_length(base, tokenizer, args)
             tuned = model.load_adapter(base, folder / "adapter", trained["train"].get("adapter_sha256"))
-            labels = trained["labels"]
-            allowed = generation.label_answers(tokenizer, labels) if args.decoding == "constrained" else None
             progress = generation.Progress(path, runs.identity(content), args.force)
             answers = generation.generate(
                 tuned,

@@ -7,7 +7,7 @@ Model, prompts and data settings come from the run's record; flags override thos
 place. It leaves eval.json and predictions.jsonl beside the adapter.
 """
 
-from study import cli, cost, data, plan, record, report, runs
+from study import checkpoint, cli, cost, data, plan, record, report, runs
 
 TASK = "summarization"
 
@@ -24,16 +24,21 @@ def main() -> None:
     test = data.sample_eval(splits[args.split], args)
     described = {args.split: test.describe()}
     with record.locked(folder):
-        content = runs.find_finished(path, args, runs.SCORED, described, trained["finished"])
+        here = checkpoint.identify(args.pretrained_ckpt)
+        content = runs.find_finished(path, args, runs.SCORED, described, trained["finished"], here)
         if content:
             return print(f"finished   {path}\n{report.result_block(content)}")
 
         print(f"run        {folder}\nmodel      {args.pretrained_ckpt} with its adapter")
         print(data.say_split(args.split, splits[args.split], test), flush=True)
-        cli.check_checkpoint(args.pretrained_ckpt)
+        here = checkpoint.identify(args.pretrained_ckpt, fetch=True)
+        checkpoint.check_same(
+            trained.get("checkpoint"), here, folder / "adapter", "name the one it was trained on"
+        )
         with record.recording(path, args, "qlora", runs.SCORED) as content:
             content |= {
                 "data": described,
+                "checkpoint": here,
                 "training": trained["finished"],
                 "prompt_sha256": trained["prompt_sha256"],
             }

@@ -12,7 +12,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 DEFAULTS = {  # by task; the other defaults are the same for both and stand at their flag
     "classification": {
@@ -173,7 +172,7 @@ def add_training_flags(parser: argparse.ArgumentParser, task: str) -> None:
         type=positive_float,
         default=2e-4,
         metavar="LR",
-        help="after a warm-up over 3 %% of the steps, constant (%(default)s)",
+        help="after a warm-up over 3 %% of an epoch's steps, constant (%(default)s)",
     )
     add(
         "--batch_size",
@@ -327,25 +326,6 @@ def probability(word: str) -> float:
     if not 0 <= number < 1:
         raise argparse.ArgumentTypeError(f"{word} is not in [0, 1)")
     return number
-
-
-def check_checkpoint(checkpoint: str) -> None:
-    """Raise UserError if a local checkpoint folder lacks its configuration, weights or tokenizer."""
-    folder = Path(checkpoint)
-    if not folder.exists() and (checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") > 1):
-        raise UserError(f"--pretrained_ckpt {checkpoint}: there is no such folder")
-    if not folder.is_dir():
-        return
-    parts = {
-        "a configuration (config.json)": ["config.json"],
-        "weights (model.safetensors)": ["*.safetensors"],
-        "a tokenizer (tokenizer.json)": ["tokenizer.json", "tokenizer.model", "vocab.json"],
-    }
-    for part, patterns in parts.items():
-        if not any(path for pattern in patterns for path in folder.glob(pattern)):
-            raise UserError(
-                f"--pretrained_ckpt {checkpoint} has not {part}: name a whole checkpoint folder or a hub id"
-            )
 
 
 def run_script(main: Callable[[], None], distributed: bool = False) -> None:

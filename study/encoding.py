@@ -1,15 +1,19 @@
-"""Prompts and answers as tokens: one BOS, an EOS that is learned, and texts shortened so that nothing else
-has to be."""
+"""Prompts and answers as tokens: the tokenizer's own beginning, an EOS that is learned, and texts shortened
+so that nothing else has to be."""
 
 import argparse
+import hashlib
+import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 
-from prompts import build_prompt, defuse
+from prompts import build_prompt, defuse, parse_label
 from study.cli import UserError
 
 TOGETHER = 256  # texts that are tokenized at once: the tokenizer's notes on them take memory
+TODAY = datetime(2024, 7, 26)  # for chat templates that write the date: prompts must not change by the day
 
 
 @dataclass
@@ -22,39 +26,83 @@ class Example:
 
 
 def batched(tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens of every text, without BOS. A fast tokenizer takes several at once, on all cores."""
+    """The tokens of every text, without those that begin or end one. A fast tokenizer takes several at once,
+    on all cores."""
     rows: list[list[int]] = []
     for first in range(0, len(texts), TOGETHER):
         rows += tokenizer(list(texts[first : first + TOGETHER]), add_special_tokens=False)["input_ids"]
     return rows
 
 
+def beginning(tokenizer) -> list[int]:
+    """The tokens that the tokenizer itself puts before a text: none, a BOS, or others ([gMASK]<sop>)."""
+    bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
+    places = [i for i in range(len(whole)) if bare and whole[i : i + len(bare)] == bare]
+    return whole[: places[0]] if places else []
+
+
 def prompts_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Prompts as the model sees them, in training and inference alike: one BOS if the model has one, no
-    EOS."""
-    begins = tokenizer("", add_special_tokens=True)["input_ids"][:1]
-    if not begins or begins[0] != tokenizer.bos_token_id:
-        return batched(tokenizer, prompts)
-    return [ids if ids[:1] == begins else begins + ids for ids in batched(tokenizer, prompts)]
+    """Prompts as the model sees them, in training and inference alike: with the tokenizer's own beginning,
+    unless a chat template has written one, and no EOS."""
+    begins = beginning(tokenizer)
+    return [ids if ids[:1] and ids[0] in begins else begins + ids for ids in batched(tokenizer, prompts)]
 
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
     return prompts_ids(tokenizer, [prompt])[0]
 
 
-def answer_ids(tokenizer, task: str, answer: str) -> list[int]:
-    """The answer's tokens, as they follow the cue that ends every prompt of the task, then EOS.
+def sha256_of(rows: Sequence) -> str:
+    """Fingerprint of what the model sees: lists of token ids."""
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def answer_ids(tokenizer, task: str, answer: str, cue: str | None = None) -> list[int]:
+    """The answer's tokens, as they follow the cue that ends every prompt of the task, then EOS; behind a
+    `cue` of another kind, that of a chat template, without a space before them.
 
     They are read in one go with the cue, which gives the tokens that natural text would have, and so that the
     prompt's own tokens stay what inference sees.
     """
-    cue, answer = build_prompt(task, "instruction", ""), defuse(answer, special_tokens(tokenizer))
-    start, whole = (
-        tokenizer(text, add_special_tokens=False)["input_ids"] for text in (cue, f"{cue} {answer}")
-    )
+    answer = defuse(answer, special_tokens(tokenizer))
+    if cue is None:
+        cue, answer = build_prompt(task, "instruction", ""), f" {answer}"
+    start, whole = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in (cue, cue + answer))
     if whole[: len(start)] != start:  # the cue's last token merged with the answer's first
-        start, whole = [], tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
+        start, whole = [], tokenizer(answer, add_special_tokens=False)["input_ids"]
     return [*whole[len(start) :], tokenizer.eos_token_id]
+
+
+def label_answers(
+    tokenizer, labels: Sequence[str], max_new_tokens: int | None = None, cue: str | None = None
+) -> list[list[int]]:
+    """The tokens of each class, EOS included, as training writes them: the `allowed` answers of --decoding
+    constrained. Behind the `cue` of a chat template a class may follow a space, too, as chat models differ.
+
+    Raises UserError for a class that is longer than `max_new_tokens` (without its EOS), that is not read back
+    as itself from its tokens, or that has those of another one.
+    """
+    answers: dict[tuple, str] = {}
+    for label in labels:
+        for answer in [label] if cue is None else [label, f" {label}"]:
+            ids = answer_ids(tokenizer, "classification", answer, cue)
+            if max_new_tokens is not None and len(ids) - 1 > max_new_tokens:
+                raise UserError(
+                    f'--max_new_tokens {max_new_tokens} is too few for class "{label}", of {len(ids) - 1}'
+                )
+            twin = answers.setdefault(tuple(ids), label)
+            if twin != label:
+                raise UserError(
+                    f'--label_column: classes "{twin}" and "{label}" have the same tokens in this tokenizer: '
+                    "rename one"
+                )
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            if parse_label(text, labels) != label:
+                raise UserError(
+                    f'--label_column: class "{label}" comes back from this tokenizer as {text.strip()!r}, '
+                    "which does not name it: rename it"
+                )
+    return [list(ids) for ids in answers]
 
 
 def fit(
@@ -130,7 +178,11 @@ def encode_examples(
     The prompt keeps `--max_new_tokens` free for the answer, as inference does; only a longer answer makes it
     shorter.
     """
-    known = {answer: answer_ids(tokenizer, task, answer) for answer in dict.fromkeys(a for _, a in pairs)}
+    answers = list(dict.fromkeys(answer for _, answer in pairs))
+    if task == "classification":
+        known = dict(zip(answers, label_answers(tokenizer, answers, args.max_new_tokens), strict=True))
+    else:
+        known = {answer: answer_ids(tokenizer, task, answer) for answer in answers}
     endings = [known[answer] for _, answer in pairs]
     least = len(prompt_ids(tokenizer, build_prompt(task, "instruction", "")))
     for (_, answer), ending in zip(pairs, endings, strict=True):
@@ -195,6 +247,30 @@ def shorten_examples(
     return [(first_tokens(tokenizer, text, most), answer) for text, answer in examples], cut
 
 
+def in_chat(tokenizer, prompt: str, args: argparse.Namespace) -> str:
+    """The prompt as a user's turn by --chat_template, on a day that is always the same. Raises UserError for
+    a template that is wrong or refuses it."""
+    if args.chat_template != "auto" or not tokenizer.chat_template:
+        return prompt
+    try:
+        return tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            tokenize=False,
+            add_generation_prompt=True,
+            strftime_now=TODAY.strftime,
+        )
+    except Exception as error:  # whatever the template's own code raises
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"--chat_template auto: the checkpoint's own template fails: {reason}") from None
+
+
+def chat_cue(tokenizer, args: argparse.Namespace) -> str | None:
+    """What ends a prompt where that is not the task's own cue: the end of the chat template."""
+    mark = "\u241fprompt\u241f"
+    written = in_chat(tokenizer, mark, args)
+    return None if written == mark else written.rpartition(mark)[2] or written
+
+
 def encode_baseline(
     tokenizer,
     texts: Sequence[str],
@@ -217,11 +293,7 @@ def encode_baseline(
         return fit_tuning(tokenizer, args.task, texts, rooms, args.max_seq_length)
 
     def write(text: str, shown: Sequence[tuple[str, str]]) -> str:
-        prompt = build_prompt(args.task, args.prompt_type, text, labels, shown)
-        if args.chat_template == "auto" and tokenizer.chat_template:
-            message = [{"role": "user", "content": prompt}]
-            return tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        return prompt
+        return in_chat(tokenizer, build_prompt(args.task, args.prompt_type, text, labels, shown), args)
 
     queries, cut = views(texts), {"examples": 0, "example_tokens": 0}
     kept = [text for text, _, _ in queries]

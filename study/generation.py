@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from study import record
+from study import checks, record
 from study.cli import UserError
-from study.encoding import answer_ids
+from study.encoding import sha256_of
 from study.metrics import VERSION
-from study.model import compute_dtype, device, free_memory, merge, peak_memory_gib, should_merge
+from study.model import base_of, compute_dtype, device, free_memory, merge, peak_memory_gib, should_merge
 
 AUTO_EXAMPLES = 256
 
@@ -36,6 +36,8 @@ class Answers:
     seconds: float  # of decoding, those of killed attempts included
     earlier_seconds: float  # of the killed attempts as a whole
     how: str
+    prompts_sha256: str
+    ends: list[int]
 
 
 class Progress:
@@ -117,7 +119,11 @@ def generate(
             f"--max_new_tokens {max_new_tokens} cuts class names: the longest has {longest} tokens"
         )
     progress = progress or Progress()
-    ends, slow = stop_tokens(model, tokenizer), why_slow(model)
+    ends = stop_tokens(model, tokenizer)
+    checks.refuse_unknown_tokens(base_of(model), tokenizer, [ends[:1], *prompts, *(allowed or [])])
+    allowed = allowed and with_all_ends(allowed, ends)
+    checks.prove_attention(base_of(model))
+    slow = why_slow(model)
     merged = should_merge(model, merging)
     if merged:
         model = merge(model)
@@ -139,6 +145,8 @@ def generate(
         seconds=progress.spent(),
         earlier_seconds=progress.wall_seconds,
         how=how,
+        prompts_sha256=sha256_of(prompts),
+        ends=ends,
     )
 
 
@@ -157,6 +165,8 @@ def describe(answers: Answers, metrics: dict, decoding: str) -> dict:
         "output_tokens": answers.output_tokens,
         "decoding": decoding,
         "how": answers.how,
+        "prompts_sha256": answers.prompts_sha256,
+        "ends": answers.ends,
         "metrics": metrics,
         "metrics_version": f"{VERSION}, rouge-score {importlib.metadata.version('rouge-score')}",
     }
@@ -231,7 +241,13 @@ def fitting(model, tokens: int) -> int:
 
 
 def continue_batch(model, prompts, max_new_tokens, ends, allowed) -> list[list[int]]:
-    """The new tokens of each prompt up to and including its EOS; prompts are padded on the left."""
+    """The new tokens of each prompt up to and including its EOS, greedily; prompts are padded on the left, or
+    taken one by one where their positions would depend on the longest of them."""
+    base = base_of(model)
+    checks.prove_attention(base)
+    if len(prompts) > 1 and max(map(len, prompts)) + max_new_tokens > checks.same_up_to(base):
+        alone = (continue_batch(model, [prompt], max_new_tokens, ends, allowed) for prompt in prompts)
+        return [answer for [answer] in alone]
     width = max(map(len, prompts))
     ids = torch.tensor([[ends[0]] * (width - len(prompt)) + prompt for prompt in prompts], device=device())
     mask = torch.tensor(
@@ -243,15 +259,24 @@ def continue_batch(model, prompts, max_new_tokens, ends, allowed) -> list[list[i
         num_beams=1,
         eos_token_id=ends,
         pad_token_id=ends[0],
-        repetition_penalty=1.0,  # what is not set here would come from the checkpoint
-        no_repeat_ngram_size=0,
     )
     following = None if allowed is None else follow_one_of(allowed, width, ends[0])
-    with torch.inference_mode():
+    with torch.inference_mode(), nothing_else(base):
         output = model.generate(
             input_ids=ids, attention_mask=mask, generation_config=greedy, prefix_allowed_tokens_fn=following
         )
     return [up_to_end(row, ends) for row in output[:, width:].tolist()]
+
+
+@contextlib.contextmanager
+def nothing_else(model) -> Iterator[None]:
+    """`generate` takes what its settings leave open from the checkpoint's generation_config: here from
+    none."""
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def stop_tokens(model, tokenizer) -> list[int]:
@@ -278,7 +303,13 @@ def follow_one_of(allowed: Sequence[list[int]], width: int, pad: int):
     return lambda row, ids: sorted(nexts.get(tuple(ids[width:].tolist()), {pad}))
 
 
-def label_answers(tokenizer, labels: Sequence[str]) -> list[list[int]]:
-    """Token ids of each class as training writes it, EOS included: the `allowed` answers of --decoding
-    constrained."""
-    return [answer_ids(tokenizer, "classification", label) for label in labels]
+def with_all_ends(allowed: Sequence[list[int]], ends: Sequence[int]) -> list[list[int]]:
+    """The allowed answers; one that another goes on from may end with any of the ends of sequence."""
+    ended = [answer[:-1] for answer in allowed]
+    more = [
+        [*answer, end]
+        for answer in ended
+        for end in ends[1:]
+        if any(len(other) > len(answer) and other[: len(answer)] == answer for other in ended)
+    ]
+    return [*allowed, *more]

@@ -13,8 +13,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
 )
 
+from study import checkpoint as checkpoints
+from study import checks
 from study.cli import UserError
 from study.plan import processor
 from study.record import is_out_of_memory
@@ -56,45 +60,123 @@ def peak_memory_gib() -> float:
 
 
 def from_checkpoint(loader, checkpoint: str, **options):
-    """`loader.from_pretrained`, with what can go wrong with a checkpoint said in one line."""
+    """`loader.from_pretrained` of --pretrained_ckpt, whatever can go wrong with it said in one line. No code
+    that a checkpoint brings along is run."""
+    folder = checkpoints.folder_of(checkpoint, fetch=True)
     try:
-        return loader.from_pretrained(checkpoint, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        return loader.from_pretrained(str(folder), trust_remote_code=False, **options)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
         reason = " ".join(str(error).split())[:300]
-        if "attn_implementation" in reason or "FlashAttention" in reason:
+        if "custom code" in reason or "remote code" in reason:
+            raise UserError(
+                f"--pretrained_ckpt {checkpoint} needs code of its own, which these scripts never run: name "
+                "a checkpoint of an architecture that transformers has"
+            ) from None
+        if any(
+            words in reason for words in ("attn_implementation", "attention implementation", "FlashAttention")
+        ):
             name = options["attn_implementation"]
             raise UserError(f"--attn_implementation {name} can't be used, auto can: {reason}") from None
-        hint = "" if Path(checkpoint).is_dir() else " (offline? fetch it first, or name a local folder)"
-        raise UserError(f"--pretrained_ckpt {checkpoint} can't be loaded{hint}: {reason}") from None
+        raise UserError(f"--pretrained_ckpt {checkpoint} can't be loaded: {reason}") from None
 
 
 def load_tokenizer(checkpoint: str):
+    """The checkpoint's tokenizer: transformers' class for it, or where that reads texts otherwise than
+    tokenizer.json says, the one that takes the file as it is. Raises UserError if neither does."""
+    folder, where = checkpoints.folder_of(checkpoint, fetch=True), f"--pretrained_ckpt {checkpoint}"
     tokenizer = from_checkpoint(AutoTokenizer, checkpoint)
+    if not checks.reads_as_its_file(tokenizer, folder):
+        name = type(tokenizer).__name__
+        if (folder / "tokenizer.json").is_file():
+            tokenizer = from_checkpoint(PreTrainedTokenizerFast, checkpoint)
+        if not checks.reads_as_its_file(tokenizer, folder):
+            raise UserError(
+                f"{where}: {name}, its tokenizer's class, does not read plain text as its files say: mend "
+                "tokenizer_class in tokenizer_config.json"
+            )
+        print(f"tokenizer  by tokenizer.json: {name} would read texts otherwise", flush=True)
     if tokenizer.eos_token_id is None:
         raise UserError(
-            f"--pretrained_ckpt {checkpoint}: its tokenizer has no end-of-sequence token, by which answers "
+            f"{where}: its tokenizer has no end-of-sequence token, by which answers "
             "end: set eos_token in its tokenizer_config.json"
         )
     return tokenizer
 
 
-def load_base(checkpoint: str, quantization, attn_implementation: str = "sdpa"):
-    """The causal language model, frozen, its linear layers in 4 bits. Weights come from safetensors only,
-    never pickle."""
+def load_base(checkpoint: str, quantization, attn_implementation: str = "auto"):
+    """The causal language model, frozen, its linear layers in 4 bits, its attention proven.
+
+    Weights come from safetensors only, never pickle. A checkpoint that is in 4 bits already stays as it is
+    but for the dtype that it computes in; `model.config.quantization_config` says how it is in fact. Raises
+    UserError for a checkpoint whose tensors are not those of its configuration, or that can't be trained and
+    scored alike."""
     config = from_checkpoint(AutoConfig, checkpoint)
-    model = from_checkpoint(
-        AutoModelForCausalLM,
-        checkpoint,
-        config=config,
-        quantization_config=quantization,
-        dtype=compute_dtype(),
-        device_map={"": device()},
-        attn_implementation=attn_implementation,
-        use_safetensors=True,
-    )
+    settle_quantization(config, f"--pretrained_ckpt {checkpoint}")
+    options = {
+        "config": config,
+        "quantization_config": quantization,
+        "dtype": compute_dtype(),
+        "device_map": {"": device()},
+        "use_safetensors": True,
+        "output_loading_info": True,
+        # Nothing of the checkpoint's own counts in greedy decoding but the ends of sequence.
+        "generation_config": GenerationConfig(
+            eos_token_id=checkpoints.ends_of(*place_of(checkpoint)) or None
+        ),
+    }
+    model, found = load_with_attention(checkpoint, attn_implementation, options)
+    checks.refuse_other_tensors(found, f"--pretrained_ckpt {checkpoint}")
+    model.name_or_path = checkpoint
+    keep_unpacked(model)
+    checks.prove_attention(model)
+    dense = checks.left_out(model)
+    if dense:
+        print(f"4 bits     not of {dense}", flush=True)
     return model.requires_grad_(False)
+
+
+def place_of(checkpoint: str) -> tuple[Path, str]:
+    return checkpoints.folder_of(checkpoint, fetch=True), f"--pretrained_ckpt {checkpoint}"
+
+
+def load_with_attention(checkpoint: str, wanted: str, options: dict) -> tuple:
+    """The model and transformers' loading info; for "auto" with PyTorch's attention, or the model's own where
+    transformers has no other for it."""
+    if wanted != "auto":
+        return from_checkpoint(AutoModelForCausalLM, checkpoint, attn_implementation=wanted, **options)
+    try:
+        return from_checkpoint(AutoModelForCausalLM, checkpoint, attn_implementation="sdpa", **options)
+    except UserError as error:
+        if "scaled_dot_product_attention" not in str(error):  # the reason why there is no sdpa
+            raise
+        return from_checkpoint(AutoModelForCausalLM, checkpoint, attn_implementation="eager", **options)
+
+
+def settle_quantization(config, where: str) -> None:
+    """Let a checkpoint that is quantized already compute in our dtype. Raises UserError where it is not in
+    bitsandbytes' 4 bits, which are what can be trained, merged and scored alike."""
+    own = getattr(config, "quantization_config", None)
+    if own is None:
+        return
+    own = own if isinstance(own, dict) else own.to_dict()
+    if own.get("quant_method", "bitsandbytes") != "bitsandbytes" or not own.get("load_in_4bit"):
+        kind = "8 bits" if own.get("load_in_8bit") else f"a format ({own.get('quant_method')}) of its own"
+        raise UserError(
+            f"{where} is quantized already, in {kind}: name the checkpoint in full precision, or one in 4 "
+            "bits by bitsandbytes"
+        )
+    config.quantization_config = own | {"bnb_4bit_compute_dtype": str(compute_dtype()).removeprefix("torch.")}
+
+
+def keep_unpacked(model) -> None:
+    """Keep bitsandbytes from repacking weights on the CPU that it can't: of a number of rows that is no
+    multiple of 32, or with other than its usual storage."""
+    for layer in four_bit_layers(model).values():
+        shape = layer.weight.quant_state.shape
+        if shape[0] % 32 or shape[1] % layer.weight.quant_state.blocksize:
+            layer.support_avx512bf16_for_cpu = False
 
 
 def quantization_from(recorded: dict):
@@ -102,6 +184,11 @@ def quantization_from(recorded: dict):
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig.from_dict(recorded)
+
+
+def quantization_of(model) -> dict:
+    """How the model's weights are in 4 bits in fact, as a record has it."""
+    return model.config.quantization_config.to_dict()
 
 
 def fingerprint(folder: Path) -> str:
@@ -135,6 +222,8 @@ def load_adapter(model, folder: Path, sha256: str | None = None):
         ) from None
     for name, parameter in model.named_parameters():
         if "lora_" in name:
+            if not torch.isfinite(parameter).all():
+                raise UserError(f"{folder}: {name} holds no numbers: train the run again with --force")
             parameter.data = parameter.data.to(compute_dtype())
     return model.eval()
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from study import record
+from study import checks, record
+from study.cli import UserError
 from study.encoding import Example
 from study.model import compute_dtype
 
@@ -114,46 +115,51 @@ def pad(examples: Sequence[Example], loss_on: str, device) -> tuple[dict, torch.
 
 
 def loss_sum(model, examples: Sequence[Example], loss_on: str, padded: bool, device) -> torch.Tensor:
-    """Cross-entropy summed over the learned tokens of `examples`, in float32."""
+    """Cross-entropy summed over the learned tokens of `examples`, in float32; one by one where their
+    positions would depend on the longest of them."""
+    longest = max(len(example.ids) for example in examples)
+    if len(examples) > 1 and longest > checks.same_up_to(model):
+        return sum(loss_sum(model, [example], loss_on, padded, device) for example in examples)
     inputs, places, targets = (pad if padded else pack)(examples, loss_on, device)
     logits = model(**inputs, use_cache=False).logits
     rows = logits.flatten(0, 1)[places] if padded else logits[0]
     return F.cross_entropy(rows.float(), targets, reduction="sum")
 
 
-def isolates(model, device, tokens: int = 24) -> bool:
+def isolates(model, device) -> bool:
     """Whether packed examples stay apart: exchanging the first must not touch the second, which must be as if
     alone.
 
-    Decided by running the model, so that no list of architectures has to be kept. Alone means through sdpa.
+    Decided by running the model, so that no list of architectures has to be kept. Alone means through the
+    model's own attention (eager). What the attention can't do in training (dropout), it raises.
     """
-    generator = torch.Generator().manual_seed(0)
-    first, other, second = (
-        torch.randint(3, model.config.get_text_config().vocab_size, (tokens,), generator=generator).tolist()
-        for _ in range(3)
-    )
+    first, other, second = checks.rows_of_tokens(model, 3)
 
     def logits(*rows: list[int]) -> torch.Tensor:
         inputs, _, _ = pack([Example(row, 0) for row in rows], "all", device)
-        inputs["logits_to_keep"] = torch.arange(tokens * (len(rows) - 1), tokens * len(rows), device=device)
-        return model(**inputs, use_cache=False).logits[0, -tokens:].double()
+        end = sum(map(len, rows))
+        inputs["logits_to_keep"] = torch.arange(end - len(second), end, device=device)
+        return model(**inputs, use_cache=False).logits[0, -len(second) :].double()
 
-    used = model.config._attn_implementation
-    for module in model.modules():
-        # Without dropout. bitsandbytes would repack the weights of a layer in eval mode on the CPU, for good.
-        module.training = hasattr(module, "quant_state")
-    with torch.no_grad():
-        packed, exchanged = logits(first, second), logits(other, second)
-        model.set_attn_implementation("sdpa")
-        alone = model(input_ids=torch.tensor([second], device=device), use_cache=False).logits[0].double()
-        model.set_attn_implementation(used)
-    scale = alone.norm()
-    return bool((packed - exchanged).norm() <= 1e-4 * scale and (packed - alone).norm() <= 0.05 * scale)
+    with checks.narrowed(model):
+        with checks.still(model, training=True):
+            logits(first, second)
+        with checks.still(model):
+            packed, exchanged = logits(first, second), logits(other, second)
+        alone = checks.logits_of(model, second, "eager")
+    leaks = checks.apart(packed, exchanged) > checks.LEAK
+    return not leaks and checks.apart(packed, alone) <= checks.rounding(model)
 
 
 def choose_batching(model, wanted_attention: str, device) -> bool:
-    """Set the model's attention for training. Returns whether examples must be padded, and says so in one
-    line."""
+    """Set the model's attention for training, proven. Returns whether examples must be padded, and says so in
+    one line. Raises UserError for a model that sees later tokens."""
+    checks.prove_attention(model)
+    if wanted_attention != "auto" and getattr(model, "disproven", None):
+        raise UserError(
+            f"--attn_implementation {wanted_attention} does not compute the attention of "
+            f"{type(model).__name__} ({model.disproven}): auto does"
+        )
     if wanted_attention == "auto" and model.config._attn_implementation == "sdpa":
         model.set_attn_implementation("packed")  # stays sdpa where the model's code can't exchange it
     try:
@@ -177,7 +183,8 @@ def choose_batching(model, wanted_attention: str, device) -> bool:
 
 
 def training_attention(wanted: str) -> str:
-    """The attention to load a model with: --attn_implementation, or for "auto" the best of this machine."""
+    """The attention to load a model with: --attn_implementation, or for "auto" flash-attn where this machine
+    has it."""
     if wanted != "auto":
         return wanted
     flash = (
@@ -185,7 +192,7 @@ def training_attention(wanted: str) -> str:
         and importlib.util.find_spec("flash_attn")
         and compute_dtype() == torch.bfloat16
     )
-    return "flash_attention_2" if flash else "sdpa"
+    return "flash_attention_2" if flash else "auto"
 
 
 def packed_attention(
@@ -198,15 +205,20 @@ def packed_attention(
     sliding_window=None,
     cu_seq_lens_q=None,
     max_length_q=None,
-    **unused,
+    dropout=0.0,
+    **others,
 ):
     """Causal attention of each of the sequences that lie end to end in one row, for transformers'
     AttentionInterface.
 
     query [1, heads, tokens, size], key and value [1, key heads, tokens, size]; cu_seq_lens_q [sequences + 1]
     are their borders. Returns ([1, tokens, heads, size], None). On CUDA one call of PyTorch's variable-length
-    kernel; elsewhere one call a sequence.
+    kernel; elsewhere one call a sequence. Raises ValueError for what these don't heed: dropout, soft caps,
+    sinks, whatever a model may hand over.
     """
+    unheeded = [name for name, given in others.items() if given is not None and name not in checks.HEEDED]
+    if unheeded or dropout:
+        raise ValueError(f"packed attention has no {', '.join(unheeded) or 'dropout'}")
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from prompts import prompt_sha256
+from study import checkpoint as checkpoints
 from study import cli
 from study.cli import UserError
 from study.record import read, short_hash, status
@@ -98,13 +99,18 @@ def suffix(settings: dict, mark: str) -> str:
 
 
 def find_finished(
-    path: Path, args: argparse.Namespace, settings: Iterable[str], data: dict, training: str | None = None
+    path: Path,
+    args: argparse.Namespace,
+    settings: Iterable[str],
+    data: dict,
+    training: str | None = None,
+    checkpoint: dict | None = None,
 ) -> dict | None:
     """The finished record at `path` if there is one and --force is not given; None too if it scored an older
     `training`.
 
-    Raises UserError where it lacks something, was made with other `settings`, naming the flags, or from other
-    `data` (splits, described).
+    Raises UserError where it lacks something, was made with other `settings`, naming the flags, from other
+    `data` (splits, described) or with another `checkpoint` (its fingerprint, or None where it is not here).
     """
     content = None if args.force else read(path)
     if not content or content["status"] != "finished" or content.get("training") != training:
@@ -114,12 +120,16 @@ def find_finished(
     check_whole(content, path, "train" if path.name == "train.json" else "eval")
     check_same(content["config"], args, settings, path)
     check_same_data(content["data"], data, path)
+    recorded = content.get("checkpoint")
+    checkpoints.check_same(recorded, checkpoint, path, "--force redoes it", ends="eval" in content)
+    if checkpoint and not recorded:
+        print(f"note       {path} does not say which weights it was made with: they are not compared")
     return content
 
 
 def identity(content: dict) -> dict:
     """What an evaluation's answers depend on, by its record so far."""
-    return {name: content.get(name) for name in ("config_hash", "training", "data")}
+    return {name: content.get(name) for name in ("config_hash", "training", "data", "checkpoint")}
 
 
 def check_same_data(recorded: dict, data: dict, where: Path) -> None:

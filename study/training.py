@@ -10,6 +10,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -18,14 +19,16 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from study import record, runs
+from study import checkpoint as checkpoints_of_models
+from study import checks, record, runs
 from study.cli import UserError
-from study.encoding import Example
+from study.encoding import Example, sha256_of
 from study.model import compute_dtype, fingerprint, peak_memory_gib
 from study.packing import choose_batching, learned_places, loss_sum, plan_steps, seed_of, split_to_fit
 
@@ -83,9 +86,11 @@ def tokens_that_fit(model, examples, args, padded, checkpointing, device) -> int
 class PackedTrainer(Trainer):
     """A Trainer whose batch is one whole optimizer step, split to fit the device within `training_step`."""
 
-    def __init__(self, *, examples, steps, max_tokens, loss_on, padded, fast, history, progress, **options):
+    def __init__(
+        self, *, examples, steps, warmup, max_tokens, loss_on, padded, fast, history, progress, **options
+    ):
         super().__init__(train_dataset=list(range(len(steps))), callbacks=[progress], **options)
-        self.progress = progress
+        self.progress, self.warmup = progress, warmup
         self.examples, self.steps, self.max_tokens = examples, steps, max_tokens
         self.loss_on, self.padded, self.fast, self.history = loss_on, padded, fast, history
         self.lengths = [len(example.ids) for example in examples]
@@ -94,6 +99,14 @@ class PackedTrainer(Trainer):
         """Step numbers in order: every process reads all of them and takes its own share of each step's
         examples."""
         return DataLoader(self.train_dataset, batch_size=1, collate_fn=lambda numbers: numbers)
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None) -> LambdaLR:
+        """Constant after a linear warm-up, whose first step has a rate above 0, so that one step teaches
+        something, and whose length does not depend on the number of epochs."""
+        if self.lr_scheduler is None:
+            share = lambda step: min(1.0, (step + 1) / self.warmup)
+            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, share)
+        return self.lr_scheduler
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """What a tracker gets: loss and learning rate, as transformers logs them, with speed and memory."""
@@ -205,7 +218,11 @@ class Progress(TrainerCallback):
             }
             history = [[step, float(loss), learned] for step, loss, learned in self.history]
             progress = {"schema": record.SCHEMA, **self.run, "spent": spent, "history": history}
-            record.write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / PROGRESS, progress)
+            progress["plan"] = self.plan()
+            folder = Path(args.output_dir)
+            record.write_json(folder / f"checkpoint-{state.global_step}" / PROGRESS, progress)
+            for old in checkpoints_in(folder)[:-2]:  # the newest may be found damaged
+                shutil.rmtree(old)
         self.saving, self.saved = time.time() - self.saved, time.time()
 
 
@@ -220,10 +237,16 @@ def diverged(what: str, args) -> UserError:
     return UserError(f"{what}: {rate} is too high for these examples; give a lower one")
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints that training has left, oldest first; copies that someone made of them are not ours."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """The newest checkpoint that was written whole; others are removed."""
     whole = None
-    for checkpoint in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])):
+    for checkpoint in checkpoints_in(folder):
         if (checkpoint / PROGRESS).is_file():
             whole = checkpoint
         elif record.is_main_process():
@@ -253,7 +276,6 @@ def settings(folder: Path, report_to: str, **chosen) -> TrainingArguments:
         remove_unused_columns=False,
         label_names=[],
         save_strategy="no",  # Progress decides
-        save_total_limit=2,  # the newest may be half-written
         logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False,
         disable_tqdm=not sys.stderr.isatty(),
@@ -274,17 +296,20 @@ def train(
     """Train an adapter on `model` (4-bit, frozen) and leave it in `folder`/adapter. Returns the record's
     `train`.
 
-    `run` says what is being trained ({"config", "data", "prompt_sha256"}); a checkpoint of the same run is
-    resumed, one of another refused.
-    """
-    from peft import get_peft_model
-
+    `run` says what is being trained ({"config", "data", "prompt_sha256", "checkpoint"}); a checkpoint of the
+    same run is resumed, one of another refused."""
     device = training.device
+    checks.refuse_unknown_tokens(model, tokenizer, [example.ids for example in examples])
     padded = choose_batching(model, args.attn_implementation, device)
-    torch.manual_seed(args.seed)
-    model = get_peft_model(model, lora).train()  # once: nothing here evaluates
-    check_targets(model, args.target_modules)
+    model = with_adapter(model, lora, args)
     steps = plan_steps(len(examples), args.batch_size, args.epochs, args.seed)
+    warmup = warmup_steps(training.warmup_steps, len(examples), args.batch_size)
+    run = run | {
+        "examples_sha256": sha256_of([[example.answer_start, example.ids] for example in examples]),
+        "schedule": f"constant after a linear warm-up of {warmup} steps",
+    }
+    checkpoint, spent, history = resume(Path(training.output_dir), run, args)
+    kept = kept_plan(checkpoint, args)
     tokens = [sum(len(examples[i].ids) for i in step) for step in steps]
     fast, slow = None, why_slow(model, args, padded, training)
     if slow is None:
@@ -293,6 +318,8 @@ def train(
             fast, slow = None, "the fused layers' loss is another one"
     if fast:
         max_tokens, checkpointing = fast.plan.tokens, False
+    elif kept and not kept["fused"]:
+        max_tokens, checkpointing = kept["tokens"], kept["gradient_checkpointing"]
     else:
         max_tokens, checkpointing = fit_memory(model, examples, args, padded, device)
     training.gradient_checkpointing = checkpointing
@@ -300,7 +327,6 @@ def train(
     training.max_steps = len(steps)
     training._n_gpu = min(training.n_gpu, 1)  # a process drives one GPU; more take `accelerate launch`
 
-    checkpoint, spent, history = resume(Path(training.output_dir), run, args)
     progress = Progress(run, history, tokens, spent)
     trainer = PackedTrainer(
         model=model,
@@ -308,6 +334,7 @@ def train(
         processing_class=tokenizer,
         examples=examples,
         steps=steps,
+        warmup=warmup,
         max_tokens=max_tokens,
         loss_on=args.loss_on,
         padded=padded,
@@ -316,6 +343,12 @@ def train(
         progress=progress,
     )
     trainer.remove_callback(PrinterCallback)
+    progress.plan = lambda: {
+        "fused": bool(fast),
+        "tokens": trainer.max_tokens,
+        "gradient_checkpointing": checkpointing,
+        **({"keep": fast.plan.keep, "on_host": fast.plan.on_host} if fast else {}),
+    }
     plain = (
         f"plain layers ({slow}), {'padded' if padded else 'packed'}, {model.config._attn_implementation} "
         f"attention, checkpointing {'on' if checkpointing else 'off'}"
@@ -351,9 +384,35 @@ def train(
             "plan": str(fast.plan) if fast else None,
             "processes": training.world_size,
         },
+        "schedule": run["schedule"],
+        "examples_sha256": run["examples_sha256"],
         "adapter_sha256": adapter,
         "loss_history": thin([[step + 1, float(loss)] for step, loss, _ in history]),
     }
+
+
+def warmup_steps(share: float, examples: int, batch_size: int) -> int:
+    """A `share` of the steps of one epoch, whatever --epochs says, so that a shorter run is the beginning of
+    a longer one; at least one step."""
+    return max(1, math.ceil(share * math.ceil(examples / batch_size)))
+
+
+def with_adapter(model, lora, args):
+    """`model` with new adapters by the seed, in train mode, once: nothing here evaluates. Raises UserError
+    where PEFT can't give it some."""
+    from peft import get_peft_model
+
+    torch.manual_seed(args.seed)
+    try:
+        model = get_peft_model(model, lora).train()
+    except (ValueError, TypeError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        mend = "give --dropout 0" if "dropout" in reason else "name others by --target_modules"
+        raise UserError(
+            f"PEFT can't put these adapters on {type(model).__name__} ({reason}): {mend}"
+        ) from None
+    check_targets(model, args.target_modules)
+    return model
 
 
 def check_targets(model, names: Sequence[str]) -> None:
@@ -412,31 +471,55 @@ def resume(checkpoints: Path, run: dict, args) -> tuple[Path | None, dict, list]
     """The checkpoint to go on from, what the run has spent, and its losses so far."""
     nothing = {"seconds": 0.0, "wall_seconds": 0.0, "peak_memory_gib": 0.0}
     if args.force:
-        if record.is_main_process():
-            shutil.rmtree(checkpoints, ignore_errors=True)
+        remove_checkpoints(checkpoints)
         return None, nothing, []  # the other processes don't wait to see them gone
     checkpoint = last_checkpoint(checkpoints)
     if checkpoint is None:
         return None, nothing, []
-    try:
-        progress = json.loads((checkpoint / PROGRESS).read_text())
-    except ValueError as error:
-        raise UserError(
-            f"{checkpoint / PROGRESS} is damaged ({error}): remove {checkpoint} and start again"
-        ) from None
+    progress = read_progress(checkpoint)
     runs.check_same(progress["config"], args, runs.training_settings(args), checkpoint)
     runs.check_same_data(progress["data"], run["data"], checkpoint)
-    if progress.get("prompt_sha256", run["prompt_sha256"]) != run["prompt_sha256"]:
-        raise UserError(
-            f"{checkpoint} was made with another prompt than prompts.py has now: --force redoes it"
-        )
+    redo = "--force redoes it"
+    checkpoints_of_models.check_same(progress.get("checkpoint"), run.get("checkpoint"), checkpoint, redo)
+    for name, what in {
+        "prompt_sha256": "another prompt than prompts.py has now",
+        "examples_sha256": "other tokens than the examples have now",
+        "schedule": "another schedule of learning rates",
+    }.items():
+        if name in run and progress.get(name, run[name]) != run[name]:
+            raise UserError(f"{checkpoint} was made with {what}: {redo}")
     return checkpoint, progress["spent"], progress["history"]
+
+
+def read_progress(checkpoint: Path) -> dict:
+    path = checkpoint / PROGRESS
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}): remove {checkpoint} and start again") from None
+
+
+def kept_plan(checkpoint: Path | None, args) -> dict | None:
+    """How the run computed before it was stopped, which also decides what dropout draws; None where its flags
+    now ask for something else."""
+    progress = read_progress(checkpoint) if checkpoint else {}
+    asked = ("max_tokens_per_batch", "gradient_checkpointing", "attn_implementation")
+    same = all(progress["config"].get(name) == getattr(args, name) for name in asked if progress)
+    return progress.get("plan") if same else None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove a run's own checkpoints, and their folder if nothing else is in it."""
+    if record.is_main_process():
+        for checkpoint in checkpoints_in(folder):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
 
 
 def discard_checkpoints(folder: Path) -> None:
     """Remove what only an unfinished run needs."""
-    if record.is_main_process():
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    remove_checkpoints(folder / "checkpoints")
 
 
 def save_adapter(model, tokenizer, folder: Path) -> str:

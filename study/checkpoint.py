@@ -1,0 +1,275 @@
+"""What a checkpoint is, by content: the files that transformers would load, read once, checked and hashed.
+
+A name says little: other weights may lie at the same path tomorrow, a hub model may move. So every record
+holds the fingerprint of the checkpoint that it was made with, and nothing goes on, is served again or takes
+an adapter where the fingerprints differ. Nothing here needs torch."""
+
+import hashlib
+import json
+import mmap
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from study.cli import UserError
+
+LFS = b"version https://git-lfs.github.com/spec/v1"
+PIECE = 2**25  # bytes that are hashed or looked through at once
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
+)
+HUB = ["*.json", "model*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+UNIMPORTANT = ("_name_or_path", "transformers_version")  # of config.json
+NOT_NUMBERS = {  # a safetensors dtype's words, and the exponent that infinities and NaNs have
+    "BF16": ("<u2", 0x7F80),
+    "F16": ("<u2", 0x7C00),
+    "F32": ("<u4", 0x7F800000),
+    "F64": ("<u8", 0x7FF << 52),
+}
+
+
+def folder_of(name: str, fetch: bool = False) -> Path | None:
+    """The folder that --pretrained_ckpt `name` means: itself, or a hub id's snapshot in the hub's cache,
+    after a look at the hub with `fetch`. None for a hub id that is not there. Raises UserError where it
+    should be."""
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise UserError(f"--pretrained_ckpt {name}: there is no such folder")
+    import huggingface_hub
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB, local_files_only=not fetch))
+    except (OSError, ValueError, RuntimeError, HFValidationError) as error:
+        if not fetch:
+            return None
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"--pretrained_ckpt {name} can't be loaded (offline? fetch it first, or name a local folder): "
+            f"{reason}"
+        ) from None
+
+
+def identify(name: str, fetch: bool = False) -> dict | None:
+    """What a record keeps of a checkpoint: the SHA-256 of its configuration, tokenizer and weights, the
+    commit of a hub's snapshot, and the ends of sequence that its generation_config.json adds.
+
+    None where it is not on this machine. Raises UserError for a checkpoint that is not whole or whose weights
+    are not numbers, naming the file or tensor.
+    """
+    try:
+        folder = folder_of(name, fetch)
+    except UserError:
+        if fetch:
+            raise
+        return None
+    if folder is None:
+        return None
+    where = f"--pretrained_ckpt {name}"
+    weights = check_files(folder, where)
+    parts = [["config", canonical(read_json(folder / "config.json", where))]]
+    parts += [
+        [path.name, hash_of(path.read_bytes())] for path in map(folder.joinpath, TOKENIZER) if path.is_file()
+    ]
+    parts += [[path.name, hash_of_weights(path, where)] for path in weights]
+    is_snapshot = folder.parent.name == "snapshots"
+    return {
+        "sha256": hash_of(json.dumps(parts).encode()),
+        "commit": folder.name if is_snapshot else None,
+        "eos_token_id": ends_of(folder, where),
+    }
+
+
+def hash_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def canonical(config: dict) -> str:
+    """What of a configuration says how the model computes."""
+    kept = {key: value for key, value in config.items() if key not in UNIMPORTANT}
+    return json.dumps(kept, sort_keys=True)
+
+
+def read_json(path: Path, where: str) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{where}: its {path.name} is damaged ({error}): fetch it again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: its {path.name} is not a JSON object: fetch it again")
+    return content
+
+
+def ends_of(folder: Path, where: str) -> list[int]:
+    """The end-of-sequence tokens of generation_config.json, or without one of config.json; nothing else there
+    counts in greedy decoding."""
+    path = folder / "generation_config.json"
+    settings = read_json(path if path.is_file() else folder / "config.json", where)
+    ends = settings.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    return [end for end in ends if isinstance(end, int) and not isinstance(end, bool)]
+
+
+def check_files(folder: Path, where: str) -> list[Path]:
+    """The files of weights that transformers would load. Raises UserError if a part of the checkpoint is
+    missing, or a pointer stands in place of a file."""
+    if not (folder / "config.json").is_file():
+        raise UserError(
+            f"{where} has not a configuration (config.json): name a whole checkpoint folder or a hub id"
+        )
+    weights = weight_files(folder, where)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise UserError(
+            f"{where} has not a tokenizer (tokenizer.json): name a whole checkpoint folder or a hub id"
+        )
+    others = [folder / name for name in ("config.json", "generation_config.json", *TOKENIZER)]
+    for path in [*others, *weights]:
+        if path.is_file():
+            refuse_pointer(path, where)
+    return weights
+
+
+def refuse_pointer(path: Path, where: str) -> None:
+    """Raise UserError for a file that git left as a pointer to a large one."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise UserError(
+                f"{where}: {path.name} is a Git LFS pointer, not the file itself: run `git lfs pull` there"
+            )
+
+
+def weight_files(folder: Path, where: str) -> list[Path]:
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        raise UserError(
+            f"{where} has not weights (model.safetensors): name a whole checkpoint folder or a hub id"
+        )
+    refuse_pointer(index, where)
+    names = read_json(index, where).get("weight_map")
+    if not isinstance(names, dict):
+        raise UserError(f"{where}: {index.name} has no weight_map: fetch it again")
+    files = [folder / name for name in sorted(set(map(str, names.values())))]
+    missing = [path.name for path in files if not path.is_file()]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}, which {index.name} names: fetch it whole")
+    return files
+
+
+def hash_of_weights(path: Path, where: str) -> str:
+    """The SHA-256 of the SHA-256s of a safetensors file's pieces, each of PIECE bytes; remembered for a file
+    that has not changed since. Raises UserError if it is damaged or a weight is infinite or no number."""
+    stat = path.stat()
+    key = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
+    known = remembered()
+    if known.get(str(path.resolve()), [None])[0] == key:
+        return known[str(path.resolve())][1]
+    with open(path, "rb") as file:
+        tensors = header_of(file, stat.st_size, f"{where}: {path.name}")
+        with (
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+        ):
+            hashed = lambda first: hashlib.sha256(memoryview(content)[first : first + PIECE]).digest()
+            digests = pool.map(hashed, range(0, stat.st_size, PIECE))
+            bad = pool.map(lambda piece: holds_no_number(content, *piece), pieces_of(tensors))
+            names = sorted({name for name in bad if name})
+            digest = hash_of(b"".join(digests))
+    if names:
+        raise UserError(
+            f"{where}: {names[0]} in {path.name} holds weights that are infinite or no numbers"
+            f"{f' (so do {len(names) - 1} others)' if names[1:] else ''}: the checkpoint is broken"
+        )
+    if time.time_ns() - stat.st_ctime_ns > 2 * 10**9:  # a younger file may change without its times changing
+        remember(str(path.resolve()), [key, digest])
+    return digest
+
+
+def header_of(file, size: int, where: str) -> dict[str, tuple[str, int, int]]:
+    """A safetensors file's tensors: their dtype and first and last byte in the file."""
+    damaged = UserError(f"{where} is damaged or half-written: fetch it again")
+    length = int.from_bytes(file.read(8), "little")
+    if not 2 <= length <= size - 8:
+        raise damaged
+    try:
+        header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        tensors = {
+            name: (entry["dtype"], *(8 + length + offset for offset in entry["data_offsets"]))
+            for name, entry in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise damaged from None
+    if max((end for _, _, end in tensors.values()), default=8 + length) != size:
+        raise damaged
+    return tensors
+
+
+def pieces_of(tensors: dict[str, tuple[str, int, int]]) -> Iterator[tuple[str, str, int, int]]:
+    for name, (dtype, begin, end) in tensors.items():
+        if dtype in NOT_NUMBERS:
+            yield from ((name, dtype, first, min(first + PIECE, end)) for first in range(begin, end, PIECE))
+
+
+def holds_no_number(content: mmap.mmap, name: str, dtype: str, begin: int, end: int) -> str | None:
+    """The tensor's name if a weight between two bytes is infinite or no number."""
+    import numpy as np
+
+    words, exponent = NOT_NUMBERS[dtype]
+    step = 2**19  # bytes that stay in a core's cache
+    for first in range(begin, end, step):
+        last = min(first + step, end)
+        numbers = np.frombuffer(content[first:last], words)
+        if (numbers & np.array(exponent, words)).max(initial=0) == exponent:
+            return name
+    return None
+
+
+def memory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llama2-study" / "weights.json"
+
+
+def remembered() -> dict[str, list[str]]:
+    """Hashes of files by path, each with the times and size that the file had."""
+    try:
+        known = json.loads(memory().read_text(encoding="utf-8"))
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home
+        return {}
+    fits = isinstance(known, dict) and all(isinstance(entry, list) and entry for entry in known.values())
+    return known if fits else {}
+
+
+def remember(path: str, entry: list[str]) -> None:
+    """Where nothing can be written, nothing is remembered."""
+    from study.record import write_text
+
+    try:
+        memory().parent.mkdir(parents=True, exist_ok=True)
+        write_text(memory(), json.dumps(remembered() | {path: entry}))
+    except (OSError, RuntimeError, UserError):
+        pass
+
+
+def check_same(
+    recorded: dict | None, found: dict | None, where: object, mend: str, ends: bool = False
+) -> None:
+    """Raise UserError if two fingerprints are of other checkpoints, or with `ends` of other ends of sequence;
+    one that is not known is of none."""
+    if not recorded or not found:
+        return
+    if recorded["sha256"] != found["sha256"]:
+        raise UserError(
+            f"{where} was made with another checkpoint than --pretrained_ckpt holds now (sha256 "
+            f"{recorded['sha256'][:8]}, not {found['sha256'][:8]}): {mend}"
+        )
+    if ends and recorded["eos_token_id"] != found["eos_token_id"]:
+        raise UserError(
+            f"{where} was made with the ends of sequence {recorded['eos_token_id']}, and "
+            f"generation_config.json in --pretrained_ckpt has {found['eos_token_id']} now: {mend}"
+        )

@@ -1,0 +1,296 @@
+"""What a run proves before it begins, for training and scoring alike: that the loaded checkpoint, its
+tokenizer and its attention are what they seem.
+
+Each is held to a witness of its own: the tensors to those of the checkpoint's files, the tokenizer to its
+tokenizer.json, the attention to the model's own ("eager") and to the rule that no token sees a later one.
+What does not hold is refused in one line, or replaced by what does."""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from study.cli import UserError
+
+PROBE_TOKENS = 24
+WINDOWS = ("sliding_window", "attention_chunk_size")
+NARROW = 7
+LEAK = 1e-4  # of the logits' norm: what may change where nothing should, by rounding
+# What a model may hand to its attention that sdpa and packed attention heed, or that changes no result.
+HEEDED = {
+    *(
+        "dropout",
+        "scaling",
+        "is_causal",
+        "sliding_window",
+        "attention_mask",
+        "position_ids",
+        "cache_position",
+    ),
+    *(
+        "cu_seq_lens_q",
+        "cu_seq_lens_k",
+        "max_length_q",
+        "max_length_k",
+        "position_embeddings",
+        "deterministic",
+    ),
+    *("use_cache", "past_key_values", "output_attentions", "output_hidden_states", "return_dict"),
+    *("logits_to_keep", "num_items_in_batch", "target_dtype"),
+}
+
+
+# The checkpoint as loaded
+
+
+def refuse_other_tensors(found: dict, where: str) -> None:
+    """Raise UserError if loading (transformers' loading info) left a tensor of the model at random, or a
+    tensor of the files unused."""
+    kinds = {
+        "missing_keys": "lacks the tensor",
+        "unexpected_keys": "holds a tensor that its configuration has no place for,",
+        "mismatched_keys": "holds in another shape than its configuration says the tensor",
+        "error_msgs": "can't be loaded:",
+        "conversion_errors": "can't be loaded:",
+    }
+    for kind, what in kinds.items():
+        names = sorted(
+            str(entry[0] if isinstance(entry, tuple) else entry) for entry in found.get(kind) or []
+        )
+        if names:
+            more = f" and {len(names) - 1:,} more" if names[1:] else ""
+            raise UserError(
+                f"{where} {what} {names[0][:120]}{more}: its files and config.json don't belong together"
+            )
+
+
+def left_out(model) -> str | None:
+    """What of a model's weights is not in 4 bits, beside embeddings and head, as one line; None where that is
+    next to nothing (norms, biases, small projections)."""
+    tables = (model.get_input_embeddings(), model.get_output_embeddings())
+    known = {id(module.weight) for module in tables if module is not None}
+    dense = {
+        name: parameter.numel()
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and id(parameter) not in known and not hasattr(parameter, "quant_state")
+    }
+    share = sum(dense.values()) / sum(map(original_size, model.parameters()))
+    if share < 0.05:
+        return None
+    kinds = sorted({".".join(name.removesuffix(".weight").split(".")[-2:]) for name in dense})
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{', '.join(kinds)}: {100 * share:.0f} % of all weights stay in {dtype}"
+
+
+def original_size(parameter) -> int:
+    """How many weights a parameter holds, also in 4 bits."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state else parameter.numel()
+
+
+def refuse_unknown_tokens(model, tokenizer, rows: Iterable[Sequence[int]]) -> None:
+    """Raise UserError for a token id among `rows` that the model has no embedding for."""
+    size = model.get_input_embeddings().weight.shape[0]
+    largest = max((max(row, default=0) for row in rows), default=0)
+    if largest >= size:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"--pretrained_ckpt: its tokenizer writes token {largest} ({token!r}), its embedding has "
+            f"{size:,} rows: tokens were added and the model was not resized"
+        )
+
+
+# The tokenizer
+
+SPOKEN = (
+    "Tell me, what's  new?\n\n### Text:\n```\nIt's 10:45 on 24.12.2023; she'll pay $3.50 (or 7 %).\n"
+    "\tWell: I'd say so!\n```\n\n### Class:",
+    " Müller naïve Ωμέγα Привет 北京 नमस्ते 😀",
+    "rec.sport.hockey_2-A/B",
+)
+
+
+def reads_as_its_file(tokenizer, folder: Path) -> bool:
+    """Whether a tokenizer gives plain texts the tokens that its tokenizer.json gives them, and reads those of
+    plain English back. Without that file only the latter."""
+    path = folder / "tokenizer.json"
+    if path.is_file():
+        from tokenizers import Tokenizer
+
+        witness = Tokenizer.from_file(str(path))
+        witness.no_padding()
+        witness.no_truncation()
+        return all(
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            == witness.encode(text, add_special_tokens=False).ids
+            for text in SPOKEN
+        )
+    ids = tokenizer(SPOKEN[0], add_special_tokens=False)["input_ids"]
+    return tokenizer.decode(ids).casefold().split() == SPOKEN[0].casefold().split()
+
+
+# Attention
+
+
+class Watched:
+    """An attention for transformers that computes as sdpa does and notes what the model hands to it."""
+
+    def __init__(self):
+        self.given: dict[str, object] = {}
+
+    def __call__(self, module, query, key, value, attention_mask, **options):
+        for name, value_given in options.items():
+            if value_given is not None and not (name == "dropout" and value_given == 0):
+                self.given[name] = value_given
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+WATCHED = Watched()
+AttentionInterface.register("watched", WATCHED)
+AttentionMaskInterface.register("watched", sdpa_mask)
+
+
+@contextlib.contextmanager
+def still(model, training: bool = False) -> Iterator[None]:
+    """No gradients, no change of modes or of random numbers drawn later, and no dropout unless `training`.
+    Layers in 4 bits stay in train mode, since on the CPU bitsandbytes would repack their weights, for
+    good."""
+    modes = {module: module.training for module in model.modules()}
+    for module in modes:
+        module.training = training or hasattr(module, "quant_state")
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextlib.contextmanager
+def narrowed(model) -> Iterator[None]:
+    """Windows and chunks of attention so narrow that PROBE_TOKENS exceed them."""
+    holders = [vars(holder) for holder in (model.config, model.config.get_text_config(), *model.modules())]
+    wide = {
+        (id(holder), name): (holder, holder[name])
+        for holder in holders
+        for name in WINDOWS
+        if isinstance(holder.get(name), int) and holder[name] > NARROW
+    }
+    try:
+        for (_, name), (holder, _) in wide.items():
+            holder[name] = NARROW
+        yield
+    finally:
+        for (_, name), (holder, width) in wide.items():
+            holder[name] = width
+
+
+def rows_of_tokens(model, count: int) -> list[list[int]]:
+    """Random rows of PROBE_TOKENS tokens."""
+    generator, size = torch.Generator().manual_seed(0), model.get_input_embeddings().weight.shape[0]
+    least = min(3, size - 1)
+    return [torch.randint(least, size, (PROBE_TOKENS,), generator=generator).tolist() for _ in range(count)]
+
+
+def logits_of(model, row: Sequence[int], attention: str | None = None) -> torch.Tensor:
+    """Logits [tokens, vocabulary] of one row alone, in float64, by a given attention."""
+    used = model.config._attn_implementation
+    with still(model):
+        if attention:
+            model.set_attn_implementation(attention)
+        ids = torch.tensor([row], device=model.get_input_embeddings().weight.device)
+        try:
+            return model(input_ids=ids, use_cache=False).logits[0].double()
+        finally:
+            if attention:
+                model.set_attn_implementation(used)
+
+
+def rounding(model) -> float:
+    """How far apart, relatively, two ways to compute the same attention may be."""
+    return 2e-3 if model.dtype == torch.float32 and not hasattr(model, "quantization_method") else 0.05
+
+
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The distance of two tensors, relative to the second."""
+    return ((one - other).norm() / other.norm().clamp_min(1e-30)).item()
+
+
+def unheeded(model) -> list[str]:
+    """The names of what the model hands to its attention in training that sdpa would not heed."""
+    [row] = rows_of_tokens(model, 1)
+    WATCHED.given.clear()
+    used = model.config._attn_implementation
+    model.set_attn_implementation("watched")
+    if model.config._attn_implementation != "watched":
+        return []  # its attention can't be exchanged, so it is its own
+    try:
+        with still(model):
+            ids = torch.tensor([row], device=model.get_input_embeddings().weight.device)
+            model(input_ids=ids, use_cache=False)
+    finally:
+        model.set_attn_implementation(used)
+    return sorted(WATCHED.given.keys() - HEEDED)
+
+
+def prove_attention(model) -> None:
+    """Hold the model's attention to its own, eager one, and set that where the other computes something else,
+    with a line that says why (`model.disproven` keeps it).
+
+    Raises UserError for a model that sees later tokens or computes no numbers.
+    """
+    if getattr(model, "proven", None) != model.config._attn_implementation:
+        with narrowed(model):
+            prove_narrowed(model)
+        model.proven = model.config._attn_implementation
+
+
+def prove_narrowed(model) -> None:
+    used, name = model.config._attn_implementation, type(model).__name__
+    row, other = rows_of_tokens(model, 2)
+    own = logits_of(model, row, "eager")
+    if not torch.isfinite(own).all():
+        raise UserError(f"--pretrained_ckpt: {name} computes no numbers with these weights: they are broken")
+    for attention in dict.fromkeys(("eager", used)):
+        changed = logits_of(model, [*row[:-1], other[-1]], attention)[:-1]
+        if not apart(changed, logits_of(model, row, attention)[:-1]) <= LEAK:
+            raise UserError(
+                f"--pretrained_ckpt: in {name} a token sees those after it, so it is no causal language "
+                "model: name one that is"
+            )
+    dropped = unheeded(model) if used == "sdpa" else []
+    off = apart(logits_of(model, row), own)
+    if dropped or not off <= rounding(model):
+        model.disproven = (
+            f"it drops {', '.join(dropped)}" if dropped else f"its logits are {100 * off:.0f} % off"
+        )
+        print(
+            f"attention  eager, the model's own: {used} does not compute it ({model.disproven})", flush=True
+        )
+        model.set_attn_implementation("eager")
+
+
+# Rotary positions
+
+
+def same_up_to(model) -> float:
+    """Tokens up to which rotary positions are the same whatever else is in the batch: dynamic NTK and
+    LongRoPE take another table where the longest sequence at hand exceeds that."""
+    limits = [float("inf")]
+    for module in model.modules():
+        kinds = vars(module).get("rope_type")
+        if "longrope" in (kinds.values() if isinstance(kinds, dict) else [kinds]):
+            settings = module.config.rope_parameters
+            settings = settings.values() if isinstance(kinds, dict) else [settings]
+            limits += [
+                part["original_max_position_embeddings"]
+                for part in settings
+                if part["rope_type"] == "longrope"
+            ]
+        elif "dynamic" in str(kinds):
+            limits.append(module.original_max_seq_len)
+    return min(limits)
