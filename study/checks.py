@@ -6,6 +6,7 @@ tokenizer.json, the attention to the model's own ("eager") and to the rule that 
 What does not hold is refused in one line, or replaced by what does."""
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from study.cli import UserError
 PROBE_TOKENS = 24
 WINDOWS = ("sliding_window", "attention_chunk_size")
 NARROW = 7
+SMALL = 0.05  # a share of all weights that is not worth a word
 LEAK = 1e-4  # of the logits' norm: what may change where nothing should, by rounding
 # What a model may hand to its attention that sdpa and packed attention heed, or that changes no result.
 HEEDED = {
@@ -40,7 +42,7 @@ HEEDED = {
         "deterministic",
     ),
     *("use_cache", "past_key_values", "output_attentions", "output_hidden_states", "return_dict"),
-    *("logits_to_keep", "num_items_in_batch", "target_dtype"),
+    *("logits_to_keep", "num_items_in_batch", "target_dtype", "output_router_logits"),
 }
 
 
@@ -68,22 +70,56 @@ def refuse_other_tensors(found: dict, where: str) -> None:
             )
 
 
+def refuse_other_shapes(model, where: str) -> None:
+    """Raise UserError for a tensor of another shape than the configuration gives it: where it quantizes,
+    transformers does not look."""
+    with torch.device("meta"):
+        plain = type(model)(copy.deepcopy(model.config))
+    for name, parameter in plain.named_parameters():
+        loaded = model.get_parameter(name)
+        shape = getattr(getattr(loaded, "quant_state", None), "shape", loaded.shape)
+        if shape != parameter.shape:
+            raise UserError(
+                f"{where} holds {name} in the shape {list(shape)}, where its config.json says "
+                f"{list(parameter.shape)}: its files don't belong together"
+            )
+
+
 def left_out(model) -> str | None:
-    """What of a model's weights is not in 4 bits, beside embeddings and head, as one line; None where that is
+    """What of a model's weights is not in 4 bits, beside embeddings and head, as words; None where that is
     next to nothing (norms, biases, small projections)."""
+    dense = [name for name, parameter in matrices(model).items() if not hasattr(parameter, "quant_state")]
+    return in_words(model, dense)
+
+
+def without_adapter(model) -> str | None:
+    """Likewise what of a PEFT model has no adapter."""
+    base = model.get_base_model()
+    adapted = {name for name, module in base.named_modules() if hasattr(module, "lora_A")}
+    bare = [
+        name
+        for name in matrices(base)
+        if "lora_" not in name and not any(name.startswith(f"{a}.") for a in adapted)
+    ]
+    return in_words(base, bare)
+
+
+def matrices(model) -> dict[str, torch.Tensor]:
+    """A model's weights by name but for vectors, embeddings and head."""
     tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    known = {id(module.weight) for module in tables if module is not None}
-    dense = {
-        name: parameter.numel()
+    known = {id(module.weight) for module in tables if hasattr(module, "weight")}
+    return {
+        name: parameter
         for name, parameter in model.named_parameters()
-        if parameter.dim() > 1 and id(parameter) not in known and not hasattr(parameter, "quant_state")
+        if (parameter.dim() > 1 or hasattr(parameter, "quant_state")) and id(parameter) not in known
     }
-    share = sum(dense.values()) / sum(map(original_size, model.parameters()))
-    if share < 0.05:
-        return None
-    kinds = sorted({".".join(name.removesuffix(".weight").split(".")[-2:]) for name in dense})
-    dtype = str(model.dtype).removeprefix("torch.")
-    return f"{', '.join(kinds)}: {100 * share:.0f} % of all weights stay in {dtype}"
+
+
+def in_words(model, names: Sequence[str]) -> str | None:
+    weights = dict(model.named_parameters())
+    share = sum(original_size(weights[name]) for name in names) / sum(map(original_size, weights.values()))
+    kinds = sorted({".".join(name.removesuffix(".weight").split(".")[-2:]) for name in names})
+    return f"{', '.join(kinds)}, {100 * share:.0f} % of all weights" if share >= SMALL else None
 
 
 def original_size(parameter) -> int:
@@ -136,6 +172,11 @@ def reads_as_its_file(tokenizer, folder: Path) -> bool:
 # Attention
 
 
+def is_given(option) -> bool:
+    """Whether a model asks its attention for something by an option."""
+    return option is not None and option is not False
+
+
 class Watched:
     """An attention for transformers that computes as sdpa does and notes what the model hands to it."""
 
@@ -144,7 +185,7 @@ class Watched:
 
     def __call__(self, module, query, key, value, attention_mask, **options):
         for name, value_given in options.items():
-            if value_given is not None and not (name == "dropout" and value_given == 0):
+            if is_given(value_given):
                 self.given[name] = value_given
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 

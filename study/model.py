@@ -128,12 +128,13 @@ def load_base(checkpoint: str, quantization, attn_implementation: str = "auto"):
     }
     model, found = load_with_attention(checkpoint, attn_implementation, options)
     checks.refuse_other_tensors(found, f"--pretrained_ckpt {checkpoint}")
+    checks.refuse_other_shapes(model, f"--pretrained_ckpt {checkpoint}")
     model.name_or_path = checkpoint
     keep_unpacked(model)
     checks.prove_attention(model)
     dense = checks.left_out(model)
     if dense:
-        print(f"4 bits     not of {dense}", flush=True)
+        print(f"4 bits     not {dense}", flush=True)
     return model.requires_grad_(False)
 
 

@@ -164,6 +164,7 @@ def choose_batching(model, wanted_attention: str, device) -> bool:
         model.set_attn_implementation("packed")  # stays sdpa where the model's code can't exchange it
     try:
         if "logits_to_keep" in inspect.signature(model.forward).parameters and isolates(model, device):
+            model.proven = model.config._attn_implementation
             return False
         reason = "examples laid end to end would see each other"
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
@@ -216,7 +217,9 @@ def packed_attention(
     kernel; elsewhere one call a sequence. Raises ValueError for what these don't heed: dropout, soft caps,
     sinks, whatever a model may hand over.
     """
-    unheeded = [name for name, given in others.items() if given is not None and name not in checks.HEEDED]
+    unheeded = [
+        name for name, given in others.items() if checks.is_given(given) and name not in checks.HEEDED
+    ]
     if unheeded or dropout:
         raise ValueError(f"packed attention has no {', '.join(unheeded) or 'dropout'}")
     groups = query.shape[1] // key.shape[1]

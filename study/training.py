@@ -412,6 +412,9 @@ def with_adapter(model, lora, args):
             f"PEFT can't put these adapters on {type(model).__name__} ({reason}): {mend}"
         ) from None
     check_targets(model, args.target_modules)
+    bare = checks.without_adapter(model) if args.target_modules == ["all-linear"] else None
+    if bare:
+        print(f"adapters   none on {bare}", flush=True)
     return model
 
 
