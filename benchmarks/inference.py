@@ -173,12 +173,12 @@ def ends_of(args: argparse.Namespace, tuned, tokenizer) -> list[int]:
 
 
 def ours(args: argparse.Namespace, mode: str, count: int) -> dict:
-    from study import generation, model
+    from study import encoding, model
 
     tokenizer, tuned = model.load_tokenizer(args.model), load(args, mode not in UNTUNED)
     tests = read_tests(args, tokenizer, count, mode, tuned)
     ends = ends_of(args, tuned, tokenizer)
-    allowed = generation.label_answers(tokenizer, tests.labels) if mode == "constrained" else None
+    allowed = encoding.label_answers(tokenizer, tests.labels) if mode == "constrained" else None
     path, how = make_engine(tuned, mode)
 
     def answer(prompts: dict, new: int) -> Iterator:

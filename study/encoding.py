@@ -82,7 +82,7 @@ def label_answers(
     Raises UserError for a class that is longer than `max_new_tokens` (without its EOS), that is not read back
     as itself from its tokens, or that has those of another one.
     """
-    answers: dict[tuple, str] = {}
+    named: dict[tuple, str] = {}
     for label in labels:
         for answer in [label] if cue is None else [label, f" {label}"]:
             ids = answer_ids(tokenizer, "classification", answer, cue)
@@ -90,19 +90,20 @@ def label_answers(
                 raise UserError(
                     f'--max_new_tokens {max_new_tokens} is too few for class "{label}", of {len(ids) - 1}'
                 )
-            twin = answers.setdefault(tuple(ids), label)
+            twin = named.setdefault(tuple(ids), label)
             if twin != label:
                 raise UserError(
                     f'--label_column: classes "{twin}" and "{label}" have the same tokens in this tokenizer: '
                     "rename one"
                 )
-            text = tokenizer.decode(ids, skip_special_tokens=True)
-            if parse_label(text, labels) != label:
-                raise UserError(
-                    f'--label_column: class "{label}" comes back from this tokenizer as {text.strip()!r}, '
-                    "which does not name it: rename it"
-                )
-    return [list(ids) for ids in answers]
+    for ids, label in named.items():
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if parse_label(text, labels) != label:
+            raise UserError(
+                f'--label_column: class "{label}" comes back from this tokenizer as {text.strip()!r}, '
+                "which does not name it: rename it"
+            )
+    return [list(ids) for ids in named]
 
 
 def fit(

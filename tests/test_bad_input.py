@@ -13,7 +13,7 @@ import pytest
 from conftest import DEMO_DATA, MEASURED, ROOT, error_line, run_script, write_rows
 
 from prompts import prompt_sha256
-from study import cli, record, runs
+from study import checkpoint, cli, record, runs
 
 TRAINING = ["llama2_classification.py", "llama2_summarization.py"]
 INFERENCE = ["llama2_classification_inference.py", "llama2_summarization_inference.py"]
@@ -328,7 +328,7 @@ def incomplete_checkpoint(folder: Path, lacking: str) -> Path:
 def test_an_incomplete_checkpoint_is_named_with_what_it_lacks(tmp_path, lacking, message):
     folder = incomplete_checkpoint(tmp_path / "checkpoint", lacking)
     with pytest.raises(cli.UserError, match=re.escape(f"--pretrained_ckpt {folder} {message}")):
-        cli.check_checkpoint(str(folder))
+        checkpoint.identify(str(folder), fetch=True)
 
 
 def test_a_checkpoint_without_weights_ends_the_run_in_one_line(tmp_path, files):

@@ -2,11 +2,13 @@
 long."""
 
 import argparse
+import json
 import shutil
+from datetime import datetime
 
 import pytest
 from conftest import DEMO_MODEL
-from transformers import AddedToken, AutoTokenizer
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 import prompts
 from study import data, encoding
@@ -138,6 +140,128 @@ def test_few_shot_examples_that_fit_are_whole(tokenizer):
 def test_a_context_too_small_for_the_examples_is_refused(tokenizer):
     with pytest.raises(UserError, match="--shots"):
         encoding.encode_baseline(tokenizer, ["q"], LABELS, [("text " * 9, "C++")] * 9, 150, flags())
+
+
+def beginning_with(tokenizer_json: dict, ids: dict[str, int]) -> dict:
+    """A tokenizer.json that puts these tokens before a text and </s> behind it."""
+    special = {name: {"id": name, "ids": [id], "tokens": [name]} for name, id in {**ids, "</s>": 2}.items()}
+    single = [{"SpecialToken": {"id": name, "type_id": 0}} for name in ids]
+    single += [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "</s>", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": special}
+    return {**tokenizer_json, "post_processor": template}
+
+
+@pytest.mark.parametrize("ids", [{"</s>": 2, "<s>": 1}, {"<s>": 1}, {"<unk>": 0}, {}], ids=str)
+@pytest.mark.parametrize("named", [True, False])
+def test_a_prompt_begins_with_what_the_tokenizer_itself_puts_there_and_has_no_end(tmp_path, ids, named):
+    folder = shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    content = beginning_with(json.loads((folder / "tokenizer.json").read_text()), ids)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    if not named:
+        config.pop("bos_token")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    bare = tokenizer("hi", add_special_tokens=False)["input_ids"]
+    assert encoding.prompt_ids(tokenizer, "hi") == [*ids.values(), *bare]
+    assert encoding.prompt_ids(tokenizer, "hi") == tokenizer("hi")["input_ids"][:-1]
+    if "<s>" in ids:  # as a chat template may write it
+        assert encoding.prompt_ids(tokenizer, "<s>hi").count(1) == 1
+
+
+def lossy():
+    """A tokenizer of lower case that knows no Chinese."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    letters = ["<unk>", "</s>", *map(chr, range(32, 127))]
+    made = Tokenizer(models.WordLevel({letter: i for i, letter in enumerate(letters)}, unk_token="<unk>"))
+    made.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    made.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    made.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", eos_token="</s>")
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["Hockey", "hockey"], '"Hockey" and "hockey" have the same tokens'),
+        (["北", "京"], '"北" and "京" have the same tokens|class "北" comes back'),
+        (["a", "京"], 'class "京" comes back from this tokenizer as'),
+        (["a", "b</s>c"], 'class "b</s>c" comes back from this tokenizer as'),
+        (["a", "a much longer name"], '--max_new_tokens 9 is too few for class "a much longer name", of'),
+    ],
+)
+def test_a_class_that_would_not_come_back_as_itself_is_refused(labels, message):
+    with pytest.raises(UserError, match=message):
+        encoding.label_answers(lossy(), labels, 9)
+
+
+def test_classes_that_come_back_are_taken(tokenizer):
+    for reader, labels in (
+        (lossy(), ["Hockey", "C++", "ﬁne"]),
+        (tokenizer, [*LABELS, "Müller", "北京", "a</b>"]),
+    ):
+        assert len(encoding.label_answers(reader, labels, 60)) == len(labels)
+
+
+def test_free_decoding_refuses_a_class_that_can_not_be_written_too(tokenizer):
+    with pytest.raises(UserError, match=r'--max_new_tokens 2 is too few for class "rec\.autos", of'):
+        encoding.label_answers(tokenizer, LABELS, 2)
+
+
+def chatty(template: str):
+    tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+TURNS = "{% for m in messages %}[{{ m.role }}]\n{{ m.content }}\n{% endfor %}{{ '[assistant]\n' }}"
+
+
+def test_behind_a_chat_template_a_class_has_the_tokens_that_follow_it_with_and_without_a_space():
+    tokenizer, settings = chatty(TURNS), flags(prompt_type="zero-shot", chat_template="auto")
+    cue = encoding.chat_cue(tokenizer, settings)
+    assert cue == "\n[assistant]\n"
+    [prompt], _ = encoding.encode_baseline(tokenizer, ["text"], LABELS, [], 2048, settings)
+    answers = encoding.label_answers(tokenizer, LABELS, 20, cue)
+    texts = {tokenizer.decode([*prompt, *answer]) for answer in answers}
+    whole = tokenizer.decode(prompt)
+    assert texts == {f"{whole}{space}{label}</s>" for label in LABELS for space in ("", " ")}
+    for answer in answers:
+        assert tokenizer(tokenizer.decode(answer[:-1]), add_special_tokens=False)["input_ids"] == answer[:-1]
+    assert encoding.chat_cue(tokenizer, flags()) is None
+    assert encoding.chat_cue(chatty(""), settings) is None
+
+
+def test_a_template_that_writes_the_date_writes_the_same_every_day(monkeypatch):
+    import transformers.utils.chat_template_utils as rendering
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime(2031, 1, 1)
+
+    settings = flags(prompt_type="zero-shot", chat_template="auto")
+    seen = []
+    for clock in (datetime, Later):
+        monkeypatch.setattr(rendering, "datetime", clock)
+        tokenizer = chatty("{{ strftime_now('%d %b %Y') }}: {{ messages[0].content }}")
+        seen.append(encoding.encode_baseline(tokenizer, ["text"], LABELS, [], 2048, settings)[0])
+    assert seen[0] == seen[1]
+    assert tokenizer.decode(seen[0][0]).startswith("<s>26 Jul 2024: Each text belongs")
+
+
+@pytest.mark.parametrize(
+    "template",
+    ["{{ raise_exception('roles must alternate') }}", "{{ messages[0]['content'] + 1 }}", "{% if %}"],
+)
+def test_a_template_that_fails_is_one_line(template):
+    settings = flags(prompt_type="zero-shot", chat_template="auto")
+    with pytest.raises(
+        UserError, match="--chat_template auto: the checkpoint's own template fails: "
+    ) as error:
+        encoding.encode_baseline(chatty(template), ["text"], LABELS, [], 2048, settings)
+    assert "\n" not in str(error.value)
 
 
 def test_shots_are_one_of_each_class_by_the_seed():

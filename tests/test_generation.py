@@ -3,6 +3,7 @@ labels if asked."""
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from prompts import build_prompt
 from study import generation
 from study.cli import UserError
-from study.encoding import prompt_ids
-from study.model import merge
+from study.encoding import label_answers, prompt_ids
+from study.model import load_base, merge
 
 NF4 = BitsAndBytesConfig(
     load_in_4bit=True,
@@ -62,7 +63,7 @@ def test_batched_and_single_answers_agree_and_keep_their_order(model, tokenizer,
 
 def test_every_answer_is_one_of_the_labels_when_constrained(model, tokenizer, prompts):
     labels = ["rec.autos", "rec.autos.old", "sci.space", "C++", "a longer class name"]
-    allowed = generation.label_answers(tokenizer, labels)
+    allowed = label_answers(tokenizer, labels)
     answers = generation.generate(model, tokenizer, prompts, 20, 4, allowed)
     assert all(text.strip() in labels for text in answers.texts)
     free = generation.generate(model, tokenizer, prompts, 20, 4)
@@ -81,6 +82,106 @@ def test_constrained_greedy_takes_the_likeliest_allowed_token(model, tokenizer, 
         logits = model(torch.tensor([ids])).logits[0, -1]
         assert answer[0] == max((300, 500, 700, 900), key=lambda token: logits[token])
         assert answer[1:] == [tokenizer.eos_token_id]
+
+
+ODD = {  # what a checkpoint's generation_config.json may say, beside the ends of sequence
+    **{"min_new_tokens": 9, "min_length": 90, "max_length": 3, "suppress_tokens": list(range(300))},
+    **{"begin_suppress_tokens": list(range(300, 2048)), "forced_eos_token_id": 7, "forced_bos_token_id": 9},
+    **{
+        "bad_words_ids": [[i] for i in range(3, 900)],
+        "sequence_bias": [[[5], 90.0]],
+        "repetition_penalty": 9.0,
+    },
+    **{
+        "no_repeat_ngram_size": 1,
+        "encoder_no_repeat_ngram_size": 1,
+        "exponential_decay_length_penalty": [1, 9.0],
+    },
+    **{
+        "guidance_scale": 3.0,
+        "do_sample": True,
+        "temperature": 9.0,
+        "top_k": 3,
+        "num_beams": 3,
+        "num_return_sequences": 2,
+    },
+    **{
+        "length_penalty": 9.0,
+        "early_stopping": True,
+        "max_time": 1e-9,
+        "stop_strings": ["e"],
+        "use_cache": False,
+    },
+    **{"cache_implementation": "static", "prompt_lookup_num_tokens": 3, "return_dict_in_generate": True},
+    **{
+        "output_scores": True,
+        "output_logits": True,
+        "renormalize_logits": True,
+        "remove_invalid_values": True,
+    },
+    **{
+        "penalty_alpha": 0.6,
+        "dola_layers": "low",
+        "epsilon_cutoff": 0.1,
+        "eta_cutoff": 0.1,
+        "typical_p": 0.1,
+    },
+    **{"min_p": 0.5, "top_h": 0.5, "diversity_penalty": 1.0, "num_beam_groups": 3, "constraints": None},
+    **{
+        "force_words_ids": [[7]],
+        "low_memory": True,
+        "token_healing": True,
+        "pad_token_id": 5,
+        "bos_token_id": 9,
+    },
+    **{
+        "decoder_start_token_id": 9,
+        "watermarking_config": {"greenlist_ratio": 0.1, "bias": 9.0, "context_width": 1},
+    },
+    **{"assistant_early_exit": 1, "is_assistant": True, "num_assistant_tokens": 9, "prefill_chunk_size": 2},
+    **{"encoder_repetition_penalty": 9.0, "disable_compile": True, "max_matching_ngram_size": 2},
+}
+
+
+def test_nothing_of_a_checkpoints_generation_config_changes_greedy_answers(model, prompts):
+    allowed = [[300, 2], [500, 700, 2], [500, 2]]
+    plain = [generation.continue_batch(model, prompts[:3], 8, [2], given) for given in (None, allowed)]
+    own = model.generation_config
+    try:
+        fields = [name for name in vars(GenerationConfig()) if not name.startswith("_")]
+        for name, value in (dict.fromkeys(fields, 1) | ODD).items():  # those of later versions, too
+            model.generation_config = GenerationConfig()
+            setattr(model.generation_config, name, value)  # unchecked, as a file may hold it
+            odd = [generation.continue_batch(model, prompts[:3], 8, [2], given) for given in (None, allowed)]
+            assert odd == plain, name
+            assert getattr(model.generation_config, name) == value
+    finally:
+        model.generation_config = own
+
+
+def test_the_ends_of_sequence_a_checkpoint_adds_are_kept_and_recorded(tmp_path, tokenizer, prompts):
+    folder = shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    odd = {"min_new_tokens": 5, "eos_token_id": [2, 311], "no_such_field": 1}
+    (folder / "generation_config.json").write_text(json.dumps(odd))
+    base = load_base(str(folder), NF4)
+    assert base.generation_config.to_diff_dict().keys() <= {"eos_token_id", "transformers_version"}
+    answers = generation.generate(base, tokenizer, prompts[:2], 4)
+    assert answers.ends == [2, 311]
+    assert generation.describe(answers, {}, "free")["ends"] == [2, 311]
+
+
+def test_what_the_model_read_is_fingerprinted(model, tokenizer, prompts):
+    one, same, other = (
+        generation.generate(model, tokenizer, read, 1).prompts_sha256
+        for read in (prompts[:2], [list(prompt) for prompt in prompts[:2]], prompts[1:3])
+    )
+    assert one == same != other
+
+
+def test_a_class_that_another_goes_on_from_may_end_as_the_checkpoint_ends():
+    allowed = [[5, 2], [5, 6, 2], [7, 2]]
+    assert generation.with_all_ends(allowed, [2, 9]) == [*allowed, [5, 9]]
+    assert generation.with_all_ends(allowed, [2]) == allowed
 
 
 def test_an_answer_ends_at_the_first_end_token_and_counts_it():
