@@ -39,9 +39,9 @@ def main() -> None:
             f"model      {args.pretrained_ckpt}, {args.prompt_type}, {args.decoding} decoding"
         )
         print(data.say_split(args.split, splits[args.split], test), flush=True)
-        here = checkpoint.identify(args.pretrained_ckpt, fetch=True)
         with record.recording(path, args, args.prompt_type, runs.BASELINE) as content:
-            content |= {"data": described, "labels": labels, "checkpoint": here}
+            content |= {"data": described, "labels": labels}
+            content["checkpoint"] = checkpoint.identify(args.pretrained_ckpt, fetch=True)
 
             # The libraries load here, so that --help, bad input and a finished run answer at once.
             from transformers import BitsAndBytesConfig

@@ -36,13 +36,9 @@ def main() -> None:
             f"model      {args.pretrained_ckpt}, rank {args.lora_r}, {args.epochs} epochs"
         )
         print(data.say_split("train", splits["train"], train), flush=True)
-        here = checkpoint.identify(args.pretrained_ckpt, fetch=True)
         with record.recording(path, args, "qlora", settings) as content:
-            content |= {
-                "data": described,
-                "prompt_sha256": prompt_sha256(TASK, "instruction"),
-                "checkpoint": here,
-            }
+            content |= {"data": described, "prompt_sha256": prompt_sha256(TASK, "instruction")}
+            content["checkpoint"] = checkpoint.identify(args.pretrained_ckpt, fetch=True)
             content["labels"] = data.labels_of(splits["train"])
 
             # The libraries load here, so that --help, bad input and a finished run answer at once.

@@ -31,11 +31,11 @@ def main() -> None:
 
         print(f"run        {folder}\nmodel      {args.pretrained_ckpt} with its adapter")
         print(data.say_split(args.split, splits[args.split], test), flush=True)
-        here = checkpoint.identify(args.pretrained_ckpt, fetch=True)
-        checkpoint.check_same(
-            trained.get("checkpoint"), here, folder / "adapter", "name the one it was trained on"
-        )
         with record.recording(path, args, "qlora", runs.SCORED) as content:
+            here = checkpoint.identify(args.pretrained_ckpt, fetch=True)
+            checkpoint.check_same(
+                trained.get("checkpoint"), here, folder / "adapter", "name the one it was trained on"
+            )
             content |= {
                 "data": described,
                 "checkpoint": here,

@@ -259,9 +259,11 @@ def remember(path: str, entry: list[str]) -> None:
 def check_same(
     recorded: dict | None, found: dict | None, where: object, mend: str, ends: bool = False
 ) -> None:
-    """Raise UserError if two fingerprints are of other checkpoints, or with `ends` of other ends of sequence;
-    one that is not known is of none."""
+    """Raise UserError if two fingerprints are of other checkpoints, or with `ends` of other ends of sequence.
+    What can't be compared is said, where the checkpoint is here."""
     if not recorded or not found:
+        if found:
+            print(f"note       {where} does not say which weights it was made with: they are not compared")
         return
     if recorded["sha256"] != found["sha256"]:
         raise UserError(

@@ -112,6 +112,8 @@ def load_base(checkpoint: str, quantization, attn_implementation: str = "auto"):
     but for the dtype that it computes in; `model.config.quantization_config` says how it is in fact. Raises
     UserError for a checkpoint whose tensors are not those of its configuration, or that can't be trained and
     scored alike."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device())  # also for what is not told a device
     config = from_checkpoint(AutoConfig, checkpoint)
     settle_quantization(config, f"--pretrained_ckpt {checkpoint}")
     options = {

@@ -122,8 +122,6 @@ def find_finished(
     check_same_data(content["data"], data, path)
     recorded = content.get("checkpoint")
     checkpoints.check_same(recorded, checkpoint, path, "--force redoes it", ends="eval" in content)
-    if checkpoint and not recorded:
-        print(f"note       {path} does not say which weights it was made with: they are not compared")
     return content
 
 

@@ -5,12 +5,13 @@ import gzip
 import importlib.util
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import DEMO_DATA, MEASURED, ROOT, error_line, run_script, write_rows
+from conftest import DEMO_DATA, DEMO_MODEL, MEASURED, ROOT, error_line, run_script, write_rows
 
 from prompts import prompt_sha256
 from study import checkpoint, cli, record, runs
@@ -343,7 +344,8 @@ def test_a_checkpoint_without_weights_ends_the_run_in_one_line(tmp_path, files):
 def test_a_tracker_that_is_not_there_is_named_before_the_model_loads(tmp_path, files, tracker):
     if importlib.util.find_spec(tracker):
         pytest.skip(f"{tracker} is installed")
-    unreadable = incomplete_checkpoint(tmp_path / "checkpoint", "")
+    unreadable = shutil.copytree(DEMO_MODEL, tmp_path / "checkpoint")
+    (unreadable / "config.json").write_text('{"model_type": "mystery"}')
     flags = (*files, "--pretrained_ckpt", unreadable, "--report_to", tracker)
     line = refusal("llama2_classification.py", *flags, "--experiment_dir", tmp_path / "run")
     assert line.startswith(f"error: --report_to {tracker}: ")

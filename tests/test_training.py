@@ -3,14 +3,20 @@ record tells."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import DEMO_DATA, DEMO_MODEL, ROOT, error_line, run_script
 from safetensors.torch import load_file
+
+from study import training
+from study.cli import UserError, parse_args
 
 SCRIPT = "llama2_classification.py"
 DATA = (
@@ -62,6 +68,8 @@ def test_killed_twice_and_started_again_it_ends_with_the_same_adapter(whole, tmp
     wait_for(lambda: set(tmp_path.glob("checkpoints/checkpoint-*")) - seen, process)
     kill(process)
     assert not (tmp_path / "train.json").exists()
+    copy = tmp_path / "checkpoints" / "checkpoint-32.bak"  # someone's own
+    shutil.copytree(sorted(seen)[0], copy)
 
     resumed = train(tmp_path, "--epochs=2")
     assert "resumed from checkpoint-" in resumed["stdout"]
@@ -69,7 +77,57 @@ def test_killed_twice_and_started_again_it_ends_with_the_same_adapter(whole, tmp
     assert (tmp_path / file).read_bytes() == (reference / file).read_bytes()
     for name in ("loss", "tokens", "steps", "learned_tokens", "loss_history"):
         assert resumed["train"][name] == record["train"][name]
-    assert not (tmp_path / "checkpoints").exists()
+    assert list((tmp_path / "checkpoints").iterdir()) == [copy]
+
+
+def test_checkpoints_of_the_run_are_told_from_copies_and_sorted_by_their_step(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-10", "checkpoint-9 (copy)", "checkpoint-10.bak", "checkpoint-x"):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in training.checkpoints_in(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    training.remove_checkpoints(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_checkpoint_of_other_weights_tokens_or_schedule_is_refused(tmp_path):
+    args = parse_args("classification", "", [])
+    checkpoint = {"sha256": "a" * 64, "eos_token_id": []}
+    run = {"config": vars(args), "data": {}, "prompt_sha256": "p", "checkpoint": checkpoint}
+    run |= {"examples_sha256": "e", "schedule": "s"}
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / training.PROGRESS).write_text(json.dumps(run | {"spent": {}, "history": []}))
+    assert training.resume(tmp_path, run, args)[0]
+    for other, message in (
+        (
+            {"checkpoint": checkpoint | {"sha256": "b" * 64}},
+            "another checkpoint than --pretrained_ckpt holds",
+        ),
+        ({"examples_sha256": "f"}, "other tokens"),
+        ({"schedule": "t"}, "another schedule"),
+    ):
+        with pytest.raises(UserError, match=message):
+            training.resume(tmp_path, run | other, args)
+
+
+def test_a_resumed_run_keeps_its_plan_unless_other_flags_ask_for_another(tmp_path):
+    args = parse_args("classification", "", [])
+    plan = {"fused": False, "tokens": 300, "gradient_checkpointing": True}
+    (tmp_path / training.PROGRESS).write_text(json.dumps({"config": vars(args), "plan": plan}))
+    assert training.kept_plan(tmp_path, args) == plan
+    assert training.kept_plan(None, args) is None
+    for flags in (["--max_tokens_per_batch", "64"], ["--gradient_checkpointing", "on"]):
+        assert training.kept_plan(tmp_path, parse_args("classification", "", flags)) is None
+
+
+def test_the_warm_up_begins_above_0_and_does_not_depend_on_the_number_of_epochs():
+    assert [training.warmup_steps(0.03, *sizes) for sizes in ((12, 16), (480, 8), (11_014, 16))] == [1, 2, 21]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    trainer = SimpleNamespace(lr_scheduler=None, warmup=4, optimizer=optimizer)
+    schedule, rates = training.PackedTrainer.create_scheduler(trainer, 6), []
+    for _ in range(6):
+        rates += schedule.get_last_lr()
+        optimizer.step()
+        schedule.step()
+    assert rates == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
 def test_a_checkpoint_of_other_settings_is_refused_and_kept(tmp_path):
@@ -193,7 +251,7 @@ def test_a_tracker_gets_loss_learning_rate_speed_and_memory_of_every_step(tracke
     assert losses == pytest.approx([loss for _, loss in record["train"]["loss_history"]], rel=1e-3)
     rates = [value for _, value in curve("learning_rate")]
     assert rates[-1] == pytest.approx(3e-3)
-    assert all(0 <= rate <= 3.001e-3 for rate in rates)
+    assert all(0 < rate <= 3.001e-3 for rate in rates)
     speeds, memory = ([value for _, value in curve(name)] for name in ("tokens_per_second", "memory_gib"))
     assert len(speeds) == len(memory) == 4
     assert speeds[-1] == pytest.approx(record["train"]["tokens_per_second"], rel=0.5)
@@ -222,6 +280,8 @@ def test_a_finished_run_is_found_and_changed_data_under_it_is_not_overlooked(who
     file.write_text((DEMO_DATA / "posts_train.jsonl").read_text())
     flags = (*DATA, f"--train_file={file}", f"--experiment_dir={tmp_path / 'run'}", "--epochs=1")
     assert run_script(SCRIPT, *flags, "--max_train_samples=16").returncode == 0
+    learned = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")  # in one step
+    assert all(weight.any() for name, weight in learned.items() if "lora_B" in name)
     file.write_text(file.read_text().replace(" the ", " teh "))
     line = error_line(run_script(SCRIPT, *flags, "--max_train_samples=16"))
     assert "--force" in line
@@ -280,9 +340,6 @@ def test_a_name_of_no_layer_is_refused(tmp_path):
 
 
 def test_a_checkpoint_of_another_prompt_is_refused(tmp_path):
-    from study import training
-    from study.cli import UserError, parse_args
-
     args = parse_args("classification", "", [])
     run = {"config": vars(args), "data": {}, "prompt_sha256": "a"}
     (tmp_path / "checkpoint-3").mkdir()
