@@ -242,12 +242,23 @@ def fitting(model, tokens: int) -> int:
 
 def continue_batch(model, prompts, max_new_tokens, ends, allowed) -> list[list[int]]:
     """The new tokens of each prompt up to and including its EOS, greedily; prompts are padded on the left, or
-    taken one by one where their positions would depend on the longest of them."""
+    taken one by one where what else is in the batch would change their answers."""
     base = base_of(model)
     checks.prove_attention(base)
-    if len(prompts) > 1 and max(map(len, prompts)) + max_new_tokens > checks.same_up_to(base):
+    longest = max(map(len, prompts))
+    padded = longest > min(map(len, prompts))
+    if (padded and not heeds_padding(model, ends)) or (
+        len(prompts) > 1 and longest + max_new_tokens > checks.same_up_to(base)
+    ):
         alone = (continue_batch(model, [prompt], max_new_tokens, ends, allowed) for prompt in prompts)
         return [answer for [answer] in alone]
+    following = None if allowed is None else follow_one_of(allowed, longest, ends[0])
+    output = greedily(model, prompts, max_new_tokens, ends, prefix_allowed_tokens_fn=following)
+    return [up_to_end(row, ends) for row in output[:, longest:].tolist()]
+
+
+def greedily(model, prompts: Sequence[list[int]], max_new_tokens: int, ends: Sequence[int], **options):
+    """What `generate` makes of prompts padded on the left, with none of the checkpoint's own settings."""
     width = max(map(len, prompts))
     ids = torch.tensor([[ends[0]] * (width - len(prompt)) + prompt for prompt in prompts], device=device())
     mask = torch.tensor(
@@ -257,15 +268,42 @@ def continue_batch(model, prompts, max_new_tokens, ends, allowed) -> list[list[i
         max_new_tokens=max_new_tokens,
         do_sample=False,
         num_beams=1,
-        eos_token_id=ends,
+        eos_token_id=list(ends),
         pad_token_id=ends[0],
     )
-    following = None if allowed is None else follow_one_of(allowed, width, ends[0])
-    with torch.inference_mode(), nothing_else(base):
-        output = model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=greedy, prefix_allowed_tokens_fn=following
+    with torch.inference_mode(), nothing_else(base_of(model)):
+        return model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy, **options)
+
+
+def heeds_padding(model, ends: Sequence[int]) -> bool:
+    """Whether a prompt has the same logits alone and padded beside a longer one; found out once, by decoding
+    two steps of both, and said where it has not."""
+    base = base_of(model)
+    if not hasattr(base, "heeds_padding"):
+        row, other = checks.rows_of_tokens(base, 2)
+        first, second = (
+            torch.stack(
+                greedily(
+                    model,
+                    rows,
+                    2,
+                    [base.get_input_embeddings().weight.shape[0] - 1],
+                    min_new_tokens=2,
+                    output_logits=True,
+                    return_dict_in_generate=True,
+                ).logits
+            )[:, -1].double()
+            for rows in ([row[:9]], [other, row[:9]])
         )
-    return [up_to_end(row, ends) for row in output[:, width:].tolist()]
+        off = checks.apart(second, first)
+        base.heeds_padding = off <= checks.rounding(base)
+        if not base.heeds_padding:
+            name = type(base).__name__
+            print(
+                f"decoding   one by one: padding changes what {name} computes, by {100 * off:.0f} %",
+                flush=True,
+            )
+    return base.heeds_padding
 
 
 @contextlib.contextmanager

@@ -160,7 +160,7 @@ def load_with_attention(checkpoint: str, wanted: str, options: dict) -> tuple:
 def settle_quantization(config, where: str) -> None:
     """Let a checkpoint that is quantized already compute in our dtype. Raises UserError where it is not in
     bitsandbytes' 4 bits, which are what can be trained, merged and scored alike."""
-    own = getattr(config, "quantization_config", None)
+    own = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
     if own is None:
         return
     own = own if isinstance(own, dict) else own.to_dict()

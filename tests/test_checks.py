@@ -28,6 +28,7 @@ from transformers import (
     Phi3Config,
     Qwen2MoeConfig,
     RobertaConfig,
+    RwkvConfig,
     XLNetConfig,
 )
 
@@ -435,3 +436,18 @@ def test_positions_are_the_same_up_to_where_their_table_changes():
     }
     for limit, config in expected.items():
         assert checks.same_up_to(make(config)) == limit
+
+
+# Padding
+
+
+@pytest.mark.parametrize("name", ["llama", "rwkv"])
+def test_a_model_that_padding_confuses_decodes_one_by_one_and_says_so(name, capsys):
+    recurrent = RwkvConfig(vocab_size=2048, hidden_size=64, num_hidden_layers=2, attention_hidden_size=64)
+    made = make(
+        LlamaConfig(**WIDE) if name == "llama" else recurrent, 4.0, "sdpa" if name == "llama" else "eager"
+    )
+    rows = [row[:count] for row, count in zip(checks.rows_of_tokens(made, 3), (5, 24, 11), strict=True)]
+    single = [generation.continue_batch(made, [row], 5, [2], None)[0] for row in rows]
+    assert generation.continue_batch(made, rows, 5, [2], None) == single
+    assert ("one by one: padding changes what Rwkv" in capsys.readouterr().out) == (name == "rwkv")
