@@ -98,7 +98,7 @@ BAD_ROWS = {
     ),
     "column missing further down": ([*ROWS, {"text": "t"}], 'row 7 has no column "label" but text'),
     "numbers": ([{"text": 1.5, "label": "a"}], 'row 1: column "text" holds a number'),
-    "class numbers": ([*ROWS, {"text": "t", "label": 3}], 'row 7: column "label" holds a number'),
+    "class numbers": ([*ROWS, {"text": "t", "label": 3.5}], 'row 7: column "label" holds a number'),
     "lists": ([{"text": ["t"], "label": "a"}], 'row 1: column "text" holds a list'),
     "objects": ([{"text": {"t": 1}, "label": "a"}], 'row 1: column "text" holds a dict'),
     "nulls": ([{"text": None, "label": "a"}] * 3, "has no usable row: 3 rows with empty text"),
