@@ -170,9 +170,10 @@ def hub_rows(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     columns = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["x", "y"])}
+    columns["id"] = datasets.Value("int64")
 
     def read(labels: list[int | None], **needed: str) -> list[tuple]:
-        pairs = {"text": [f"text {i}" for i in range(len(labels))], "label": labels}
+        pairs = {"text": [f"text {i}" for i in range(len(labels))], "label": labels, "id": [7] * len(labels)}
         table = datasets.Dataset.from_dict(pairs, features=datasets.Features(columns))
         table.to_parquet(tmp_path / "train.parquet")
         rows = list(data.read_hub(str(tmp_path), "train", needed))
@@ -197,11 +198,12 @@ def test_a_row_of_the_hub_without_a_label_has_none(hub_rows, label):
 
 
 def test_columns_of_the_hub_that_are_not_needed_are_not_read(hub_rows):
-    assert hub_rows([0, 1], label="label") == [(1, {"label": "x"}), (2, {"label": "y"})]
+    rows = [(1, {"text": "text 0", "label": "x"}), (2, {"text": "text 1", "label": "y"})]
+    assert hub_rows([0, 1], text="text", label="label") == rows
 
 
 def test_a_column_that_a_hub_data_set_lacks_is_named(hub_rows):
-    with pytest.raises(UserError, match='has no column "body" but text, label: name it by --text_column'):
+    with pytest.raises(UserError, match='has no column "body" but text, label, id: name it by --text_column'):
         hub_rows([0, 1], **{"--text_column": "body"})
 
 
