@@ -87,9 +87,8 @@ def main() -> None:
                 merging=args.merge,
                 progress=progress,
             )
-            scores, rows = metrics.score(
-                args.task, answers.texts, [answer for _, answer in test.examples], labels
-            )
+            references = [answer for _, answer in test.examples]
+            scores, rows = metrics.score(args.task, answers.texts, references, labels, test.numbers)
             content["eval"] = generation.describe(answers, scores, args.decoding)
             content["prompt_sha256"] = prompt_sha256(args.task, args.prompt_type)
             content["quantization"] = quantization.to_dict()

@@ -66,7 +66,8 @@ def main() -> None:
                 merging=args.merge,
                 progress=progress,
             )
-            scores, rows = metrics.score(TASK, answers.texts, [label for _, label in test.examples], labels)
+            references = [label for _, label in test.examples]
+            scores, rows = metrics.score(TASK, answers.texts, references, labels, test.numbers)
             content["eval"] = generation.describe(answers, scores, args.decoding)
             content["cost"] = cost.of_run(args, model.device_name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)

@@ -59,7 +59,8 @@ def main() -> None:
                 merging=args.merge,
                 progress=progress,
             )
-            scores, rows = metrics.score(TASK, answers.texts, [summary for _, summary in test.examples])
+            references = [summary for _, summary in test.examples]
+            scores, rows = metrics.score(TASK, answers.texts, references, numbers=test.numbers)
             content["eval"] = generation.describe(answers, scores, "free")
             content["cost"] = cost.of_run(args, model.device_name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)

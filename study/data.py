@@ -287,9 +287,25 @@ def round_half_up(number: float) -> int:
 
 
 def sample_eval(split: Split, args: argparse.Namespace) -> Split:
-    """--max_eval_samples of a split; the same ones whatever --seed says, so that scores stay comparable."""
+    """--max_eval_samples of a split; the same ones whatever --seed says, so that scores stay comparable.
+
+    Raises UserError for a summary that ROUGE could score as nothing but 0.
+    """
     kept = split.keep(choose(len(split.examples), args.max_eval_samples, seed=0))
+    if args.task == "summarization":
+        check_summaries(kept)
     return replace(kept, available=len(split.examples))
+
+
+def check_summaries(split: Split) -> None:
+    from study.words import words
+
+    for (_, summary), number in zip(split.examples, split.numbers, strict=True):
+        if not words(summary):
+            raise UserError(
+                f"{split.source} row {number}: its summary {summary!r:.60} holds no word that ROUGE could "
+                "count: leave the row out, or write it in words"
+            )
 
 
 def choose(count: int, limit: int | None, seed: int) -> list[int]:

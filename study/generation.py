@@ -146,6 +146,7 @@ def describe(answers: Answers, metrics: dict, decoding: str) -> dict:
     """The `eval` of a record."""
     examples = len(answers.texts)
     invalid = metrics.get("invalid_answers")
+    version = VERSION["classification" if "accuracy" in metrics else "summarization"]
     return {
         "examples": examples,
         "seconds": answers.seconds,
@@ -158,7 +159,7 @@ def describe(answers: Answers, metrics: dict, decoding: str) -> dict:
         "decoding": decoding,
         "how": answers.how,
         "metrics": metrics,
-        "metrics_version": f"{VERSION}, rouge-score {importlib.metadata.version('rouge-score')}",
+        "metrics_version": f"{version}, rouge-score {importlib.metadata.version('rouge-score')}",
     }
 
 

@@ -484,6 +484,13 @@ def test_a_paired_test_has_the_numbers_worked_out_by_hand(tmp_path):
     assert "A alone is right 5 times, B alone 0 times, p = 0.062." in done.stdout  # 2 * 0.5^5
 
 
+def test_a_paired_test_pairs_rows_of_the_same_example_in_whatever_order_a_file_has_them(tmp_path):
+    one, two = predict(tmp_path / "one", "11110000"), predict(tmp_path / "two", "11110000")
+    rows = [json.loads(line) for line in (two / "predictions.jsonl").read_text("utf-8").splitlines() if line]
+    write_rows(two / "predictions.jsonl", [{**row, "index": 2 * row["index"] + 5} for row in rows[::-1]])
+    assert "A alone is right 0 times, B alone 0 times" in compare([one, two])
+
+
 def test_a_run_does_not_differ_from_itself(tmp_path):
     text = compare([predict(tmp_path / "one", "1101")] * 2)
     rows = [re.split(r" +\| *", line)[3:6] for line in text.splitlines() if re.match(r"\| [ami]", line)]
