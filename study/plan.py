@@ -126,6 +126,6 @@ def this_device() -> str:
 
 
 def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"CPU, {os.cpu_count()} cores ({names[0] if names else platform.machine()})"

@@ -77,7 +77,8 @@ def baseline(root: Path, value: float, words: str = "", task: str = "classificat
 
 def report(*words: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "study.report", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    options = {"capture_output": True, "text": True, "errors": "replace"}
+    return subprocess.run(command, cwd=ROOT, check=False, **options)
 
 
 def printed(text: str) -> dict[str, list[list[str]]]:
@@ -682,6 +683,17 @@ def test_the_same_records_give_the_same_files(study, written, tmp_path):
     assert report(study, "--published", "--output_dir", tmp_path).returncode == 0
     names = [path.name for path in written.iterdir() if path.suffix in {".svg", ".csv"}]
     assert [name for name in names if (written / name).read_bytes() != (tmp_path / name).read_bytes()] == []
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_that_is_not_utf_8_shows_what_it_can(study, tmp_path, monkeypatch, encoding):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    done = report(study, tmp_path / "—", "--output_dir", tmp_path / "out")
+    assert done.returncode == 1
+    assert "? holds no records" in error_line(done)
+    assert "70.00" in done.stdout
+    assert "—" in (tmp_path / "out" / "report.md").read_text("utf-8")
 
 
 def test_an_output_folder_that_is_a_file_is_refused_in_one_line(study, tmp_path):
