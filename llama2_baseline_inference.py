@@ -17,6 +17,7 @@ def main() -> None:
     if args.dry_run:
         return plan.say_dry_run(path, args)
 
+    plan.check_gpu_name(args)
     needs_train = args.task == "classification" or args.prompt_type == "few-shot"
     overlap = ["test"] if args.drop_overlap else []
     splits = data.load(args, ["train", args.split] if needs_train else [args.split], optional=overlap)

@@ -19,6 +19,7 @@ def main() -> None:
         return plan.say_dry_run(folder / runs.planned_eval(folder, args), args)
 
     trained = runs.finished_training(folder, args)
+    plan.check_gpu_name(args)
     path = folder / runs.eval_name(args, trained["config"])
     splits = data.load(args, [args.split])
     test = data.sample_eval(splits[args.split], args)

@@ -257,7 +257,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         metavar="USD",
         help="price of this machine (by GPU, study/prices.json)",
     )
-    add("--gpu_name", metavar="NAME", help="price and record the GPU under this name (detected)")
+    add(
+        "--gpu_name",
+        metavar="NAME",
+        help="price the GPU as this one, or this instance, of study/prices.json (detected)",
+    )
 
 
 def parse_args(task: str | None, description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -46,8 +46,17 @@ set -- "${flags[@]}"
 
 look_up() { # look_up SCRIPT FLAG...: sets state, folder, seconds and usd of the run that the flags name
   local found
-  found=$(python "$@" --dry_run) || return
+  found=$(PYTHONIOENCODING=utf-8 python "$@" --dry_run) || return
   IFS=$'\t' read -r state folder seconds usd <<<"${found##*$'\n'}"
+}
+
+fail() { # fail HOW SCRIPT FLAG...: name the failed cell, and leave a record of it where the script left none
+  failed+=("${*:2} ($1)")
+  leave_failure "$@"
+}
+
+leave_failure() { # leave_failure HOW SCRIPT FLAG...
+  CELL_FAILED=$1 python "${@:2}" --dry_run >/dev/null 2>&1 || true # what it can't record is named at the end
 }
 
 run_scripts() { # run_scripts FLAG...: the scripts of a cell, up to the first that fails
@@ -57,10 +66,18 @@ run_scripts() { # run_scripts FLAG...: the scripts of a cell, up to the first th
     $LAUNCH "$script" "$@" || {
       status=$?
       ((status != 130)) || exit 130
-      failed+=("$script $* (exit $status)")
+      fail "exit $status" "$script" "$@"
       return 1
     }
   done
+}
+
+check_finished() { # check_finished FLAG...: a cell whose scripts ended well has a record of it, or has failed
+  local word words=()
+  for word in "$@"; do [[ $word == --force ]] || words+=("$word"); done # which calls no run finished
+  if ! look_up "${scripts[-1]}" "${words[@]}" || [[ $state != finished ]]; then
+    fail "exit 0, but no finished record" "${scripts[-1]}" "$@"
+  fi
 }
 
 say_estimate() { # say_estimate SECONDS USD: in hours or minutes, and dollars
@@ -78,9 +95,12 @@ calibrate() { # a short run of the cell's scripts in a hidden folder, so that th
   local few=(--experiment_dir "$(dirname "$folder")/.calibration/$(basename "$folder")" --max_eval_samples 16)
   ((${#scripts[@]} == 1)) || few+=(--max_train_samples 64 --train_sample_fraction 1.0 --epochs 1)
   echo "nothing to estimate this cell from: a short run first"
-  run_scripts "$@" "${few[@]}" || return 1
+  run_scripts "$@" "${few[@]}" || {
+    leave_failure "a short run failed" "${scripts[0]}" "$@"
+    return 1
+  }
   if ! look_up "${scripts[-1]}" "$@" || [[ $seconds == '?' ]]; then
-    failed+=("${scripts[-1]} $* (no estimate to hold against the budget)")
+    fail "no estimate to hold against the budget" "${scripts[-1]}" "$@"
     return 1
   fi
 }
@@ -116,7 +136,7 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
   if [[ "${budget[*]}" != "inf inf" && $state != finished ]]; then
     [[ $seconds != '?' || ${left[*]} ]] || calibrate "$@" || return 0
     if [[ ${budget[1]} != inf && $usd == '?' && $seconds != '?' ]]; then
-      echo "error: --budget_usd: this device has no known price: give --price_per_hour" >&2
+      echo "error: --budget_usd: this device has no known price, or several: give --price_per_hour or --gpu_name INSTANCE" >&2
       exit 1
     fi
     if [[ ${left[*]} ]] || exceeds_budget; then
@@ -125,7 +145,8 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
       return 0
     fi
   fi
-  run_scripts "$@" || true
+  run_scripts "$@" || return 0
+  [[ $state == finished ]] || check_finished "$@"
 }
 
 finish() { # print the table of all cells and name those that failed or are left

@@ -47,7 +47,8 @@ def result_block(content: dict) -> str:
         )
     lines.append(
         f"spent      {part['wall_seconds']:,.0f} s in all, {part['seconds']:,.0f} s at {speed}, peak "
-        f"{part['peak_memory_gib']:.2f} GiB, {usd_text(content['cost']['usd'])} on {content['cost']['gpu']}"
+        f"{part['peak_memory_gib']:.2f} GiB, {usd_text(content['cost']['usd'])} on "
+        f"{cost.shown(content['cost'])}"
     )
     return "\n".join(lines)
 
@@ -141,6 +142,14 @@ def main() -> None:
         return print(compare(args.compare))
     prices = cost.read_prices(args.prices) if args.prices else []
     found, problems = find_runs(args.folders or ([] if args.published else [Path("experiments")]))
+    priced = [
+        content["cost"]["gpu"]
+        for run in found
+        for content in (run.content, run.train or {})
+        if "cost" in content
+    ]
+    for several in filter(None, (cost.ambiguity(gpu, prices) for gpu in sorted(set(priced)))):
+        print(f"--prices {args.prices}: {several}, so its price is unknown: leave one entry", file=sys.stderr)
     groups = comparable(found)
     tables = all_tables(groups, prices)
     if args.published:

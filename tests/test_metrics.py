@@ -410,7 +410,7 @@ def test_rouge_is_compared_by_its_mean_over_the_same_examples():
 @pytest.mark.parametrize(
     ("gpu", "per_hour"),
     [
-        ("NVIDIA A10G", 1.212),
+        ("NVIDIA A10G", None),  # two instances have one, at different prices
         ("g5.2xlarge", 1.212),
         ("AWS G5.4xlarge", 1.624),
         ("NVIDIA A100-SXM4-40GB", 3.81),
@@ -429,18 +429,68 @@ def test_a_device_has_a_price_with_source_and_date_or_none(gpu, per_hour):
     assert (price["price_source"] is None, price["price_date"] is None) == (per_hour is None,) * 2
 
 
-def test_a_run_costs_its_seconds_at_the_price_of_flag_or_device():
-    def of_run(*words: str, gpus: int = 1) -> dict:
-        return cost.of_run(cli.parse_args("classification", "", words), "CPU", 1800, gpus)
+def of_run(*words: str, device: str = "NVIDIA A10G", gpus: int = 1) -> dict:
+    return cost.of_run(cli.parse_args("classification", "", words), device, 1800, gpus)
 
-    assert of_run()["usd"] is None
+
+def test_a_run_costs_its_seconds_at_the_price_of_flag_or_device():
+    assert of_run(device="CPU")["usd"] is None
     assert of_run("--price_per_hour", "3")["usd"] == 1.5
     assert of_run("--price_per_hour", "3")["price_source"] == "--price_per_hour"
-    assert of_run("--gpu_name", "A10G")["usd"] == pytest.approx(0.606)
-    assert of_run("--gpu_name", "g5.4xlarge")["usd"] == pytest.approx(0.812)
+    assert of_run("--gpu_name", "g5.2xlarge")["usd"] == pytest.approx(0.606)
+    assert of_run("--gpu_name", "G5.4XLARGE")["usd"] == pytest.approx(0.812)
+    assert of_run(device="NVIDIA A100-SXM4-40GB")["usd"] == pytest.approx(1.905)
     assert of_run("--gpu_name", "A10G", "--price_per_hour", "3")["usd"] == 1.5
-    assert of_run("--gpu_name", "my card")["gpu"] == "my card"
-    assert of_run("--gpu_name", "A10G", gpus=2)["usd"] == pytest.approx(1.212)
+    assert of_run("--gpu_name", "g5.2xlarge", gpus=2)["usd"] == pytest.approx(1.212)
     assert of_run("--price_per_hour", "3", gpus=2)["usd"] == 1.5  # of the whole machine
-    listed = [{"gpu": "A10G", "instance": "x", "usd_per_hour": 5, "source": "x", "date": "x"}]
-    assert cost.repriced({"gpu": "A10G", "price_per_hour": 1}, listed, 2) == 10
+
+
+def test_the_device_that_was_measured_stands_beside_what_it_is_priced_as():
+    for flags, shown in (([], "NVIDIA A10G"), (["--gpu_name", "mine"], "NVIDIA A10G, priced as mine")):
+        spent = of_run(*flags, "--price_per_hour", "3")
+        assert (spent["device"], spent["gpu"]) == ("NVIDIA A10G", flags[-1] if flags else "NVIDIA A10G")
+        assert cost.shown(spent) == shown
+    assert cost.shown({"gpu": "CPU"}) == cost.device_of({"gpu": "CPU"}) == "CPU"  # an older record
+
+
+SEVERAL = "price      unknown: NVIDIA A10G costs $1.212 (g5.2xlarge) or $1.624 (g5.4xlarge) an hour"
+
+
+def test_of_several_prices_none_is_taken_and_the_choice_is_said(capsys):
+    spent = of_run()
+    assert (spent["price_per_hour"], spent["usd"], spent["price_source"]) == (None, None, None)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line == f"{SEVERAL}; choose by --gpu_name INSTANCE or --price_per_hour"
+    for flags in (["--gpu_name", "g5.2xlarge"], ["--price_per_hour", "1"]):
+        assert of_run(*flags)["usd"]
+        assert capsys.readouterr().out == ""
+
+
+def entries(*of: tuple) -> list[dict]:
+    """A price list of (gpu, instance, price)."""
+    return [
+        {"gpu": gpu, "instance": instance, "usd_per_hour": usd, "source": "x", "date": "x"}
+        for gpu, instance, usd in of
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prices", "per_hour"),
+    [
+        ([("A10G", "x", 5)], 10),
+        ([("A10G", "x", 5), ("A10G", "y", 5)], 10),
+        ([("A10G", "x", 5), ("A10G", "y", 6)], None),
+        ([("A10G", "x", 6), ("NVIDIA A10G", "y", 5)], 10),  # the second is its very name
+        ([("L4", "x", 5)], 1),  # as recorded
+        ([], 1),
+    ],
+)
+def test_a_record_is_priced_anew_where_one_price_is_listed(prices, per_hour):
+    assert cost.repriced({"gpu": "NVIDIA A10G", "price_per_hour": 1}, entries(*prices), 2) == per_hour
+
+
+def test_an_instance_can_be_chosen_though_another_s_name_holds_its_name():
+    prices = entries(("A10G", "g5.2xlarge", 2), ("A10G", "g5.2xlarge spot", 1))
+    assert cost.price("g5.2xlarge spot", prices=prices)["price_per_hour"] == 1
+    assert cost.price("g5.2xlarge", prices=prices)["price_per_hour"] == 2
+    assert cost.price("a g5.2xlarge spot", prices=prices)["price_per_hour"] is None

@@ -629,6 +629,21 @@ def test_inference_takes_over_the_settings_of_the_training(tmp_path, trained):
 
 
 @pytest.mark.parametrize(
+    ("words", "price"),
+    [
+        ("", (2.5, "A10G")),
+        ("--price_per_hour 3", (3.0, None)),
+        ("--gpu_name H100", (None, "H100")),
+    ],
+)
+def test_inference_takes_over_the_price_of_the_training_unless_one_is_given(tmp_path, words, price):
+    make_record(tmp_path / "train.json", "--price_per_hour", 2.5, "--gpu_name", "A10G")
+    args = flags("--experiment_dir", tmp_path, *words.split())
+    runs.finished_training(tmp_path, args)
+    assert (args.price_per_hour, args.gpu_name) == price
+
+
+@pytest.mark.parametrize(
     "words",
     [
         "--lora_r 4",

@@ -386,6 +386,27 @@ def test_each_gpu_has_rows_of_its_own(tmp_path):
     assert found[TABLE_1][-1][2].endswith("(2)")
 
 
+def test_a_list_with_several_prices_for_a_card_leaves_it_unknown_and_says_so(study, tmp_path):
+    several = f"[{PRICE[1:-1]}, {PRICE[1:-1].replace('none', 'other').replace('7.2', '9')}]"
+    done = with_prices(study, tmp_path / "prices.json", several)
+    assert done.returncode == 0
+    [line] = done.stderr.splitlines()
+    assert line.endswith(
+        f"{GPU} costs $7.2 (none) or $9 (other) an hour, so its price is unknown: leave one entry"
+    )
+    found = printed(done.stdout)
+    assert found[TRAINING][1][-3:] == found[SERVING][1][-3:] == ["unknown"] * 3
+
+
+def test_a_device_that_is_priced_as_another_says_so_beside_its_speed(tmp_path):
+    measured = COST | {"device": "CPU, 2 cores"}
+    tuned(tmp_path, 70, cost=measured)
+    content = json.loads((tmp_path / "train.json").read_text())
+    record.write_json(tmp_path / "train.json", content | {"cost": measured})
+    found = printed(report(tmp_path).stdout)
+    assert found[TRAINING][1][11] == found[SERVING][1][8] == f"CPU, 2 cores, priced as {GPU}"
+
+
 def test_an_unknown_price_is_unknown_and_not_zero(tmp_path):
     tuned(tmp_path / "one", 70, cost=COST | {"price_per_hour": None})
     tuned(tmp_path / "two", 70, "--seed 1")
@@ -556,8 +577,19 @@ ODD = {
     "train": {"train.seconds": "360", "train.wall_seconds": -1, "train.examples": "480"},
     "eval": {
         **{"eval": "x", "eval.seconds": -1, "eval.metrics.accuracy.value": "70", "config.lora_r": "8"},
-        **{"cost.price_per_hour": "3", "task": "translation", "training": "2023-01-01T00:00:00.000+00:00"},
-        **{"status": ["finished"], "config": ["a"], "data.test": [], "eval.metrics.accuracy": [60, 58, 62]},
+        **{
+            "cost.price_per_hour": "3",
+            "cost.device": 1,
+            "task": "translation",
+            "training": "2023-01-01T00:00:00.000+00:00",
+        },
+        **{
+            "cost.device": 1,
+            "status": ["finished"],
+            "config": ["a"],
+            "data.test": [],
+            "eval.metrics.accuracy": [60, 58, 62],
+        },
     },
 }
 KEYS = [(part, key, None) for part, keys in LACKING.items() for key in keys.split()]
