@@ -26,7 +26,6 @@ def say_dry_run(path: Path, args: argparse.Namespace) -> None:
     if os.environ.get("CELL_FAILED"):
         return leave_failure(path, args, os.environ["CELL_FAILED"])
     check_gpu_name(args)
-    cost.say_ambiguity(args, this_device())
     trained = path.parent / "train.json"
     state, training = stands(path, args.force), stands(trained, args.force)
     scores = path != trained
@@ -35,7 +34,10 @@ def say_dry_run(path: Path, args: argparse.Namespace) -> None:
     if scores and state == training == "finished" and read(path).get("training") != read(trained)["finished"]:
         state = "trained"
     print(f"{args.task} with {args.pretrained_ckpt} -> {path}")
-    left = estimate(args, path, training == "finished") if state != "finished" else (0, 0)
+    left = (0, 0)
+    if state != "finished":
+        cost.say_ambiguity(args, this_device())
+        left = estimate(args, path, training == "finished")
     print(state, path.parent, *("?" if number is None else f"{number:.6g}" for number in left), sep="\t")
 
 
@@ -75,10 +77,9 @@ def estimate(args: argparse.Namespace, path: Path, trained: bool) -> tuple[float
         parts.append((evaluation_seconds(args, earlier(args, device, "eval", method)), 1))
     if any(seconds is None for seconds, _ in parts):
         return None, None
+    name = args.gpu_name or device
     each = [
-        cost.usd(
-            cost.price(args.gpu_name or device, args.price_per_hour, gpus=gpus)["price_per_hour"], seconds
-        )
+        cost.usd(cost.price(name, args.price_per_hour, gpus=gpus)["price_per_hour"], seconds)
         for seconds, gpus in parts
     ]
     return sum(seconds for seconds, _ in parts), None if None in each else sum(each)
