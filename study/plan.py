@@ -150,7 +150,9 @@ def this_gpu() -> str | None:
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1"):
         try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+            return subprocess.run(
+                command, capture_output=True, encoding="utf-8", check=True
+            ).stdout.splitlines()[0]
         except (OSError, subprocess.CalledProcessError, IndexError):
             pass
     return None

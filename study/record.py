@@ -239,7 +239,7 @@ def environment(seed: int | None) -> dict:
     here = str(Path(__file__).resolve().parent)
     command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
     seeds = {"run": seed, "bootstrap": 0}
