@@ -13,6 +13,9 @@ unknown=0
 total=(0 0) # estimated seconds and USD
 budget=(inf inf)
 dry_run=
+price= # what a look-up said of a price that it could not tell
+spent_before=$SECONDS
+read -r began _ </proc/uptime # a clock that nobody sets, as $SECONDS is not
 flags=()
 while (($#)); do
   for own in ${owns:-}; do # a loop says before it sources this which flags it sets itself
@@ -47,6 +50,10 @@ set -- "${flags[@]}"
 look_up() { # look_up SCRIPT FLAG...: sets state, folder, seconds and usd of the run that the flags name
   local found
   found=$(PYTHONIOENCODING=utf-8 python "$@" --dry_run) || return
+  if [[ ! $price ]]; then # once for all cells
+    price=$(grep '^price ' <<<"$found" || true)
+    [[ ! $price ]] || echo "$price"
+  fi
   IFS=$'\t' read -r state folder seconds usd <<<"${found##*$'\n'}"
 }
 
@@ -55,8 +62,11 @@ fail() { # fail HOW SCRIPT FLAG...: name the failed cell, and leave a record of 
   leave_failure "$@"
 }
 
-leave_failure() { # leave_failure HOW SCRIPT FLAG...
-  CELL_FAILED=$1 python "${@:2}" --dry_run >/dev/null 2>&1 || true # what it can't record is named at the end
+leave_failure() { # leave_failure HOW SCRIPT FLAG...; what it can't record is named at the end alone
+  local left_in
+  [[ ! $dry_run ]] || return 0
+  left_in=$(CELL_FAILED=$1 PYTHONIOENCODING=utf-8 python "${@:2}" --dry_run 2>/dev/null) || return 0
+  cells+=("${left_in##*$'\n'}")
 }
 
 run_scripts() { # run_scripts FLAG...: the scripts of a cell, up to the first that fails
@@ -87,7 +97,11 @@ say_estimate() { # say_estimate SECONDS USD: in hours or minutes, and dollars
 }
 
 exceeds_budget() { # with the time this loop has taken so far and the cell that look_up has found
-  awk -v spent="$SECONDS" -v s="$seconds" -v usd="$usd" -v most="${budget[0]}" -v most_usd="${budget[1]}" 'BEGIN {
+  local now
+  read -r now _ </proc/uptime
+  awk -v spent="$spent_before" -v began="$began" -v now="$now" -v s="$seconds" -v usd="$usd" \
+    -v most="${budget[0]}" -v most_usd="${budget[1]}" 'BEGIN {
+    spent += now - began
     exit !((most != "inf" && spent + s > most + 0) || (most_usd != "inf" && s > 0 && (spent + s) * usd / s > most_usd + 0)) }'
 }
 
@@ -117,7 +131,7 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
   look_up "${scripts[-1]}" "$@" || {
     status=$?
     ((status != 2)) || exit 2 # bad usage: every cell would fail alike
-    failed+=("${scripts[-1]} $* (exit $status)")
+    fail "exit $status" "${scripts[-1]}" "$@"
     return 0
   }
   cells+=("$folder")

@@ -42,13 +42,14 @@ def say_dry_run(path: Path, args: argparse.Namespace) -> None:
 
 
 def leave_failure(path: Path, args: argparse.Namespace, how: str) -> None:
-    """Record a run as failed whose script ended before it began a record, so that tables show it."""
-    if status(path) != "not started":
-        return
-    args.dry_run = False
-    method = getattr(args, "prompt_type", "qlora")
-    with contextlib.suppress(UserError), locked(path.parent), recording(path, args, method, ()):
-        raise UserError(f"it ended before it began ({how}): its output says why")
+    """Record a run as failed whose script ended before it began a record, so that tables show it, and print
+    its folder."""
+    if status(path) == "not started":
+        args.dry_run = False
+        method = getattr(args, "prompt_type", "qlora")
+        with contextlib.suppress(UserError), locked(path.parent), recording(path, args, method, ()):
+            raise UserError(f"it ended before it began ({how}): its output says why")
+    print(path.parent)
 
 
 def stands(path: Path, force: bool) -> str:

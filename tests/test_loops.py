@@ -359,6 +359,21 @@ def test_scripts_that_end_well_and_leave_no_finished_record_have_failed(tmp_path
     assert "failed" in done.stdout
 
 
+def test_a_cell_that_can_not_be_looked_up_is_failed_in_the_table_and_a_dry_run_leaves_nothing(tmp_path):
+    env = {**launcher(tmp_path, FINISH), **ONE_CELL, "TASK": "classification"}
+    flags = ("--gpu_name", "A10G", "--output_dir", "runs")
+    done = loop("run_lora.sh", *flags, "--dry_run", cwd=tmp_path, **env)
+    assert done.returncode == 1
+    assert not list(tmp_path.rglob("*.json"))
+    done = loop("run_lora.sh", *flags, cwd=tmp_path, **env)
+    assert done.returncode == 1
+    error, title, failed = done.stderr.splitlines()
+    assert error.startswith("error: --gpu_name A10G: no GPU")
+    assert (title, failed.endswith("(exit 1)")) == ("error: 1 of 1 cells failed:", True)
+    assert "| failed" in done.stdout
+    assert not (tmp_path / "calls").exists()
+
+
 def test_force_redoes_a_finished_cell_and_finds_it_finished_again(tmp_path):
     env = {**launcher(tmp_path, FINISH), **ONE_CELL, "TASK": "classification"}
     for flags in ([], ["--force"]):
@@ -627,6 +642,11 @@ def test_what_a_loop_has_taken_counts(tmp_path, budget, spent, runs):
     done = within(tmp_path, "--price_per_hour=36", budget, EPOCHS="1", SECONDS=spent)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "calls").exists() == runs
+
+
+def test_what_a_loop_has_taken_is_not_told_by_the_clock_that_shows_the_time():
+    lines = (ROOT / "study" / "loop.sh").read_text("utf-8").splitlines()
+    assert [line for line in lines if "SECONDS" in line and "#" not in line] == ["spent_before=$SECONDS"]
 
 
 @pytest.mark.parametrize(
