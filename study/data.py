@@ -81,7 +81,7 @@ def load(args: argparse.Namespace, names: Sequence[str], optional: Sequence[str]
         raise UserError("--drop_overlap: there is no test split to compare with: name it with --test_file")
     if "train" in splits and args.task == "classification":
         labels = labels_of(splits["train"])
-        check_seen(splits["train"])
+        check_looks(splits["train"])
         for split in splits.values():
             check_labels(split, labels)
     return splits
@@ -152,11 +152,9 @@ def clean(source: str, rows: Iterator[Row], columns: Columns, task: str, unlabel
     split = Split(source, [], [])
     for number, row in rows:
         text, answer = (cell(row, flag, columns, f"{source} row {number}") for flag in columns)
-        if task == "classification":
-            answer = unicodedata.normalize("NFC", answer)  # its other forms look the same
-        pair = dict(zip(columns.values(), (text, answer), strict=False))
-        empty = next((f"empty {column}" for column, value in pair.items() if not value), None)
-        reason = empty or (f'class "{unlabelled}"' if answer == unlabelled else None)
+        if task == "classification":  # its Unicode forms look the same; one that shows nothing is none
+            answer = unicodedata.normalize("NFC", answer) if looks(answer) else ""
+        reason = reason_to_drop((text, answer), columns, unlabelled)
         if reason:
             split.dropped[reason] += 1
             continue
@@ -170,6 +168,13 @@ def clean(source: str, rows: Iterator[Row], columns: Columns, task: str, unlabel
         dropped = ", ".join(f"{count} rows with {reason}" for reason, count in split.dropped.items())
         raise UserError(f"{source} has no usable row" + (f": {dropped}" if dropped else ": it is empty"))
     return split
+
+
+def reason_to_drop(pair: tuple[str, str], columns: Columns, unlabelled: str | None) -> str | None:
+    for value, column in zip(pair, columns.values(), strict=True):
+        if not value:
+            return f"empty {column}"
+    return f'class "{unlabelled}"' if pair[1] == unlabelled else None
 
 
 def cell(row: dict, flag: str, columns: Columns, where: str) -> str:
@@ -201,17 +206,17 @@ def check_labels(split: Split, labels: Sequence[str]) -> None:
     """Raise UserError for a class that is none of `labels`."""
     for (_, label), number in zip(split.examples, split.numbers, strict=True):
         if label not in labels:
-            twin = next((name for name in labels if seen(name) == seen(label)), None)
+            twin = next((name for name in labels if looks(name) == looks(label)), None)
             but = f', but "{spelled(twin)}" does, which looks the same' if twin else ""
             where = f"{split.source} row {number}"
             raise UserError(f'{where}: class "{spelled(label)}" does not occur in the train split{but}')
 
 
-def check_seen(split: Split) -> None:
+def check_looks(split: Split) -> None:
     """Raise UserError for two classes that nobody can tell apart by looking at them."""
     rows: dict[str, dict[str, list[int]]] = {}  # by what is seen, and then by class
     for (_, label), number in zip(split.examples, split.numbers, strict=True):
-        rows.setdefault(seen(label), {}).setdefault(label, []).append(number)
+        rows.setdefault(looks(label), {}).setdefault(label, []).append(number)
     for alike in rows.values():
         if len(alike) > 1:
             named = [
@@ -224,7 +229,7 @@ def check_seen(split: Split) -> None:
             )
 
 
-def seen(label: str) -> str:
+def looks(label: str) -> str:
     """A class as it looks: without the characters that can't be seen, all white space as one space."""
     shown = "".join(" " if mark.isspace() else mark for mark in label if mark.isspace() or not unseen(mark))
     return unicodedata.normalize("NFC", " ".join(shown.split()))

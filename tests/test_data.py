@@ -448,6 +448,11 @@ def test_one_class_may_hold_what_can_not_be_seen(tmp_path, label):
     assert label.strip() in data.labels_of(labelled(tmp_path, label, "x"))
 
 
+def test_a_class_that_shows_nothing_is_none(tmp_path):
+    split = labelled(tmp_path, "a", "\u200b", "\ufeff\u00ad", "b", "\u00a0")
+    assert (split.numbers, split.dropped) == ([1, 4], {"empty label": 3})
+
+
 def test_classes_that_can_be_told_apart_are_accepted(tmp_path):
     labels = {"a b", "ab", "a-b", "A b", "\u0430 b", "a\u2011b", "a_b", "a\u0301 b", "\u00c5", "\uff41 b"}
     assert set(data.labels_of(labelled(tmp_path, *labels))) == {
