@@ -17,6 +17,7 @@ def main() -> None:
     if args.dry_run:
         return plan.say_dry_run(path, args)
 
+    plan.check_gpu_name(args)
     needs_train = args.task == "classification" or args.prompt_type == "few-shot"
     overlap = ["test"] if args.drop_overlap else []
     splits = data.load(args, ["train", args.split] if needs_train else [args.split], optional=overlap)
@@ -91,9 +92,8 @@ def main() -> None:
                 merging=args.merge,
                 progress=progress,
             )
-            scores, rows = metrics.score(
-                args.task, answers.texts, [answer for _, answer in test.examples], labels
-            )
+            references = [answer for _, answer in test.examples]
+            scores, rows = metrics.score(args.task, answers.texts, references, labels, test.numbers)
             content["eval"] = generation.describe(answers, scores, args.decoding)
             content["prompt_sha256"] = prompt_sha256(args.task, args.prompt_type)
             content["quantization"] = model.quantization_of(base)

@@ -21,6 +21,7 @@ def main() -> None:
     if args.dry_run:
         return plan.say_dry_run(path, args)
 
+    plan.check_gpu_name(args)
     splits = data.load(args, ["train"], optional=["test"])
     train = data.sample_train(splits["train"], args)
     described = {"train": train.describe()}
@@ -36,6 +37,8 @@ def main() -> None:
             f"model      {args.pretrained_ckpt}, rank {args.lora_r}, {args.epochs} epochs"
         )
         print(data.say_split("train", splits["train"], train), flush=True)
+        if "test" not in splits:
+            print("test       none named: scoring will need --test_file", flush=True)
         with record.recording(path, args, "qlora", settings) as content:
             content |= {"data": described, "prompt_sha256": prompt_sha256(TASK, "instruction")}
             content["checkpoint"] = checkpoint.identify(args.pretrained_ckpt, fetch=True)

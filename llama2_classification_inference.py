@@ -19,6 +19,7 @@ def main() -> None:
         return plan.say_dry_run(folder / runs.planned_eval(folder, args), args)
 
     trained = runs.finished_training(folder, args)
+    plan.check_gpu_name(args)
     path = folder / runs.eval_name(args, trained["config"])
     splits = data.load(args, [args.split])
     test = data.sample_eval(splits[args.split], args)
@@ -72,7 +73,8 @@ def main() -> None:
                 merging=args.merge,
                 progress=progress,
             )
-            scores, rows = metrics.score(TASK, answers.texts, [label for _, label in test.examples], labels)
+            references = [label for _, label in test.examples]
+            scores, rows = metrics.score(TASK, answers.texts, references, labels, test.numbers)
             content["eval"] = generation.describe(answers, scores, args.decoding)
             content["cost"] = cost.of_run(args, model.device_name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)

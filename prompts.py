@@ -8,6 +8,7 @@ close it. An answer is read from the generated text alone, so a heading inside a
 import hashlib
 import re
 import string
+import unicodedata
 from collections.abc import Sequence
 
 TASKS = ("classification", "summarization")
@@ -94,17 +95,25 @@ def defuse(text: str, special_tokens: Sequence[str]) -> str:
 def parse_label(answer: str, labels: Sequence[str]) -> str | None:
     """The class that a generated answer names, or None where it names none (an invalid answer).
 
-    Read is the first line, trimmed. It names a class if it equals the class's name, or does so but for case,
-    or but for case and the punctuation around it; a looser reading counts only where it fits exactly one
-    class.
+    Read is the first line, trimmed. It names a class if it equals the class's name, in whichever of Unicode's
+    forms, or does so but for case, or but for case and the punctuation around it; a looser reading counts
+    only where it fits exactly one class.
     """
     line = (answer.strip().splitlines() or [""])[0].strip()
-    for reading in (str, str.casefold, lambda name: name.casefold().strip(_PUNCTUATION)):
+    for reading in (_composed, _caseless, lambda name: _caseless(name).strip(_PUNCTUATION)):
         key = reading(line)
         named = [label for label in labels if key and reading(label) == key]
         if len(named) == 1:
             return named[0]
     return None
+
+
+def _composed(name: str) -> str:
+    return unicodedata.normalize("NFC", name)
+
+
+def _caseless(name: str) -> str:
+    return _composed(_composed(name).casefold())
 
 
 def parse_summary(answer: str) -> str:

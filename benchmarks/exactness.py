@@ -322,7 +322,7 @@ def main() -> None:
     result = provenance() | measure(sizes, examples, dtypes)
     print(f"{headline(result)}\n\n{show(result)}")
     if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def finish(result: dict, rows: Sequence[dict], output: Path | None) -> None:
     if all("failed" in row for row in rows):
         sys.exit("error: nothing could be measured: see above")
     if output:
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result))
 
 

@@ -14,8 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from study.cli import UserError
+from study.files import is_lfs_pointer
 
-LFS = b"version https://git-lfs.github.com/spec/v1"
 PIECE = 2**25  # bytes that are hashed or looked through at once
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -137,7 +137,7 @@ def check_files(folder: Path, where: str) -> list[Path]:
 def refuse_pointer(path: Path, where: str) -> None:
     """Raise UserError for a file that git left as a pointer to a large one."""
     with open(path, "rb") as file:
-        if file.read(len(LFS)) == LFS:
+        if is_lfs_pointer(file.read(64)):
             raise UserError(
                 f"{where}: {path.name} is a Git LFS pointer, not the file itself: run `git lfs pull` there"
             )

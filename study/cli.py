@@ -256,7 +256,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         metavar="USD",
         help="price of this machine (by GPU, study/prices.json)",
     )
-    add("--gpu_name", metavar="NAME", help="price and record the GPU under this name (detected)")
+    add(
+        "--gpu_name",
+        metavar="NAME",
+        help="price the GPU as this one, or this instance, of study/prices.json (detected)",
+    )
 
 
 def parse_args(task: str | None, description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -328,6 +332,16 @@ def probability(word: str) -> float:
     return number
 
 
+def processes() -> int:
+    """How many processes run this script together (`accelerate launch`)."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def is_main_process() -> bool:
+    """True but for the further processes of a distributed launch. A RANK that stands alone is none of it."""
+    return processes() <= 1 or int(os.environ.get("RANK") or 0) == 0
+
+
 def run_script(main: Callable[[], None], distributed: bool = False) -> None:
     """Run `main` and exit: 0 done; 1 with one line on stderr for a UserError; 130 interrupted (Ctrl-C or
     SIGTERM).
@@ -337,10 +351,12 @@ def run_script(main: Callable[[], None], distributed: bool = False) -> None:
     """
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on optional CPU kernels
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    if os.environ.get("RANK", "0") != "0":
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for what it can't
+    if not is_main_process():
         if not distributed:
             return
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
         main()
     except UserError as error:
@@ -351,7 +367,7 @@ def run_script(main: Callable[[], None], distributed: bool = False) -> None:
         then = "started again with --force it begins anew" if forced else "start it again and it goes on"
         print(f"interrupted: {then}", file=sys.stderr)
         sys.exit(130)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if processes() > 1:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(0)  # with gloo's threads, leaving the process group may hang and the interpreter's end abort

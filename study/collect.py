@@ -166,8 +166,8 @@ def check_whole(content: dict, path: Path, part: str) -> None:
         for metric in SCORES[content["task"]]:
             wanted |= {f"eval.metrics.{metric}.{name}": NUMBER for name in ("value", "ci95.0", "ci95.1")}
         lacking = [name for name, kind in wanted.items() if not isinstance(lookup(content, name), kind)]
-    if not isinstance(lookup(content, "cost.price_per_hour"), int | float | None):
-        lacking.append("cost.price_per_hour")
+    optional = {"cost.price_per_hour": int | float | None, "cost.device": str | None}
+    lacking += [name for name, kind in optional.items() if not isinstance(lookup(content, name), kind)]
     if lacking:
         raise UserError(
             f"{path} lacks {', '.join(lacking)}, or has it in another form: --force redoes the run"

@@ -61,4 +61,8 @@ def read_scored(path: Path) -> tuple[dict, list[dict]]:
         for row in rows
     ):
         raise UserError(f"--compare: {predictions} is not whole: --force redoes it")
+    # In the order of the test data, whatever a file was sorted by since. Both sides have the same examples;
+    # the numbers of their rows may differ.
+    if all(isinstance(row.get("index"), int) for row in rows):
+        rows.sort(key=lambda row: row["index"])
     return content, rows

@@ -1,8 +1,11 @@
 """What a run cost: hourly prices with source and date (prices.json), times the seconds of the whole process.
 
-A price list is a JSON list of {gpu, instance, usd_per_hour, source, date}. A device costs what the
-first entry says whose `instance` stands in its name as whole words, or else the first whose `gpu` does; of
-several, each costs that.
+A price list is a JSON list of {gpu, instance, usd_per_hour, source, date}. A device costs what the entries
+say whose `instance`, or else whose `gpu`, is its name, or else stands in it as whole words. Where these say
+different prices, its price is unknown until somebody chooses. Of several devices each costs that.
+
+The `cost` of a record names the `device` that was measured and the `gpu` that it is priced as, which
+--gpu_name may call otherwise; records without `device` were priced as what they were measured on.
 """
 
 import argparse
@@ -43,13 +46,39 @@ def price(
     unknown device has the price None, not 0."""
     found = {"usd_per_hour": price_per_hour, "source": "--price_per_hour"}
     if price_per_hour is None:
-        entries = read_prices(PRICES) if prices is None else prices
-        names = (entry for name in ("instance", "gpu") for entry in entries if stands_in(entry[name], gpu))
-        found = dict(next(names, {}))
+        entries = listed(gpu, prices)
+        found = {} if not entries or ambiguity(gpu, prices) else dict(entries[0])
         if found:
             found["usd_per_hour"] *= gpus
     per_hour, source, date = map(found.get, ("usd_per_hour", "source", "date"))
     return {"gpu": gpu, "price_per_hour": per_hour, "price_source": source, "price_date": date}
+
+
+def listed(gpu: str, prices: list[dict] | None = None) -> list[dict]:
+    """The entries of `prices`, or of prices.json, that are for a device of this name."""
+    entries = read_prices(PRICES) if prices is None else prices
+    for fits in (lambda name, gpu: name.casefold() == gpu.casefold(), stands_in):
+        for name in ("instance", "gpu"):
+            found = [entry for entry in entries if fits(entry[name], gpu)]
+            if found:
+                return found
+    return []
+
+
+def ambiguity(gpu: str, prices: list[dict] | None = None) -> str | None:
+    """What a device costs, in words, where its entries say different prices."""
+    entries = listed(gpu, prices)
+    if len({entry["usd_per_hour"] for entry in entries}) < 2:
+        return None
+    each = " or ".join(f"${entry['usd_per_hour']:g} ({entry['instance']})" for entry in entries)
+    return f"{gpu} costs {each} an hour"
+
+
+def say_ambiguity(args: argparse.Namespace, device: str) -> None:
+    """Print that a run has no price because its device has several."""
+    several = None if args.price_per_hour else ambiguity(args.gpu_name or device)
+    if several:
+        print(f"price      unknown: {several}; choose by --gpu_name INSTANCE or --price_per_hour")
 
 
 def stands_in(name: str, device: str) -> bool:
@@ -66,14 +95,27 @@ def gpus_of(train: dict) -> int:
     return train.get("batching", {}).get("processes", 1)
 
 
-def of_run(args: argparse.Namespace, gpu: str, seconds: float, gpus: int = 1) -> dict:
-    """The `cost` of a record: price and dollars of `seconds` on `gpus` devices `gpu`, or as --gpu_name calls
-    them."""
-    cost = price(args.gpu_name or gpu, args.price_per_hour, gpus=gpus)
-    return {**cost, "usd": usd(cost["price_per_hour"], seconds)}
+def device_of(cost: dict) -> str:
+    """The device that a record's times were measured on."""
+    return cost.get("device", cost["gpu"])
+
+
+def shown(cost: dict) -> str:
+    """A record's device, with what it is priced as where that has another name."""
+    device, gpu = device_of(cost), cost["gpu"]
+    return device if device == gpu else f"{device}, priced as {gpu}"
+
+
+def of_run(args: argparse.Namespace, device: str, seconds: float, gpus: int = 1) -> dict:
+    """The `cost` of a record: price and dollars of `seconds` on `gpus` devices `device`, priced as --gpu_name
+    calls them. Says so where the price is ambiguous."""
+    say_ambiguity(args, device)
+    cost = price(args.gpu_name or device, args.price_per_hour, gpus=gpus)
+    return {"device": device, **cost, "usd": usd(cost["price_per_hour"], seconds)}
 
 
 def repriced(cost: dict, prices: list[dict], gpus: int = 1) -> float | None:
     """USD per hour of a record's devices: by `prices` where they are listed there, else as recorded."""
-    listed = price(cost["gpu"], prices=prices, gpus=gpus)["price_per_hour"]
-    return cost["price_per_hour"] if listed is None else listed
+    if listed(cost["gpu"], prices):
+        return price(cost["gpu"], prices=prices, gpus=gpus)["price_per_hour"]
+    return cost["price_per_hour"]

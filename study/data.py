@@ -5,23 +5,27 @@ is found here, before a model is loaded.
 """
 
 import argparse
-import csv
-import gzip
 import hashlib
-import io
 import json
 import random
 import re
-import zlib
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from study.cli import DEFAULTS, UserError
+from study.files import FORMATS, Columns, NoSource, Row, bare_suffix, no_column, read_file, read_hub
 
-FORMATS = (".jsonl", ".json", ".csv", ".parquet")
-Row = tuple[int, dict]  # number in its file (line or row, from 1), columns
+COLUMNS = {
+    "classification": ("text_column", "label_column"),
+    "summarization": ("dialogue_column", "summary_column"),
+}
+# Unicode's Default_Ignorable_Code_Point as far as they are letters or marks, and the blank of braille.
+IGNORABLE = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 
 
 @dataclass
@@ -54,10 +58,6 @@ class Split:
         )
 
 
-class NoSource(UserError):
-    """The flags name no source for a split."""
-
-
 def load(args: argparse.Namespace, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Split]:
     """The splits `names` of the data that the flags name, cleaned; sampling comes after (`sample_train`,
     `sample_eval`).
@@ -66,15 +66,12 @@ def load(args: argparse.Namespace, names: Sequence[str], optional: Sequence[str]
     that also occur in test are counted, and dropped by --drop_overlap. Raises UserError for everything that
     is wrong with a file.
     """
-    columns = (
-        (args.text_column, args.label_column)
-        if args.task == "classification"
-        else (args.dialogue_column, args.summary_column)
-    )
+    columns = {f"--{flag}": getattr(args, flag) for flag in COLUMNS[args.task]}
     splits: dict[str, Split] = {}
     for name in (*names, *optional):
         try:
-            splits[name] = clean(*source_of(args, name), columns, args.task)
+            source, rows = source_of(args, name, columns)
+            splits[name] = clean(source, rows, columns, args.task, unlabelled(source))
         except NoSource:
             if name in names:
                 raise
@@ -84,16 +81,17 @@ def load(args: argparse.Namespace, names: Sequence[str], optional: Sequence[str]
         raise UserError("--drop_overlap: there is no test split to compare with: name it with --test_file")
     if "train" in splits and args.task == "classification":
         labels = labels_of(splits["train"])
+        check_looks(splits["train"])
         for split in splits.values():
             check_labels(split, labels)
     return splits
 
 
-def source_of(args: argparse.Namespace, split: str) -> tuple[str, Iterator[Row]]:
+def source_of(args: argparse.Namespace, split: str, columns: Columns) -> tuple[str, Iterator[Row]]:
     """Where a split lies, as a record names it, and its rows."""
     file = getattr(args, f"{split}_file")
     if file:
-        return file, read_file(Path(file), f"--{split}_file")
+        return file, read_file(Path(file), f"--{split}_file", columns)
     if args.dataset == DEFAULTS[args.task]["dataset"] and (
         args.train_file or args.test_file or args.validation_file
     ):
@@ -103,20 +101,26 @@ def source_of(args: argparse.Namespace, split: str) -> tuple[str, Iterator[Row]]
     path = Path(args.dataset)
     if path.is_dir():
         file = find_in_folder(path, split)
-        return str(file), read_file(file, "--dataset")
+        return str(file), read_file(file, "--dataset", columns)
     if path.is_file():
         if split != "train":
             raise NoSource(
                 f"--dataset {path} is one file, the train split: name the {split} split with --{split}_file"
             )
-        return str(path), read_file(path, "--dataset")
+        return str(path), read_file(path, "--dataset", columns)
     if (
         args.dataset.startswith((".", "/", "~"))
         or bare_suffix(path) in FORMATS
         or args.dataset.count("/") > 1
     ):
         raise UserError(f"--dataset {args.dataset}: there is no such file or folder")
-    return f"{args.dataset} ({split})", read_hub(args.dataset, split)
+    return f"{args.dataset} ({split})", read_hub(args.dataset, split, columns)
+
+
+def unlabelled(source: str) -> str | None:
+    """How a source spells that a text has no class: the default data set of the hub does so by "None", which
+    may be a class like any other elsewhere."""
+    return "None" if source.startswith(f"{DEFAULTS['classification']['dataset']} (") else None
 
 
 def find_in_folder(folder: Path, split: str) -> Path:
@@ -142,156 +146,23 @@ def find_in_folder(folder: Path, split: str) -> Path:
     return found[0]
 
 
-def bare_suffix(path: Path) -> str:
-    return Path(path.name.removesuffix(".gz")).suffix
-
-
-def read_file(path: Path, flag: str) -> Iterator[Row]:
-    """The rows of one local file. Raises UserError, naming the line where there is one."""
-    if not path.is_file():
-        raise UserError(f"{flag} {path}: there is no such file")
-    suffix = bare_suffix(path)
-    if suffix not in FORMATS:
-        raise UserError(f"{flag} {path}: the name must end in {', '.join(FORMATS)}, or one of these with .gz")
-    try:
-        content = path.read_bytes()
-        if path.suffix == ".gz":
-            content = gzip.decompress(content)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(
-            f"{flag} {path} is damaged or half-written ({error}): fetch or write it again"
-        ) from None
-    except OSError as error:
-        raise UserError(f"{flag} {path} can't be read: {error.strerror}") from None
-    where = f"{flag} {path}"
-    if suffix == ".parquet":
-        return read_parquet(content, where)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{where} line {line} is not UTF-8 text: save it as UTF-8") from None
-    if suffix == ".csv":
-        return read_csv(text, where)
-    return read_json_array(text, where) if text.lstrip().startswith("[") else read_json_lines(text, where)
-
-
-def read_json_lines(text: str, where: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield number, json_object(line, f"{where} line {number}")
-
-
-def read_json_array(text: str, where: str) -> Iterator[Row]:
-    try:
-        rows = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise UserError(
-                f'{where} row {number} is not a JSON object such as {{"text": ..., "label": ...}}'
-            )
-        yield number, row
-
-
-def json_object(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not JSON: {error}") from None
-    if not isinstance(row, dict):
-        raise UserError(f'{where} is not a JSON object such as {{"text": ..., "label": ...}}')
-    return row
-
-
-def read_csv(text: str, where: str) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)
-    try:
-        for number, row in enumerate(csv.DictReader(io.StringIO(text, newline=""), strict=True), 1):
-            if None in row:
-                raise UserError(
-                    f"{where} row {number} has more cells than the header: quote texts with commas"
-                )
-            yield number, row
-    except csv.Error as error:
-        raise UserError(f"{where} is not CSV: {error}") from None
-
-
-def read_parquet(content: bytes, where: str) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{where} is not a Parquet file: {str(error).splitlines()[0]}") from None
-    yield from enumerate(table.to_pylist(), 1)
-
-
-def read_hub(name: str, split: str) -> Iterator[Row]:
-    """The rows of a hub data set, from its cache where the hub can't be reached; class numbers become class
-    names."""
-    import datasets
-    import httpx
-
-    datasets.disable_progress_bars()
-    try:
-        rows = datasets.load_dataset(name, split=split)
-    except (OSError, ValueError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
-        reason = " ".join(str(error).split())
-        kind = NoSource if "Unknown split" in reason else UserError
-        raise kind(
-            f"--dataset {name}: no {split} split on the hub or in its cache ({reason[:160]}); check name and "
-            f"network, or give local files with --train_file and --test_file"
-        ) from None
-    for column, feature in rows.features.items():
-        if isinstance(feature, datasets.ClassLabel):
-            names = [named_label(feature.names, number) for number in rows[column]]
-            rows = rows.remove_columns(column).add_column(column, names)
-    yield from enumerate(rows, 1)
-
-
-def named_label(names: Sequence[str], number: int | None) -> str | None:
-    """The class that a hub data set has as a number; -1 stands for none."""
-    return None if number is None or number < 0 else names[number]
-
-
-def clean(source: str, rows: Iterator[Row], columns: tuple[str, str], task: str) -> Split:
+def clean(source: str, rows: Iterator[Row], columns: Columns, task: str, unlabelled: str | None) -> Split:
     """The examples in `columns` of `rows`, trimmed; rows that can't be used are dropped and counted by
     reason."""
     split = Split(source, [], [])
-    number = 0
     for number, row in rows:
-        pair = []
-        for column in columns:
-            if column not in row:
-                have = ", ".join(str(name) for name in row) or "none"
-                flag = "_column, --".join(
-                    ("--text", "label") if task == "classification" else ("--dialogue", "summary")
-                )
-                raise UserError(
-                    f'{source} row {number} has no column "{column}" but {have}: name it by {flag}_column'
-                )
-            if not isinstance(row[column], str | None):
-                kind = (
-                    "a number" if isinstance(row[column], int | float) else f"a {type(row[column]).__name__}"
-                )
-                raise UserError(
-                    f'{source} row {number}: column "{column}" holds {kind}, not text; name another '
-                    "column or make it text"
-                )
-            # Half of a surrogate pair, which JSON can spell, is no character.
-            pair.append((row[column] or "").encode("utf-8", "replace").decode().strip())
-        reason = reason_to_drop(pair, columns, task)
+        text, answer = (cell(row, flag, columns, f"{source} row {number}") for flag in columns)
+        if task == "classification":  # its Unicode forms look the same; one that shows nothing is none
+            answer = unicodedata.normalize("NFC", answer) if looks(answer) else ""
+        reason = reason_to_drop((text, answer), columns, unlabelled)
         if reason:
             split.dropped[reason] += 1
             continue
-        if task == "classification" and len(pair[1].splitlines()) > 1:
+        if task == "classification" and len(answer.splitlines()) > 1:
             raise UserError(
-                f"{source} row {number}: a class is one line, this one has several: {pair[1]!r:.60}"
+                f"{source} row {number}: a class is one line, this one has several: {answer!r:.60}"
             )
-        split.examples.append((pair[0], pair[1]))
+        split.examples.append((text, answer))
         split.numbers.append(number)
     if not split.examples:
         dropped = ", ".join(f"{count} rows with {reason}" for reason, count in split.dropped.items())
@@ -299,11 +170,28 @@ def clean(source: str, rows: Iterator[Row], columns: tuple[str, str], task: str)
     return split
 
 
-def reason_to_drop(pair: list[str], columns: tuple[str, str], task: str) -> str | None:
-    for value, column in zip(pair, columns, strict=True):
+def reason_to_drop(pair: tuple[str, str], columns: Columns, unlabelled: str | None) -> str | None:
+    for value, column in zip(pair, columns.values(), strict=True):
         if not value:
             return f"empty {column}"
-    return 'class "None"' if task == "classification" and pair[1] == "None" else None
+    return f'class "{unlabelled}"' if pair[1] == unlabelled else None
+
+
+def cell(row: dict, flag: str, columns: Columns, where: str) -> str:
+    """The text in the column that `flag` names, trimmed; "" for none. A class may be an integer."""
+    column = columns[flag]
+    if column not in row:
+        raise no_column(column, row, columns, where)
+    value = row[column]
+    if flag == "--label_column" and type(value) is int:  # True is an int, too
+        value = str(value)
+    if not isinstance(value, str | None):
+        kind = "a number" if isinstance(value, int | float) else f"a {type(value).__name__}"
+        raise UserError(
+            f'{where}: column "{column}" holds {kind}, not text; name another column or make it text'
+        )
+    # Half of a surrogate pair, which JSON can spell, is no character.
+    return (value or "").encode("utf-8", "replace").decode().strip()
 
 
 def labels_of(split: Split) -> list[str]:
@@ -315,9 +203,49 @@ def labels_of(split: Split) -> list[str]:
 
 
 def check_labels(split: Split, labels: Sequence[str]) -> None:
+    """Raise UserError for a class that is none of `labels`."""
     for (_, label), number in zip(split.examples, split.numbers, strict=True):
         if label not in labels:
-            raise UserError(f'{split.source} row {number}: class "{label}" does not occur in the train split')
+            twin = next((name for name in labels if looks(name) == looks(label)), None)
+            but = f', but "{spelled(twin)}" does, which looks the same' if twin else ""
+            where = f"{split.source} row {number}"
+            raise UserError(f'{where}: class "{spelled(label)}" does not occur in the train split{but}')
+
+
+def check_looks(split: Split) -> None:
+    """Raise UserError for two classes that nobody can tell apart by looking at them."""
+    rows: dict[str, dict[str, list[int]]] = {}  # by what is seen, and then by class
+    for (_, label), number in zip(split.examples, split.numbers, strict=True):
+        rows.setdefault(looks(label), {}).setdefault(label, []).append(number)
+    for alike in rows.values():
+        if len(alike) > 1:
+            named = [
+                f'"{spelled(label)}" (row {", ".join(map(str, numbers[:3]))}{", ..." * (len(numbers) > 3)})'
+                for label, numbers in alike.items()
+            ]
+            raise UserError(
+                f"{split.source} has classes that differ only in characters that can't be seen: "
+                f"{' and '.join(named)}: spell them alike"
+            )
+
+
+def looks(label: str) -> str:
+    """A class as it looks: without the characters that can't be seen, all white space as one space."""
+    shown = "".join(" " if mark.isspace() else mark for mark in label if mark.isspace() or not unseen(mark))
+    return unicodedata.normalize("NFC", " ".join(shown.split()))
+
+
+def unseen(mark: str) -> bool:
+    """Control and format characters (zero-width, soft hyphen, byte order mark), variation selectors and the
+    other characters that Unicode lets a font leave out."""
+    return unicodedata.category(mark) in ("Cc", "Cf") or bool(IGNORABLE.match(mark))
+
+
+def spelled(label: str) -> str:
+    """A class with the code points of what can't be seen in it, e.g. "a<U+200B>"."""
+    return "".join(
+        f"<U+{ord(mark):04X}>" if unseen(mark) or (mark.isspace() and mark != " ") else mark for mark in label
+    )
 
 
 def drop_overlap(splits: dict[str, Split], drop: bool) -> None:
@@ -364,9 +292,25 @@ def round_half_up(number: float) -> int:
 
 
 def sample_eval(split: Split, args: argparse.Namespace) -> Split:
-    """--max_eval_samples of a split; the same ones whatever --seed says, so that scores stay comparable."""
+    """--max_eval_samples of a split; the same ones whatever --seed says, so that scores stay comparable.
+
+    Raises UserError for a summary that ROUGE could score as nothing but 0.
+    """
     kept = split.keep(choose(len(split.examples), args.max_eval_samples, seed=0))
+    if args.task == "summarization":
+        check_summaries(kept)
     return replace(kept, available=len(split.examples))
+
+
+def check_summaries(split: Split) -> None:
+    from study.words import words
+
+    for (_, summary), number in zip(split.examples, split.numbers, strict=True):
+        if not words(summary):
+            raise UserError(
+                f"{split.source} row {number}: its summary {summary!r:.60} holds no word that ROUGE could "
+                "count: leave the row out, or write it in words"
+            )
 
 
 def choose(count: int, limit: int | None, seed: int) -> list[int]:
@@ -379,9 +323,9 @@ def choose(count: int, limit: int | None, seed: int) -> list[int]:
 
 
 def say_split(name: str, split: Split, used: Split) -> str:
-    """One line on a split: rows used, rows there are, rows dropped and why, and train texts that occur in
+    """One line on a split: rows used, rows of its source, rows dropped and why, and train texts that occur in
     test."""
     dropped = "".join(f", {count:,} dropped: {reason}" for reason, count in split.dropped.items())
     overlap = f", {split.overlap:,} texts occur in test too" if split.overlap else ""
-    count = f"{len(used.examples):,} of {len(split.examples):,} rows"
+    count = f"{len(used.examples):,} of {len(split.examples) + split.dropped.total():,} rows"
     return f"{name:<11}{count} of {split.source}{dropped}{overlap}"

@@ -47,18 +47,18 @@ class Progress:
         self.path = path and path.with_name(f".{path.stem}.answers.jsonl")
         self.run, self.answers, self.file = run, {}, None
         self.seconds = self.wall_seconds = 0.0
-        self.began = time.time()
+        self.began = time.monotonic()
         if self.path and force:
             self.path.unlink(missing_ok=True)
 
     def resume(self, prompts: Sequence[list[int]], how: str) -> None:
         """Take over the answers of an earlier attempt at the same run and prompts, answered alike; a broken
         last line is left out."""
-        self.began = time.time()
+        self.began = time.monotonic()
         if not self.path:
             return
         same = hashlib.sha256(json.dumps([self.run, prompts]).encode()).hexdigest()
-        head, *lines = self.path.read_text().splitlines() if self.path.exists() else [""]
+        head, *lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else [""]
         if head == f"{same} {how}":
             for line in lines:
                 with contextlib.suppress(ValueError):
@@ -80,7 +80,7 @@ class Progress:
         return json.dumps(step) + "\n"
 
     def spent(self) -> float:
-        return self.seconds + time.time() - self.began
+        return self.seconds + time.monotonic() - self.began
 
     def add(self, index: int, ids: list[int]) -> None:
         self.answers[index] = ids
@@ -154,6 +154,7 @@ def describe(answers: Answers, metrics: dict, decoding: str) -> dict:
     """The `eval` of a record."""
     examples = len(answers.texts)
     invalid = metrics.get("invalid_answers")
+    version = VERSION["classification" if "accuracy" in metrics else "summarization"]
     return {
         "examples": examples,
         "seconds": answers.seconds,
@@ -168,7 +169,7 @@ def describe(answers: Answers, metrics: dict, decoding: str) -> dict:
         "prompts_sha256": answers.prompts_sha256,
         "ends": answers.ends,
         "metrics": metrics,
-        "metrics_version": f"{VERSION}, rouge-score {importlib.metadata.version('rouge-score')}",
+        "metrics_version": f"{version}, rouge-score {importlib.metadata.version('rouge-score')}",
     }
 
 

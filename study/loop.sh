@@ -13,6 +13,9 @@ unknown=0
 total=(0 0) # estimated seconds and USD
 budget=(inf inf)
 dry_run=
+price= # what a look-up said of a price that it could not tell
+spent_before=$SECONDS
+read -r began _ </proc/uptime # a clock that nobody sets, as $SECONDS is not
 flags=()
 while (($#)); do
   for own in ${owns:-}; do # a loop says before it sources this which flags it sets itself
@@ -46,8 +49,24 @@ set -- "${flags[@]}"
 
 look_up() { # look_up SCRIPT FLAG...: sets state, folder, seconds and usd of the run that the flags name
   local found
-  found=$(python "$@" --dry_run) || return
+  found=$(PYTHONIOENCODING=utf-8 python "$@" --dry_run) || return
+  if [[ ! $price ]]; then # once for all cells
+    price=$(grep '^price ' <<<"$found" || true)
+    [[ ! $price ]] || echo "$price"
+  fi
   IFS=$'\t' read -r state folder seconds usd <<<"${found##*$'\n'}"
+}
+
+fail() { # fail HOW SCRIPT FLAG...: name the failed cell, and leave a record of it where the script left none
+  failed+=("${*:2} ($1)")
+  leave_failure "$@"
+}
+
+leave_failure() { # leave_failure HOW SCRIPT FLAG...; what it can't record is named at the end alone
+  local left_in
+  [[ ! $dry_run ]] || return 0
+  left_in=$(CELL_FAILED=$1 PYTHONIOENCODING=utf-8 python "${@:2}" --dry_run 2>/dev/null) || return 0
+  cells+=("${left_in##*$'\n'}")
 }
 
 run_scripts() { # run_scripts FLAG...: the scripts of a cell, up to the first that fails
@@ -57,10 +76,18 @@ run_scripts() { # run_scripts FLAG...: the scripts of a cell, up to the first th
     $LAUNCH "$script" "$@" || {
       status=$?
       ((status != 130)) || exit 130
-      failed+=("$script $* (exit $status)")
+      fail "exit $status" "$script" "$@"
       return 1
     }
   done
+}
+
+check_finished() { # check_finished FLAG...: a cell whose scripts ended well has a record of it, or has failed
+  local word words=()
+  for word in "$@"; do [[ $word == --force ]] || words+=("$word"); done # which calls no run finished
+  if ! look_up "${scripts[-1]}" "${words[@]}" || [[ $state != finished ]]; then
+    fail "exit 0, but no finished record" "${scripts[-1]}" "$@"
+  fi
 }
 
 say_estimate() { # say_estimate SECONDS USD: in hours or minutes, and dollars
@@ -70,7 +97,11 @@ say_estimate() { # say_estimate SECONDS USD: in hours or minutes, and dollars
 }
 
 exceeds_budget() { # with the time this loop has taken so far and the cell that look_up has found
-  awk -v spent="$SECONDS" -v s="$seconds" -v usd="$usd" -v most="${budget[0]}" -v most_usd="${budget[1]}" 'BEGIN {
+  local now
+  read -r now _ </proc/uptime
+  awk -v spent="$spent_before" -v began="$began" -v now="$now" -v s="$seconds" -v usd="$usd" \
+    -v most="${budget[0]}" -v most_usd="${budget[1]}" 'BEGIN {
+    spent += now - began
     exit !((most != "inf" && spent + s > most + 0) || (most_usd != "inf" && s > 0 && (spent + s) * usd / s > most_usd + 0)) }'
 }
 
@@ -78,9 +109,12 @@ calibrate() { # a short run of the cell's scripts in a hidden folder, so that th
   local few=(--experiment_dir "$(dirname "$folder")/.calibration/$(basename "$folder")" --max_eval_samples 16)
   ((${#scripts[@]} == 1)) || few+=(--max_train_samples 64 --train_sample_fraction 1.0 --epochs 1)
   echo "nothing to estimate this cell from: a short run first"
-  run_scripts "$@" "${few[@]}" || return 1
+  run_scripts "$@" "${few[@]}" || {
+    leave_failure "a short run failed" "${scripts[0]}" "$@"
+    return 1
+  }
   if ! look_up "${scripts[-1]}" "$@" || [[ $seconds == '?' ]]; then
-    failed+=("${scripts[-1]} $* (no estimate to hold against the budget)")
+    fail "no estimate to hold against the budget" "${scripts[-1]}" "$@"
     return 1
   fi
 }
@@ -97,7 +131,7 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
   look_up "${scripts[-1]}" "$@" || {
     status=$?
     ((status != 2)) || exit 2 # bad usage: every cell would fail alike
-    failed+=("${scripts[-1]} $* (exit $status)")
+    fail "exit $status" "${scripts[-1]}" "$@"
     return 0
   }
   cells+=("$folder")
@@ -116,7 +150,7 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
   if [[ "${budget[*]}" != "inf inf" && $state != finished ]]; then
     [[ $seconds != '?' || ${left[*]} ]] || calibrate "$@" || return 0
     if [[ ${budget[1]} != inf && $usd == '?' && $seconds != '?' ]]; then
-      echo "error: --budget_usd: this device has no known price: give --price_per_hour" >&2
+      echo "error: --budget_usd: this device has no known price, or several: give --price_per_hour or --gpu_name INSTANCE" >&2
       exit 1
     fi
     if [[ ${left[*]} ]] || exceeds_budget; then
@@ -125,7 +159,8 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
       return 0
     fi
   fi
-  run_scripts "$@" || true
+  run_scripts "$@" || return 0
+  [[ $state == finished ]] || check_finished "$@"
 }
 
 finish() { # print the table of all cells and name those that failed or are left

@@ -10,7 +10,8 @@ import numpy as np
 
 from prompts import parse_label, parse_summary
 
-VERSION = 1  # counts up when a change to this module changes a score
+# Each counts up when a change to this module or to words.py changes a score of that task.
+VERSION = {"classification": 1, "summarization": 2}
 RESAMPLES = 1000  # percentile bootstrap (Efron and Tibshirani, 1993, chapter 13)
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 Statistic = Callable[[np.ndarray], np.ndarray]
@@ -89,11 +90,13 @@ def mean_of(column: np.ndarray) -> Statistic:
 
 
 def rouge_scores(summaries: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
-    """ROUGE F-measures of each pair, in percent, with the stemmer, as the `evaluate` library's rouge computes
-    them."""
+    """ROUGE F-measures of each pair, in percent, with the stemmer: of text in ASCII as the `evaluate`
+    library computes them, of other text by the words of its script."""
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(ROUGE, use_stemmer=True)
+    from study.words import Tokenizer
+
+    scorer = RougeScorer(ROUGE, tokenizer=Tokenizer())
     return [
         {name: 100 * score.fmeasure for name, score in scorer.score(reference, summary).items()}
         for reference, summary in zip(references, summaries, strict=True)
@@ -108,10 +111,16 @@ def statistics_of(rows: Sequence[dict]) -> dict[str, Statistic]:
 
 
 def score(
-    task: str, answers: Sequence[str], references: Sequence[str], labels: Sequence[str] = ()
+    task: str,
+    answers: Sequence[str],
+    references: Sequence[str],
+    labels: Sequence[str] = (),
+    numbers: Sequence[int] | None = None,
 ) -> tuple[dict, list[dict]]:
     """Read generated answers and score them: the metrics, and for each test example a row of
-    predictions.jsonl."""
+    predictions.jsonl. `numbers` are the examples' rows in their source, from 1; all in order where not
+    given."""
+    numbers = range(1, len(references) + 1) if numbers is None else numbers
     parsed = [parse_label(answer, labels) if labels else parse_summary(answer) for answer in answers]
     if task == "classification":
         scores = [
@@ -120,8 +129,10 @@ def score(
     else:
         scores = rouge_scores(parsed, references)
     rows = [
-        {"index": i, "prediction": answers[i], "parsed": parsed[i], "reference": references[i], **scores[i]}
-        for i in range(len(references))
+        {"index": number - 1, "row": number, "prediction": answer, "parsed": read, "reference": right, **more}
+        for number, answer, read, right, more in zip(
+            numbers, answers, parsed, references, scores, strict=True
+        )
     ]
     return bootstrap(statistics_of(rows), len(rows))[0], rows
 

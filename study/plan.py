@@ -1,6 +1,7 @@
 """What a run will take, from the speed of earlier ones: of the same model, task and method on this device."""
 
 import argparse
+import contextlib
 import os
 import platform
 import subprocess
@@ -11,7 +12,7 @@ from statistics import median
 from study import cost
 from study.cli import UserError
 from study.collect import read_whole
-from study.record import read, status
+from study.record import locked, read, recording, status
 
 
 def say_dry_run(path: Path, args: argparse.Namespace) -> None:
@@ -19,8 +20,12 @@ def say_dry_run(path: Path, args: argparse.Namespace) -> None:
     estimate of what is left to spend, or "?".
 
     An evaluation that has not been made, or of an earlier training, is "trained" where its training is
-    finished, and else says how that stands.
+    finished, and else says how that stands. With CELL_FAILED, in which a loop says how a script ended, it
+    leaves the record of that failure instead.
     """
+    if os.environ.get("CELL_FAILED"):
+        return leave_failure(path, args, os.environ["CELL_FAILED"])
+    check_gpu_name(args)
     trained = path.parent / "train.json"
     state, training = stands(path, args.force), stands(trained, args.force)
     scores = path != trained
@@ -29,8 +34,22 @@ def say_dry_run(path: Path, args: argparse.Namespace) -> None:
     if scores and state == training == "finished" and read(path).get("training") != read(trained)["finished"]:
         state = "trained"
     print(f"{args.task} with {args.pretrained_ckpt} -> {path}")
-    left = estimate(args, path, training == "finished") if state != "finished" else (0, 0)
+    left = (0, 0)
+    if state != "finished":
+        cost.say_ambiguity(args, this_device())
+        left = estimate(args, path, training == "finished")
     print(state, path.parent, *("?" if number is None else f"{number:.6g}" for number in left), sep="\t")
+
+
+def leave_failure(path: Path, args: argparse.Namespace, how: str) -> None:
+    """Record a run as failed whose script ended before it began a record, so that tables show it, and print
+    its folder."""
+    if status(path) == "not started":
+        args.dry_run = False
+        method = getattr(args, "prompt_type", "qlora")
+        with contextlib.suppress(UserError), locked(path.parent), recording(path, args, method, ()):
+            raise UserError(f"it ended before it began ({how}): its output says why")
+    print(path.parent)
 
 
 def stands(path: Path, force: bool) -> str:
@@ -49,25 +68,26 @@ def estimate(args: argparse.Namespace, path: Path, trained: bool) -> tuple[float
 
     An evaluation includes its training where that is not finished.
     """
-    gpu, method = args.gpu_name or this_device(), getattr(args, "prompt_type", "qlora")
+    device, method = this_device(), getattr(args, "prompt_type", "qlora")
     parts: list[tuple[float | None, int]] = []  # seconds, on so many GPUs
     if method == "qlora" and not trained:
-        before = earlier(args, gpu, "train", method)
+        before = earlier(args, device, "train", method)
         gpus = max((cost.gpus_of(run["train"]) for run in before), default=1)
         parts.append((training_seconds(args, before), gpus))
     if path.name != "train.json":
-        parts.append((evaluation_seconds(args, earlier(args, gpu, "eval", method)), 1))
+        parts.append((evaluation_seconds(args, earlier(args, device, "eval", method)), 1))
     if any(seconds is None for seconds, _ in parts):
         return None, None
+    name = args.gpu_name or device
     each = [
-        cost.usd(cost.price(gpu, args.price_per_hour, gpus=gpus)["price_per_hour"], seconds)
+        cost.usd(cost.price(name, args.price_per_hour, gpus=gpus)["price_per_hour"], seconds)
         for seconds, gpus in parts
     ]
     return sum(seconds for seconds, _ in parts), None if None in each else sum(each)
 
 
-def earlier(args: argparse.Namespace, gpu: str, part: str, method: str) -> list[dict]:
-    """The finished records in --output_dir of the same model, task, method and device."""
+def earlier(args: argparse.Namespace, device: str, part: str, method: str) -> list[dict]:
+    """The finished records in --output_dir of the same model, task and method, measured on `device`."""
     found = []
     for path in sorted(Path(args.output_dir).rglob(f"{part}*.json")):
         try:
@@ -75,7 +95,8 @@ def earlier(args: argparse.Namespace, gpu: str, part: str, method: str) -> list[
         except UserError:
             continue  # the report names it
         key = (content["status"], content["task"], content["method"], content["model"])
-        if key == ("finished", args.task, method, args.pretrained_ckpt) and content["cost"]["gpu"] == gpu:
+        same = key == ("finished", args.task, method, args.pretrained_ckpt)
+        if same and cost.device_of(content["cost"]) == device:
             found.append(content)
     return found
 
@@ -113,19 +134,32 @@ def available(args: argparse.Namespace, records: Sequence[dict], split: str, fla
     return None
 
 
+def check_gpu_name(args: argparse.Namespace) -> None:
+    """Raise UserError for a --gpu_name where no GPU is: a processor's seconds would have a card's price."""
+    if args.gpu_name and not this_gpu():
+        mend = "leave it out, and give this machine its price by --price_per_hour"
+        raise UserError(f"--gpu_name {args.gpu_name}: no GPU is in sight here; {mend}")
+
+
 def this_device() -> str:
-    """Name of this machine's first GPU, by its driver, or of its processor. Asks no library that is slow to
-    load."""
+    """Name of this machine's first GPU, or of its processor."""
+    return this_gpu() or processor()
+
+
+def this_gpu() -> str | None:
+    """Name of this machine's first GPU, by its driver. Asks no library that is slow to load."""
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") != "":
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1"):
         try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+            return subprocess.run(
+                command, capture_output=True, encoding="utf-8", check=True
+            ).stdout.splitlines()[0]
         except (OSError, subprocess.CalledProcessError, IndexError):
             pass
-    return processor()
+    return None
 
 
 def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return f"CPU, {os.cpu_count()} cores ({names[0] if names else platform.machine()})"

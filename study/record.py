@@ -6,6 +6,7 @@ on, its record so far stands beside it as .train.json or .eval.json, with the st
 
 import argparse
 import contextlib
+import errno
 import fcntl
 import hashlib
 import importlib.metadata
@@ -21,10 +22,12 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from study.cli import UserError
+from study.cli import UserError, is_main_process
 
 SCHEMA = 1
-STARTED = time.time()
+STARTED = time.time()  # for the record's stamp alone: this clock may be set back or forward
+BEGAN = time.monotonic()
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 PACKAGES = "torch transformers peft bitsandbytes accelerate datasets rouge-score numpy flash-attn"
 
 
@@ -111,14 +114,14 @@ def status(path: Path) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone, until it ends however it ends. Raises UserError if another one
-    holds it."""
+    """Hold `folder` for this process alone, until it ends however it ends; on a file system without locks say
+    so and go on. Raises UserError if another one holds it."""
     if not is_main_process():
         yield
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")  # noqa: SIM115
+        file = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
         raise UserError(f"--experiment_dir {folder} can't be used: {error.strerror}") from None
     with file:
@@ -128,6 +131,10 @@ def locked(folder: Path) -> Iterator[None]:
             raise UserError(
                 f"{folder} is in use by another run: wait for it, or use another --experiment_dir"
             ) from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise UserError(f"--experiment_dir {folder} can't be locked: {error.strerror}") from None
+            print(f"lock       none: {folder} lies where files can't be locked; start no second run in it")
         yield
 
 
@@ -136,14 +143,10 @@ def is_locked(folder: Path) -> bool:
     with contextlib.suppress(OSError):
         inode = str((folder / ".lock").stat().st_ino)
         return any(
-            line.split()[5].endswith(f":{inode}") for line in Path("/proc/locks").read_text().splitlines()
+            line.split()[5].endswith(f":{inode}")
+            for line in Path("/proc/locks").read_text(encoding="utf-8").splitlines()
         )
     return False
-
-
-def is_main_process() -> bool:
-    """True but for the further processes of a distributed launch."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 @contextlib.contextmanager
@@ -222,7 +225,7 @@ def utc(seconds: float) -> str:
 
 def wall_seconds() -> float:
     """Seconds since this script began: imports and loading count, since the machine is paid for them."""
-    return time.time() - STARTED
+    return time.monotonic() - BEGAN
 
 
 def environment(seed: int | None) -> dict:
@@ -236,7 +239,7 @@ def environment(seed: int | None) -> dict:
     here = str(Path(__file__).resolve().parent)
     command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
     seeds = {"run": seed, "bootstrap": 0}

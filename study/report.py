@@ -22,7 +22,7 @@ from pathlib import Path
 from study import cost, record, runs
 from study.cells import Table, usd_text
 from study.cli import UserError, run_script, underscored
-from study.collect import comparable, find_runs, read_whole
+from study.collect import Run, comparable, find_runs, read_whole
 from study.tables import all_tables
 
 
@@ -47,7 +47,8 @@ def result_block(content: dict) -> str:
         )
     lines.append(
         f"spent      {part['wall_seconds']:,.0f} s in all, {part['seconds']:,.0f} s at {speed}, peak "
-        f"{part['peak_memory_gib']:.2f} GiB, {usd_text(content['cost']['usd'])} on {content['cost']['gpu']}"
+        f"{part['peak_memory_gib']:.2f} GiB, {usd_text(content['cost']['usd'])} on "
+        f"{cost.shown(content['cost'])}"
     )
     return "\n".join(lines)
 
@@ -107,6 +108,13 @@ def write(
     )
 
 
+def several_prices(found: Sequence[Run], prices: list[dict]) -> list[str]:
+    """The cards in the records of which a price list says different prices, in words."""
+    contents = [content for run in found for content in (run.content, run.train) if content]
+    names = {content["cost"]["gpu"] for content in contents if "cost" in content}
+    return [line for name in sorted(names) if (line := cost.ambiguity(name, prices))]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -141,6 +149,8 @@ def main() -> None:
         return print(compare(args.compare))
     prices = cost.read_prices(args.prices) if args.prices else []
     found, problems = find_runs(args.folders or ([] if args.published else [Path("experiments")]))
+    for several in several_prices(found, prices):
+        print(f"--prices {args.prices}: {several}, so its price is unknown: leave one entry", file=sys.stderr)
     groups = comparable(found)
     tables = all_tables(groups, prices)
     if args.published:

@@ -196,8 +196,10 @@ def finished_training(folder: Path, args: argparse.Namespace) -> dict:
         if name in args.given
     ]
     check_same(config, args, given, folder, "leave them out, or name another --experiment_dir")
+    # A price that is given stands instead of the run's, whether by its figure or by the name of a card.
+    price = () if {"price_per_hour", "gpu_name"} & set(args.given) else ("price_per_hour", "gpu_name")
     for name, value in config.items():
-        if name in (*NAMED, *TRAINED, "test_file", "validation_file") and name not in args.given:
+        if name in (*NAMED, *TRAINED, "test_file", "validation_file", *price) and name not in args.given:
             setattr(args, name, value)
     return content
 

@@ -171,8 +171,8 @@ def training_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
         place = f"{task} ({why})" if why else task
         for model in models_of(tuned(group)):
             ours = [run for run in on_everything(group, model) if run.train]
-            for gpu in sorted({run.train["cost"]["gpu"] for run in ours}):
-                of = [run for run in ours if run.train["cost"]["gpu"] == gpu]
+            for gpu in sorted({cost.shown(run.train["cost"]) for run in ours}):
+                of = [run for run in ours if cost.shown(run.train["cost"]) == gpu]
                 done = [run for run in of if run.scored]
                 table.add(
                     *(model, place, trained_on(of), of[0].config["epochs"], len(of)),
@@ -197,7 +197,7 @@ def training_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
 
 
 def served_as(run: Run) -> tuple[str, str, str]:
-    return run.model, run.method, run.content["cost"]["gpu"]
+    return run.model, run.method, cost.shown(run.content["cost"])
 
 
 def inference_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:

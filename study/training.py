@@ -174,25 +174,25 @@ class Progress(TrainerCallback):
         self.saving = 0.1  # seconds that a checkpoint takes: a guess until one has been written
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.began = self.saved = time.time()
+        self.began = self.saved = time.monotonic()
         self.first = state.global_step
 
     def seconds(self) -> float:
-        return self.spent["seconds"] + time.time() - self.began
+        return self.spent["seconds"] + time.monotonic() - self.began
 
     def on_step_end(self, args, state, control, **kwargs):
         last = state.global_step == state.max_steps
         if state.global_step % max(1, state.max_steps // 10) == 0 or last:
             self.say(args, state)
-        due = time.time() - self.saved > 20 * self.saving and not last
+        due = time.monotonic() - self.saved > 20 * self.saving and not last
         if args.world_size > 1:  # saving takes all processes, so the first one's clock counts
             due = bool(broadcast(torch.tensor(due, device=args.device)))
         if due:
-            control.should_save, self.saved = True, time.time()
+            control.should_save, self.saved = True, time.monotonic()
 
     def speed(self, state) -> float:
         """Tokens per second since this process began to train."""
-        return sum(self.tokens[self.first : state.global_step]) / (time.time() - self.began)
+        return sum(self.tokens[self.first : state.global_step]) / (time.monotonic() - self.began)
 
     def loss(self, args, state) -> float:
         """The last step's. Raises UserError if it is not a number, as all later ones would be."""
@@ -221,9 +221,14 @@ class Progress(TrainerCallback):
             progress["plan"] = self.plan()
             folder = Path(args.output_dir)
             record.write_json(folder / f"checkpoint-{state.global_step}" / PROGRESS, progress)
-            for old in checkpoints_in(folder)[:-2]:  # the newest may be found damaged
-                shutil.rmtree(old)
-        self.saving, self.saved = time.time() - self.saved, time.time()
+            discard_older(folder)
+        self.saving, self.saved = time.monotonic() - self.saved, time.monotonic()
+
+
+def discard_older(folder: Path) -> None:
+    """Keep the two newest checkpoints, by their steps: a clock that was set back makes new files old."""
+    for old in checkpoints_in(folder)[:-2]:
+        shutil.rmtree(old)
 
 
 def check_finite(model, args) -> None:
@@ -276,6 +281,7 @@ def settings(folder: Path, report_to: str, **chosen) -> TrainingArguments:
         remove_unused_columns=False,
         label_names=[],
         save_strategy="no",  # Progress decides
+        save_total_limit=None,  # it goes by the files' times, and Progress by the steps
         logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False,
         disable_tqdm=not sys.stderr.isatty(),

@@ -99,7 +99,7 @@ BAD_ROWS = {
     ),
     "column missing further down": ([*ROWS, {"text": "t"}], 'row 7 has no column "label" but text'),
     "numbers": ([{"text": 1.5, "label": "a"}], 'row 1: column "text" holds a number'),
-    "class numbers": ([*ROWS, {"text": "t", "label": 3}], 'row 7: column "label" holds a number'),
+    "class numbers": ([*ROWS, {"text": "t", "label": 3.5}], 'row 7: column "label" holds a number'),
     "lists": ([{"text": ["t"], "label": "a"}], 'row 1: column "text" holds a list'),
     "objects": ([{"text": {"t": 1}, "label": "a"}], 'row 1: column "text" holds a dict'),
     "nulls": ([{"text": None, "label": "a"}] * 3, "has no usable row: 3 rows with empty text"),
@@ -112,6 +112,29 @@ def test_an_unusable_row_is_named_with_what_is_wrong(tmp_path, rows, message):
     path = write_rows(tmp_path / "t.jsonl", rows)
     line = refusal("llama2_classification.py", "--train_file", path, "--output_dir", tmp_path / "runs")
     assert re.search(rf"{re.escape(str(path))} {message}", line)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_name_of_a_card_is_refused_on_a_machine_without_one(tmp_path, files, script):
+    folder = tmp_path / "run"
+    if script in INFERENCE:
+        leave_record(folder, *files, "--gpu_name", "A10G", task=script.split("_")[1])
+        given = ()  # the training's counts
+    else:
+        given = ("--gpu_name", "A10G")
+    for more in ((), ("--dry_run",)):
+        line = refusal(script, *files, "--experiment_dir", folder, *given, *more)
+        assert re.search("--gpu_name A10G: no GPU is in sight here; .* by --price_per_hour", line)
+    assert len(list(tmp_path.rglob("*.json"))) == (not given)
+
+
+@pytest.mark.parametrize(("named", "lines"), [(2, 1), (4, 0)])
+def test_a_training_without_a_test_file_says_so_at_once(tmp_path, files, named, lines):
+    unreadable = incomplete_checkpoint(tmp_path / "checkpoint", "config.json")
+    flags = (*files[:named], "--pretrained_ckpt", unreadable, "--experiment_dir", tmp_path / "run")
+    done = run_script("llama2_classification.py", *flags)
+    assert done.stdout.count("test       none named: scoring will need --test_file\n") == lines
+    assert "has not a configuration" in error_line(done)
 
 
 @pytest.mark.parametrize("script", [*TRAINING, "llama2_baseline_inference.py"])

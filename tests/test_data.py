@@ -6,6 +6,7 @@ import gzip
 import io
 import itertools
 import json
+import unicodedata
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from conftest import write_rows
 
 from study import cli, data
 from study.cli import UserError
+from study.files import is_lfs_pointer
 
 ROWS = [
     {"text": 'It flew, "twice".', "label": "sci.space"},
@@ -168,12 +170,14 @@ def hub_rows(tmp_path, monkeypatch):
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     columns = {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["x", "y"])}
+    columns["id"] = datasets.Value("int64")
 
-    def read(labels: list[int | None]) -> list[tuple]:
-        pairs = {"text": [f"text {i}" for i in range(len(labels))], "label": labels}
+    def read(labels: list[int | None], **needed: str) -> list[tuple]:
+        pairs = {"text": [f"text {i}" for i in range(len(labels))], "label": labels, "id": [7] * len(labels)}
         table = datasets.Dataset.from_dict(pairs, features=datasets.Features(columns))
         table.to_parquet(tmp_path / "train.parquet")
-        return [(number, row["label"]) for number, row in data.read_hub(str(tmp_path), "train")]
+        rows = list(data.read_hub(str(tmp_path), "train", needed))
+        return rows if needed else [(number, row["label"]) for number, row in rows]
 
     return read
 
@@ -193,6 +197,276 @@ def test_a_row_of_the_hub_without_a_label_has_none(hub_rows, label):
     assert hub_rows([0, label]) == [(1, "x"), (2, None)]
 
 
+def test_columns_of_the_hub_that_are_not_needed_are_not_read(hub_rows):
+    rows = [(1, {"text": "text 0", "label": "x"}), (2, {"text": "text 1", "label": "y"})]
+    assert hub_rows([0, 1], text="text", label="label") == rows
+
+
+def test_a_column_that_a_hub_data_set_lacks_is_named(hub_rows):
+    with pytest.raises(UserError, match='has no column "body" but text, label, id: name it by --text_column'):
+        hub_rows([0, 1], **{"--text_column": "body"})
+
+
+# Columns
+
+
+def load_file(path: Path, content: str | bytes) -> data.Split:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return data.load(flags("--train_file", path), ["train"])["train"]
+
+
+TWICE = {
+    "t.csv": "text,label,label\nt,a,x\nu,b,x\n",
+    "t.jsonl": '{"text": "t", "label": "a"}\n{"text": "u", "label": "b", "label": "x"}\n',
+    "t.json": '[{"text": "t", "label": "a"}, {"label": "b", "text": "u", "label": "b"}]',
+    "pretty.json": '{\n"text": "t",\n"label": "a"}\n{\n"text": "u",\n"label": "b",\n"label": "x"\n}',
+}
+IN = {"t.csv": "has 2 columns", "t.jsonl": "line 2 has the key", "t.json": "row 2 has the key"}
+
+
+@pytest.mark.parametrize("name", TWICE)
+def test_a_needed_column_that_is_named_twice_is_refused_by_name(tmp_path, name):
+    with pytest.raises(UserError, match=rf"{IN.get(name, 'row 2 has the key')}.* \"label\"") as error:
+        load_file(tmp_path / name, TWICE[name])
+    assert f"--train_file {tmp_path / name}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("t.csv", "id,text,label,id\n1,t,a,2\n1,u,b,2\n"),
+        ("t.jsonl", '{"id": 1, "text": "t", "label": "a", "id": 2}\n{"text": "u", "label": "b"}\n'),
+        ("t.json", '[{"id": 1, "text": "t", "label": "a", "id": 2}, {"text": "u", "label": "b"}]'),
+    ],
+)
+def test_another_column_that_is_named_twice_does_not_matter(tmp_path, name, content):
+    assert load_file(tmp_path / name, content).examples == [("t", "a"), ("u", "b")]
+
+
+def test_a_key_twice_in_an_object_within_a_row_does_not_matter(tmp_path):
+    rows = [f'{{"text": "t", "label": "{label}", "more": {{"text": 1, "text": 2}}}}\n' for label in "ab"]
+    assert len(load_file(tmp_path / "t.jsonl", "".join(rows)).examples) == 2
+
+
+def parquet(columns: dict, path: Path) -> Path:
+    """Arrays by name; a name with a star behind it stands for the same name again."""
+    import pyarrow
+    import pyarrow.parquet
+
+    names = [name.rstrip("*") for name in columns]
+    pyarrow.parquet.write_table(pyarrow.table(list(columns.values()), names=names), path)
+    return path
+
+
+@pytest.fixture
+def odd() -> dict:
+    """Two columns of Arrow's that hold what Python can't, and one twice."""
+    import pyarrow
+
+    return {
+        "date": pyarrow.array([3_000_000, None], pyarrow.date32()),
+        "span": pyarrow.array([2**62, 1], pyarrow.duration("s")),
+        "again": ["x", "y"],
+        "again*": ["x", "y"],
+    }
+
+
+def test_columns_of_a_parquet_file_that_are_not_needed_are_not_read(tmp_path, odd):
+    path = parquet({**odd, "text": ["t", "u"], "label": ["a", "b"]}, tmp_path / "t.parquet")
+    assert data.load(flags("--train_file", path), ["train"])["train"].examples == [("t", "a"), ("u", "b")]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("date", r'column "date" holds date32\[day\], not text'),
+        ("span", r'column "span" holds duration\[s\], not text'),
+        ("again", r'has 2 columns named "again"'),
+        ("none", r'has no column "none" but date, span, again, again, label: name it by --text_column'),
+    ],
+)
+def test_a_needed_column_of_a_parquet_file_that_can_not_be_read_is_one_line(tmp_path, odd, column, message):
+    path = parquet({**odd, "label": ["a", "b"]}, tmp_path / "t.parquet")
+    with pytest.raises(UserError, match=rf"--train_file .*t\.parquet:? {message}") as error:
+        data.load(flags("--train_file", path, "--text_column", column), ["train"])
+    assert "\n" not in str(error.value)
+
+
+def test_a_parquet_file_may_hold_texts_as_dictionaries_and_classes_as_integers(tmp_path):
+    import pyarrow
+
+    texts = pyarrow.array(["t", "u", "t"]).dictionary_encode()
+    path = parquet({"text": texts, "label": [1, None, 3]}, tmp_path / "t.parquet")
+    split = data.load(flags("--train_file", path), ["train"])["train"]
+    assert (split.examples, split.numbers) == ([("t", "1"), ("t", "3")], [1, 3])
+
+
+# JSON of every form
+
+
+@pytest.mark.parametrize("indent", [None, 1, 4])
+@pytest.mark.parametrize("between", ["\n", "\n\n", " ", "", "\r\n", "\r"])
+def test_objects_one_behind_the_other_are_rows_however_they_are_spread(tmp_path, indent, between):
+    content = between.join(json.dumps(row, indent=indent, ensure_ascii=False) for row in ROWS)
+    split = load_file(tmp_path / "t.json", content)
+    assert split.examples == EXAMPLES
+    assert split.numbers == [1, 2, 3, 4] or (indent, between) == (None, "\n\n")  # the lines there
+
+
+@pytest.mark.parametrize("name", ["t.json", "t.jsonl"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"version": 1, "data": ROWS}, 'is one JSON object that holds rows, 4 under "data": save the rows'),
+        ({"a": {"b": ROWS}, "text": "t"}, 'holds rows, 4 under "a.b"'),
+        ({"train": ROWS, "test": ROWS[:1]}, 'holds rows, 4 under "train", 1 under "test"'),
+        ({"text": ["a", "b"], "label": ["x", "y"]}, 'row 1: column "text" holds a list'),
+        ({"body": "t"}, 'row 1 has no column "text" but body'),
+        (3, r"1 is not a JSON object such as"),
+        ([[1]], r"row 1 is not a JSON object such as"),
+    ],
+)
+@pytest.mark.parametrize("indent", [None, 1])
+def test_json_that_holds_no_rows_of_its_own_is_refused_for_what_it_is(
+    tmp_path, name, content, message, indent
+):
+    with pytest.raises(UserError, match=message) as error:
+        load_file(tmp_path / name, json.dumps(content, indent=indent))
+    assert "is not JSON" not in str(error.value)
+
+
+def test_a_row_may_hold_lists_of_objects_beside_its_columns(tmp_path):
+    row = {"text": "t", "label": "a", "spans": [{"from": 1}]}
+    assert load_file(tmp_path / "t.json", json.dumps([row, {**row, "label": "b"}])).numbers == [1, 2]
+    args = flags("--train_file", write_rows(tmp_path / "t.jsonl", [row]))
+    with pytest.raises(UserError, match="has one class only"):
+        data.load(args, ["train"])
+
+
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        ('{"text": "t", "label": "a"}\n{"text": "t", "label": }\n', 2),
+        ('{\n"text": "t",\n"label": "a"\n}\n{\n"text": "t"\n"label": "a"\n}', 7),
+        ('[\n{"text": "t", "label": "a"},\n{"text": "t" "label": "a"}\n]', 3),
+        ("{'text': 't'}", 1),
+    ],
+)
+def test_broken_json_is_named_with_its_line(tmp_path, content, line):
+    with pytest.raises(UserError, match=rf"t\.json line {line} is not JSON: "):
+        load_file(tmp_path / "t.json", content)
+
+
+def test_a_number_too_long_for_python_elsewhere_does_not_matter(tmp_path):
+    rows = [f'{{"text": "t", "label": "{label}", "id": {"9" * 5000}}}\n' for label in "ab"]
+    assert len(load_file(tmp_path / "t.jsonl", "".join(rows)).examples) == 2
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:%064d\nsize 3089528\n" % 7
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.json", "t.csv", "t.parquet", "t.jsonl.gz", "t.csv.gz"])
+def test_a_git_lfs_pointer_in_place_of_a_file_is_said_with_the_mend(tmp_path, name):
+    with pytest.raises(UserError, match=f"{name} is a Git LFS pointer, .*git lfs pull"):
+        load_file(tmp_path / name, POINTER)
+
+
+@pytest.mark.parametrize("head", [b"", b"version: 1", b"\x00" * 64, b'{"text": "version https://git-lfs"}'])
+def test_what_is_no_git_lfs_pointer_is_not_taken_for_one(head):
+    assert is_lfs_pointer(POINTER[:60])
+    assert not is_lfs_pointer(head)
+
+
+# Classes
+
+
+def labelled(folder: Path, *labels: object) -> data.Split:
+    rows = [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
+    return data.load(flags("--train_file", write_rows(folder / "t.jsonl", rows)), ["train"])["train"]
+
+
+def test_integers_are_names_of_classes(tmp_path):
+    split = labelled(tmp_path, 3, "3", 0, -1, None)
+    assert [label for _, label in split.examples] == ["3", "3", "0", "-1"]
+    assert split.dropped == {"empty label": 1}
+
+
+@pytest.mark.parametrize("label", [True, False, 1.0, 2.5, [1], {"a": 1}])
+def test_other_values_are_none(tmp_path, label):
+    with pytest.raises(UserError, match='row 2: column "label" holds a'):
+        labelled(tmp_path, 3, label)
+
+
+def test_an_integer_is_no_text_and_no_summary(tmp_path):
+    args = flags("--train_file", write_rows(tmp_path / "a.jsonl", [{"text": 3, "label": "a"}]))
+    with pytest.raises(UserError, match='row 1: column "text" holds a number'):
+        data.load(args, ["train"])
+    rows = [{"dialogue": "A: hi", "summary": 3}]
+    args = flags("--train_file", write_rows(tmp_path / "b.jsonl", rows), task="summarization")
+    with pytest.raises(UserError, match='row 1: column "summary" holds a number'):
+        data.load(args, ["train"])
+
+
+def test_the_unicode_forms_of_a_class_are_one_class(tmp_path):
+    composed, apart = "Caf\u00e9", "Cafe\u0301"
+    split = labelled(tmp_path, composed, apart, "Tee")
+    assert data.labels_of(split) == [composed, "Tee"]
+    assert split.describe()["sha256"] == labelled(tmp_path, composed, composed, "Tee").describe()["sha256"]
+
+
+UNSEEN = {
+    "zero-width space": ("a\u200b", "a", "U+200B"),
+    "zero-width joiner": ("a\u200db", "ab", "U+200D"),
+    "soft hyphen": ("co\u00adop", "coop", "U+00AD"),
+    "byte order mark": ("\ufeffa", "a", "U+FEFF"),
+    "no-break space": ("a\u00a0b", "a b", "U+00A0"),
+    "narrow no-break space": ("a\u202fb", "a\u00a0b", "U+202F"),
+    "ideographic space": ("a\u3000b", "a b", "U+3000"),
+    "tab": ("a\tb", "a b", "U+0009"),
+    "control": ("a\u0007", "a", "U+0007"),
+    "variation selector": ("\u2764\ufe0f", "\u2764", "U+FE0F"),
+    "right-to-left mark": ("\u200fa", "a", "U+200F"),
+    "tag": ("a\U000e0061", "a", "U+E0061"),
+    "Hangul filler": ("a\u3164", "a", "U+3164"),
+    "joiner in a composed letter": ("e\u034f\u0301", "\u00e9", "U+034F"),
+}
+
+
+@pytest.mark.parametrize(("one", "other", "point"), UNSEEN.values(), ids=UNSEEN)
+def test_classes_that_look_the_same_are_refused_by_code_point_and_row(tmp_path, one, other, point):
+    with pytest.raises(UserError) as error:
+        labelled(tmp_path, "x", one, other, one)
+    line = str(error.value)
+    assert "\n" not in line
+    assert f"<{point}>" in line
+    assert "(row 2, 4)" in line
+    assert "(row 3)" in line
+
+
+@pytest.mark.parametrize("label", [one for one, _, _ in UNSEEN.values()])
+def test_one_class_may_hold_what_can_not_be_seen(tmp_path, label):
+    assert label.strip() in data.labels_of(labelled(tmp_path, label, "x"))
+
+
+def test_a_class_that_shows_nothing_is_none(tmp_path):
+    split = labelled(tmp_path, "a", "\u200b", "\ufeff\u00ad", "b", "\u00a0")
+    assert (split.numbers, split.dropped) == ([1, 4], {"empty label": 3})
+
+
+def test_classes_that_can_be_told_apart_are_accepted(tmp_path):
+    labels = {"a b", "ab", "a-b", "A b", "\u0430 b", "a\u2011b", "a_b", "a\u0301 b", "\u00c5", "\uff41 b"}
+    assert set(data.labels_of(labelled(tmp_path, *labels))) == {
+        unicodedata.normalize("NFC", x) for x in labels
+    }
+
+
+def test_a_test_class_that_looks_like_one_of_train_is_spelled(tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", [{"text": "t", "label": label} for label in "ab"])
+    test = write_rows(tmp_path / "test.jsonl", [{"text": "t", "label": "a\u200b"}])
+    with pytest.raises(UserError, match=r'row 1: class "a<U\+200B>" does not occur .* "a" does, which looks'):
+        data.load(flags("--train_file", train, "--test_file", test), ["train", "test"])
+
+
 # Rows
 
 
@@ -201,13 +475,39 @@ def test_dropped_rows_are_counted_by_reason(tmp_path):
         {"text": "", "label": "x"},
         {"text": " \n", "label": "x"},
         {"text": "t", "label": None},
-        {"text": "t", "label": "None"},
     ]
     split = data.load(flags("--train_file", write_rows(tmp_path / "t.jsonl", bad + ROWS)), ["train"])["train"]
-    assert split.dropped == {"empty text": 2, "empty label": 1, 'class "None"': 1}
-    assert split.describe()["dropped"] == {"empty text": 2, "empty label": 1, 'class "None"': 1}
+    assert split.dropped == {"empty text": 2, "empty label": 1}
+    assert split.describe()["dropped"] == {"empty text": 2, "empty label": 1}
     assert split.examples == EXAMPLES
-    assert split.numbers == [5, 6, 7, 8]
+    assert split.numbers == [4, 5, 6, 7]
+
+
+def test_a_split_says_how_many_rows_its_source_has(tmp_path):
+    rows = [*ROWS, {"text": "", "label": "x"}, {"text": "t", "label": ""}]
+    split = data.load(flags("--train_file", write_rows(tmp_path / "t.jsonl", rows)), ["train"])["train"]
+    line = data.say_split("train", split, split.keep([0]))
+    assert line.split(maxsplit=1)[1].startswith("1 of 6 rows of ")
+    assert line.endswith(", 1 dropped: empty text, 1 dropped: empty label")
+
+
+STANCES = [{"text": f"text {i}", "label": ("Favor", "Against", "None")[i % 3]} for i in range(6)]
+
+
+@pytest.mark.parametrize("by", ["file", "folder", "other dataset"])
+def test_a_class_called_none_stays_in_a_users_data(tmp_path, monkeypatch, by):
+    write_rows(tmp_path / "train.jsonl", STANCES)
+    words = {"file": ("--train_file", tmp_path / "train.jsonl"), "folder": ("--dataset", tmp_path)}
+    monkeypatch.setattr(data, "read_hub", lambda name, split, columns: enumerate(STANCES, 1))
+    split = data.load(flags(*words.get(by, ("--dataset", "somebody/stances"))), ["train"])["train"]
+    assert (split.dropped, data.labels_of(split)) == ({}, ["Against", "Favor", "None"])
+
+
+def test_rows_of_the_default_data_set_without_a_class_are_dropped(monkeypatch):
+    monkeypatch.setattr(data, "read_hub", lambda name, split, columns: enumerate(STANCES, 1))
+    split = data.load(flags(), ["train"])["train"]
+    assert (split.dropped, data.labels_of(split)) == ({'class "None"': 2}, ["Against", "Favor"])
+    assert split.numbers == [1, 2, 4, 5]
 
 
 def test_a_summary_may_be_the_word_none(tmp_path):

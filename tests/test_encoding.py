@@ -11,7 +11,7 @@ from conftest import DEMO_MODEL
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 import prompts
-from study import data, encoding
+from study import cli, data, encoding
 from study.cli import UserError
 
 LABELS = ["rec.autos", "sci.space", "C++"]
@@ -291,9 +291,8 @@ def test_the_chat_template_is_the_tokenizers_own_and_adds_no_second_bos(tokenize
 
 def test_every_real_post_and_dialogue_gives_a_whole_sequence(llama, real_data):
     for task, name, longest in (("classification", "newsgroups", 20), ("summarization", "samsum", 100)):
-        columns = ("text", "label") if task == "classification" else ("dialogue", "summary")
         file = real_data / f"{name}_test.jsonl.gz"
-        split = data.clean(str(file), data.read_file(file, "--test_file"), columns, task)
+        split = data.load(cli.parse_args(task, "", ["--test_file", str(file)]), ["test"])["test"]
         settings = flags(task=task, max_seq_length=512, max_new_tokens=longest)
         examples, cut = encoding.encode_examples(llama, task, split.examples, settings)
         assert 0 < cut < len(examples) / 3

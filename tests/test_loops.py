@@ -64,7 +64,13 @@ def calls(folder: Path) -> list[list[str]]:
     return [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
 
 
-PRICED = ("--gpu_name", "card", "--price_per_hour", 36)
+PRICED = ("--price_per_hour", 36)
+FINISH = f'exec python {ROOT}/tests/leave_finished.py "$@"'
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
 
 
 FILE = {"sha256": "5", "source": "s", "rows": 1}
@@ -79,7 +85,8 @@ def leave_record(
     split, available = ("train", 1000) if part == "train" else ("test", 200)
     config = vars(cli.parse_args("summarization", "", [])) | {"epochs": 1, "given": []}
     config |= {name: other.pop(name) for name in config.keys() & other.keys() - {"task"}}
-    plain = {"task": "summarization", "method": "qlora", "model": config["pretrained_ckpt"], "gpu": "card"}
+    plain = {"task": "summarization", "method": "qlora", "model": config["pretrained_ckpt"]}
+    plain["gpu"] = plan.processor()
     about = plain | other
     spent = {name.partition(".")[2]: 0 for name in collect.NEEDED[part] if name.startswith(f"{part}.")}
     spent |= {
@@ -174,15 +181,15 @@ def test_baseline_inference_draws_few_shot_examples_by_every_seed_and_zero_shot_
 
 def test_every_cell_is_trained_and_scored_with_the_flags_as_they_were_written(tmp_path):
     words = [
-        "--gpu_name",
-        "my  own card",
+        "--validation_file",
+        "my  own file",
         "--report_to",
         "*",
         "--price-per-hour=2",
         "--dataset",
         "it's $HOME",
     ]
-    env = {**launcher(tmp_path, "exit 0"), **ONE_CELL, "RANKS": "4 8", "TASK": "classification"}
+    env = {**launcher(tmp_path, FINISH), **ONE_CELL, "RANKS": "4 8", "TASK": "classification"}
     done = loop("run_lora.sh", *words, cwd=tmp_path, **env)
     assert done.returncode == 0, done.stderr
     assert calls(tmp_path) == [
@@ -193,7 +200,7 @@ def test_every_cell_is_trained_and_scored_with_the_flags_as_they_were_written(tm
 
 
 def test_launch_may_be_a_command_with_arguments(tmp_path):
-    env = launcher(tmp_path, "exit 0")
+    env = launcher(tmp_path, "shift 3\n" + FINISH)
     env["LAUNCH"] += " launch --num_processes 2"
     done = loop("sample_ablate.sh", cwd=tmp_path, FRACTIONS="0.5", **env)
     assert done.returncode == 0, done.stderr
@@ -204,7 +211,7 @@ def test_launch_may_be_a_command_with_arguments(tmp_path):
 
 
 def test_a_baseline_cell_is_one_script_with_its_task_and_prompt(tmp_path):
-    env = {**launcher(tmp_path, "exit 0"), "MODELS": "a/b", "TASKS": "summarization"}
+    env = {**launcher(tmp_path, FINISH), "MODELS": "a/b", "TASKS": "summarization"}
     done = loop("baseline_inference.sh", "--shots", "3", cwd=tmp_path, **env)
     assert done.returncode == 0, done.stderr
     assert calls(tmp_path) == [
@@ -252,7 +259,7 @@ def finish_cell(folder: Path, rank: int, files: tuple) -> Path:
             "labels": ["a", "b"],
             "prompt_sha256": prompt_sha256("classification", "instruction"),
             "quantization": {},
-            "cost": {"usd": 0.5, "gpu": "CPU", "price_per_hour": 900.0},
+            "cost": {"usd": 0.5, "gpu": plan.processor(), "price_per_hour": 900.0},
         }
         steps = {"loss": 0.1, "steps": 1, "tokens": 9, "trainable_parameters": 9, "tokens_per_second": 9.0}
         trained["train"] = spent | steps | {"loss_history": [[1, 0.1]]}
@@ -296,15 +303,96 @@ def test_a_failed_cell_stops_no_other_and_is_named_at_the_end(tmp_path, files):
         (SCORE, "8"),
     ]
     table = done.stdout.partition("## LoRA ablation: classification")[2].partition("##")[0]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[4:6]]
-    assert [row[:2] for row in rows] == [["0.1", "2"], ["0.1", "8"]]
-    assert all("75.00" in row[2] for row in rows)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[4:7]]
+    assert [row[:2] for row in rows] == [["0.1", "2"], ["0.1", "4"], ["0.1", "8"]]
+    assert rows[1][2] == "failed"
+    assert all("75.00" in row[2] for row in rows[::2])
+
+
+def test_a_cell_that_failed_before_it_started_is_failed_in_the_table_and_leaves_no_trace_outside_loops(
+    tmp_path, files
+):
+    rows = [json.loads(line) for line in files[1].read_text().splitlines()]
+    write_rows(files[1], [{**row, "label": 1.5} for row in rows])
+    flags = (*files, "--output_dir", "runs")
+    done = loop("sample_ablate.sh", *flags, cwd=tmp_path, FRACTIONS="0.5", SEEDS="1 2")
+    assert done.returncode == 1
+    assert "error: 2 of 2 cells failed:" in done.stderr
+    [row] = [line for line in done.stdout.splitlines() if line.startswith("| 50 %")]
+    assert [cell.strip() for cell in row.split("|")[3:-1]] == ["failed"]
+    [path, _] = sorted(tmp_path.rglob("train.json"))
+    content = json.loads(path.read_text())
+    assert (content["status"], content["config"]["seed"]) == ("failed", 1)
+    assert "exit 1" in content["error"]["message"]
+    assert not content["config"]["dry_run"]
+
+
+def test_a_baseline_that_failed_before_it_started_is_failed_in_the_table(tmp_path):
+    env = {"MODELS": "a/b", "TASKS": "classification", **launcher(tmp_path, "exit 3")}
+    done = loop("baseline_inference.sh", "--output_dir", "runs", cwd=tmp_path, **env)
+    assert done.returncode == 1
+    lines = [
+        [cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines() if "shot" in line
+    ]
+    states = {line[2]: line[4] for line in lines if len(line) > 4 and line[2].endswith("-shot")}
+    assert states == {"zero-shot": "failed", "few-shot": "failed"}
+
+
+def test_a_scoring_that_failed_before_it_started_is_failed_in_the_table(tmp_path, files):
+    refuse = f"case $1 in *inference*) exit 1 ;; esac\n{FINISH}"
+    env = {**launcher(tmp_path, refuse), "FRACTIONS": "0.5"}
+    done = loop("sample_ablate.sh", *files, "--output_dir", "runs", cwd=tmp_path, **env)
+    assert done.returncode == 1
+    [row] = [line for line in done.stdout.splitlines() if line.startswith("| 50 %")]
+    assert [cell.strip() for cell in row.split("|")[3:-1]] == ["failed"]
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]], ids=["plain", "force"])
+def test_scripts_that_end_well_and_leave_no_finished_record_have_failed(tmp_path, force):
+    env = {**launcher(tmp_path, "exit 0"), **ONE_CELL, "TASK": "classification"}
+    done = loop("run_lora.sh", *force, "--output_dir", "runs", cwd=tmp_path, **env)
+    assert done.returncode == 1
+    title, failed = done.stderr.strip().splitlines()
+    assert title == "error: 1 of 1 cells failed:"
+    assert failed.startswith(f"  {SCORE} --lora_r 4")
+    assert failed.endswith("(exit 0, but no finished record)")
+    assert "failed" in done.stdout
+
+
+def test_a_cell_that_can_not_be_looked_up_is_failed_in_the_table_and_a_dry_run_leaves_nothing(tmp_path):
+    env = {**launcher(tmp_path, FINISH), **ONE_CELL, "TASK": "classification"}
+    flags = ("--gpu_name", "A10G", "--output_dir", "runs")
+    done = loop("run_lora.sh", *flags, "--dry_run", cwd=tmp_path, **env)
+    assert done.returncode == 1
+    assert not list(tmp_path.rglob("*.json"))
+    done = loop("run_lora.sh", *flags, cwd=tmp_path, **env)
+    assert done.returncode == 1
+    error, title, failed = done.stderr.splitlines()
+    assert error.startswith("error: --gpu_name A10G: no GPU")
+    assert (title, failed.endswith("(exit 1)")) == ("error: 1 of 1 cells failed:", True)
+    assert "| failed" in done.stdout
+    assert not (tmp_path / "calls").exists()
+
+
+def test_force_redoes_a_finished_cell_and_finds_it_finished_again(tmp_path):
+    env = {**launcher(tmp_path, FINISH), **ONE_CELL, "TASK": "classification"}
+    for flags in ([], ["--force"]):
+        done = loop("run_lora.sh", *flags, "--output_dir", "runs", cwd=tmp_path, **env)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert len(calls(tmp_path)) == 4
+
+
+def test_a_folder_that_the_terminal_can_not_spell_is_found(tmp_path):
+    env = {**launcher(tmp_path, FINISH), **ONE_CELL, "TASK": "classification", "PYTHONIOENCODING": "ascii"}
+    done = loop("run_lora.sh", "--output_dir", "läufe", cwd=tmp_path, **env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1.00 ? 1.00" in done.stdout
 
 
 def test_a_dry_run_says_which_cells_are_finished_and_runs_none(tmp_path, files):
     finish_cell(tmp_path / "runs", 4, files)
     env = {**launcher(tmp_path, "exit 1"), **ONE_CELL, "RANKS": "4 8", "TASK": "classification"}
-    flags = (*files, "--gpu_name", "CPU", "--price_per_hour", 900, "--output_dir", "runs", "--dry-run")
+    flags = (*files, "--price_per_hour", 900, "--output_dir", "runs", "--dry-run")
     done = loop("run_lora.sh", *flags, cwd=tmp_path, **env)
     lines = [line.split("  ") for line in done.stdout.splitlines() if "  runs/" in line]
     assert done.returncode == 0
@@ -398,13 +486,14 @@ def test_an_evaluation_takes_its_training_too_where_that_is_not_finished(tmp_pat
     assert estimate(tmp_path, "trained", "--epochs", 1)[0] == pytest.approx(23)
 
 
-def test_a_training_on_two_gpus_costs_twice_and_its_evaluation_once(tmp_path):
-    path = leave_record(tmp_path, "train", seconds=1, loading=7, gpu="A10G")
+def test_a_training_on_two_gpus_costs_twice_and_its_evaluation_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "this_gpu", lambda: "NVIDIA A10G")
+    path = leave_record(tmp_path, "train", seconds=1, loading=7, gpu="NVIDIA A10G")
     content = json.loads(path.read_text())
     content["train"]["batching"] = {"processes": 2}
     path.write_text(json.dumps(content))
-    leave_record(tmp_path, "eval", seconds=1, loading=3, gpu="A10G")
-    words = ("--gpu_name", "A10G", "--epochs", "1", "--output_dir", str(tmp_path))
+    leave_record(tmp_path, "eval", seconds=1, loading=3, gpu="NVIDIA A10G")
+    words = ("--gpu_name", "g5.2xlarge", "--epochs", "1", "--output_dir", str(tmp_path))
     seconds, usd = plan.estimate(cli.parse_args("summarization", "", words), tmp_path / "eval.json", False)
     assert seconds == pytest.approx(107 + 23)
     assert usd == pytest.approx((2 * 107 + 23) * 1.212 / 3600)
@@ -452,9 +541,44 @@ def test_a_damaged_record_does_not_keep_others_from_estimating(tmp_path, text):
     assert estimate(tmp_path, "not started", name="train.json")[0] > 0
 
 
+def test_a_speed_is_that_of_the_device_it_was_measured_on_whatever_its_price_is_called(tmp_path):
+    record_of = {"gpu": "A10G"}
+    path = leave_record(tmp_path, "train", seconds=1, loading=7, **record_of)
+    assert estimate(tmp_path, "not started", name="train.json") == (None, None)  # priced and measured alike
+    content = json.loads(path.read_text())
+    content["cost"]["device"] = plan.processor()
+    path.write_text(json.dumps(content))
+    assert estimate(tmp_path, "not started", name="train.json")[0] == pytest.approx(107)
+
+
+def test_a_device_with_several_prices_has_none_and_that_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "this_gpu", lambda: "NVIDIA A10G")
+    leave_record(tmp_path, "train", seconds=1, loading=7, gpu="NVIDIA A10G")
+    words = ["--output_dir", str(tmp_path), "--epochs", "1"]
+    for more, usd in (([], "?"), (["--gpu_name", "g5.4xlarge"], f"{107 * 1.624 / 3600:.6g}")):
+        args = cli.parse_args("summarization", "", [*words, *more])
+        plan.say_dry_run(tmp_path / "run" / "train.json", args)
+        *lines, last = capsys.readouterr().out.splitlines()
+        assert last == f"not started\t{tmp_path}/run\t107\t{usd}"
+        said = [line for line in lines if "$1.212 (g5.2xlarge) or $1.624 (g5.4xlarge)" in line]
+        assert len(said) == (not more)
+
+
+@pytest.mark.parametrize("visible", ["", "-1"])
+def test_the_name_of_a_card_is_refused_where_there_is_none(tmp_path, monkeypatch, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    args = cli.parse_args("summarization", "", ["--gpu_name", "A10G", "--price_per_hour", "1"])
+    with pytest.raises(cli.UserError, match=r"--gpu_name A10G: no GPU is in sight here; .*--price_per_hour"):
+        plan.say_dry_run(tmp_path / "train.json", args)
+    with pytest.raises(cli.UserError, match=r"--gpu_name A10G: no GPU"):
+        plan.check_gpu_name(args)
+    monkeypatch.setattr(plan, "this_gpu", lambda: "NVIDIA A10G")
+    plan.check_gpu_name(args)
+
+
 def test_an_unknown_price_leaves_the_seconds_and_no_dollars(tmp_path, capsys):
     leave_record(tmp_path, "train", seconds=1, loading=1)
-    words = ["--gpu_name", "card", "--output_dir", str(tmp_path), "--epochs", "1"]
+    words = ["--output_dir", str(tmp_path), "--epochs", "1"]
     plan.say_dry_run(tmp_path / "run" / "train.json", cli.parse_args("summarization", "", words))
     assert capsys.readouterr().out.splitlines()[-1] == f"not started\t{tmp_path}/run\t101\t?"
 
@@ -469,8 +593,8 @@ def leave_hour(folder: Path) -> None:
     leave_record(folder, "eval", seconds=1, loading=80)
 
 
-def within(folder: Path, *flags: object, body: str = "exit 0", script="run_lora.sh", **env: str):
-    flags = ("--output_dir", "runs", "--gpu_name", "card", *flags)
+def within(folder: Path, *flags: object, body: str = FINISH, script="run_lora.sh", **env: str):
+    flags = ("--output_dir", "runs", *flags)
     return loop(script, *flags, cwd=folder, **{**launcher(folder, body), **HOUR, **env})
 
 
@@ -489,22 +613,22 @@ def within(folder: Path, *flags: object, body: str = "exit 0", script="run_lora.
 )
 def test_a_loop_ends_before_the_cell_that_exceeds_its_budget_and_names_those_left(tmp_path, budget):
     leave_hour(tmp_path / "runs")
-    done = within(tmp_path, "--price_per_hour", "36", *budget, EPOCHS="1 2 1", SEEDS="1 2")
+    done = within(tmp_path, "--price_per_hour", "36", *budget, EPOCHS="1 2", RANKS="4 8")
     assert (done.returncode, done.stderr) == (0, "")
-    ran = [(call[0].rpartition("_")[2], call[4], call[8]) for call in calls(tmp_path)]
-    assert ran == [(script, "1", seed) for seed in "12" for script in ("summarization.py", "inference.py")]
+    ran = [(call[0].rpartition("_")[2], call[2], call[4]) for call in calls(tmp_path)]
+    assert ran == [(script, "4", "1") for script in ("summarization.py", "inference.py")]
     assert not [word for call in calls(tmp_path) for word in call if "budget" in word or "1.5" in word]
-    # The cells after the one that exceeds it are left, too, though they would fit.
-    title, *left = done.stdout.splitlines()[-5:]
-    assert title == "the budget ends here: 4 of 6 cells are left:"
-    names = [tuned(epochs=epochs, rank="4", seed=seed) for epochs, seed in itertools.product("21", "12")]
-    assert left == [f"  runs/{name}" for name in names]
+    # The cells after the one that exceeds it are left, too, though one of them would fit.
+    title, *left = done.stdout.splitlines()[-4:]
+    assert title == "the budget ends here: 3 of 4 cells are left:"
+    cells = (("4", "2"), ("8", "1"), ("8", "2"))
+    assert left == [f"  runs/{tuned(rank=rank, epochs=epochs)}" for rank, epochs in cells]
 
 
 def test_a_finished_cell_costs_no_budget(tmp_path, files):
     finish_cell(tmp_path / "runs", 4, files)
     env = {"RANKS": "2 4 8", "EPOCHS": "2", "TASK": "classification"}
-    flags = (*files, "--output_dir", tmp_path / "runs", "--gpu_name", "CPU", "--budget_hours", "0")
+    flags = (*files, "--output_dir", tmp_path / "runs", "--budget_hours", "0")
     done = within(tmp_path, *flags, **env)
     assert done.returncode == 0, done.stderr
     assert [(call[0], call[2]) for call in calls(tmp_path)] == [(TRAIN, "4"), (SCORE, "4")]
@@ -518,6 +642,11 @@ def test_what_a_loop_has_taken_counts(tmp_path, budget, spent, runs):
     done = within(tmp_path, "--price_per_hour=36", budget, EPOCHS="1", SECONDS=spent)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "calls").exists() == runs
+
+
+def test_what_a_loop_has_taken_is_not_told_by_the_clock_that_shows_the_time():
+    lines = (ROOT / "study" / "loop.sh").read_text("utf-8").splitlines()
+    assert [line for line in lines if "SECONDS" in line and "#" not in line] == ["spent_before=$SECONDS"]
 
 
 @pytest.mark.parametrize(
@@ -566,7 +695,7 @@ FEW += ["--epochs", "1"]
 @pytest.mark.parametrize(("hours", "full"), [("0.5", 0), ("1.5", 1)])
 def test_with_nothing_to_estimate_from_a_short_run_comes_first(tmp_path, hours, full):
     leave_hour(tmp_path / "speed")
-    body = "case $* in *max_eval_samples*) mkdir -p runs; cp -r speed runs ;; esac"
+    body = f"case $* in *max_eval_samples*) mkdir -p runs; cp -r speed runs ;; *) {FINISH} ;; esac"
     done = within(tmp_path, "--budget_hours", hours, body=body, EPOCHS="1")
     assert (done.returncode, done.stderr) == (0, "")
     short, long = calls(tmp_path)[:2], calls(tmp_path)[2:]

@@ -1,17 +1,22 @@
 """Scores equal those of established libraries, intervals and tests claim what is so, prices are never
 guessed."""
 
+import gzip
 import json
 import os
 import subprocess
 import sys
+import time
+import unicodedata
 
 import numpy as np
 import pytest
 import scipy.stats
+from conftest import DEMO_DATA
 from sklearn.metrics import accuracy_score, f1_score
 
-from study import cli, cost, metrics
+from study import cli, cost, data, metrics
+from study.words import words
 
 LABELS = ["a", "b", "c", "d"]
 PAIRS = [  # summary, reference
@@ -78,9 +83,16 @@ def test_an_answer_outside_the_label_set_is_wrong_and_listed_as_invalid():
     assert [row["correct"] for row in rows] == [True, False, False, True]
     assert [row["prediction"] for row in rows] == ["A.", "z", "", "b\na"]
     assert [(row["index"], row["reference"]) for row in rows] == list(enumerate(["a", "a", "b", "b"]))
+    assert [row["row"] for row in rows] == [1, 2, 3, 4]
     # Each class has 1 hit, 2 references, 1 answer; a class of invalid answers would lower the mean to 4/9.
     assert values(scores)["macro_f1"] == pytest.approx(200 / 3)
     assert values(scores)["invalid_answers"] == 50.0
+
+
+@pytest.mark.parametrize(("task", "labels"), [("classification", ["a", "b"]), ("summarization", [])])
+def test_a_prediction_names_the_row_of_its_example_in_the_source(task, labels):
+    _, rows = metrics.score(task, ["a", "b"], ["a", "a"], labels, numbers=[2, 7])
+    assert [(row["row"], row["index"]) for row in rows] == [(2, 1), (7, 6)]
 
 
 @pytest.mark.parametrize("answer", [None, "b"])
@@ -112,19 +124,114 @@ def test_rouge_compares_stems_and_sums_over_lines():
     assert score == pytest.approx({"rouge1": 100, "rouge2": 0, "rougeL": 50, "rougeLsum": 100})
 
 
-def test_rouge_equals_rouge_score_itself():
+IN_ASCII = [pair for pair in PAIRS if "".join(pair).isascii()]
+
+
+def test_rouge_of_ascii_equals_rouge_score_itself():
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], use_stemmer=True)
-    summaries, references = zip(*PAIRS, strict=True)
+    summaries, references = zip(*IN_ASCII, strict=True)
     expected = [
         {name: 100 * score.fmeasure for name, score in scorer.score(target=theirs, prediction=ours).items()}
-        for ours, theirs in PAIRS
+        for ours, theirs in IN_ASCII
     ]
     got = metrics.rouge_scores(summaries, references)
+    assert len(got) > 5
     assert got == expected
     means = {name: np.mean([row[name] for row in expected]) for name in expected[0]}
     assert values(of_summaries(got)) == pytest.approx(means)
+
+
+def default_words(text: str) -> list[str]:
+    from rouge_score.tokenizers import DefaultTokenizer
+
+    return DefaultTokenizer(use_stemmer=True).tokenize(text)
+
+
+def test_words_of_ascii_are_those_of_rouge_score():
+    generator = np.random.default_rng(0)
+    made_up = ["".join(map(chr, generator.integers(0, 128, 400))) for _ in range(200)]
+    lines = [line for path in DEMO_DATA.glob("*.jsonl") for line in path.read_text("utf-8").splitlines()]
+    texts = made_up + [text for line in lines for text in json.loads(line).values() if text.isascii()]
+    assert len(texts) > 2000
+    assert [words(text) for text in texts] == [default_words(text) for text in texts]
+
+
+def test_words_of_real_summaries_are_those_of_rouge_score_but_for_letters_that_are_not_ascii(real_data):
+    with gzip.open(real_data / "samsum_train.jsonl.gz", "rt", encoding="utf-8") as file:
+        summaries = [json.loads(line)["summary"] for line in file]
+    letters = "".join(set("".join(summaries)))
+    others = {mark for mark in letters if not mark.isascii() and words(mark)}
+    plain = [summary for summary in summaries if not others & set(summary)]
+    assert len(plain) > 14_000
+    assert [words(summary) for summary in plain] == [default_words(summary) for summary in plain]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("Müller und Möller", ["müller", "und", "möller"]),
+        ("Mu\u0308ller", ["müller"]),
+        ("Анна опоздает.", ["анна", "опоздает"]),
+        ("Η Άννα θα αργήσει", ["η", "άννα", "θα", "αργήσει"]),
+        ("آنا دیر می\u200cرسد", ["آنا", "دیر", "می" + "رسد"]),
+        ("आना देर से आएगी।", ["आना", "देर", "से", "आएगी"]),
+        ("안나는 늦는다", ["안나는", "늦는다"]),
+        ("安娜会迟到。", list("安娜会迟到")),
+        ("アンナは遅れる", list("アンナは遅れる")),
+        ("ฉันรัก", ["ฉั", "น", "รั", "ก"]),
+        ("ខ្ញុំ", ["ខ្", "ញុំ"]),
+        ("iPhone手机15台", ["iphon", "手", "机", "15", "台"]),
+        ("don’t — 5€, it’s “running”", ["don", "t", "5", "it", "s", "run"]),
+        ("snake_case co\u00adoperate a\u200bb", ["snake", "case", "cooper", "a", "b"]),
+        ("cafés running", ["café", "run"]),
+        ("1️⃣ ❤️ 👍🏽 … ！", ["1"]),
+        ("", []),
+    ],
+)
+def test_words_are_found_in_every_script(text, expected):
+    assert words(text) == expected
+
+
+@pytest.mark.parametrize("text", ["安娜会迟到。", "Анна опоздает", "อันนาจะมาสาย", "アンナは遅れる", "Müller"])
+def test_a_perfect_summary_scores_100_in_every_script_and_another_name_does_not(text):
+    perfect, other = metrics.rouge_scores([unicodedata.normalize("NFD", text), "Möller"], [text, text])
+    assert perfect["rouge1"] == perfect["rougeLsum"] == 100
+    assert other["rouge1"] == 0
+
+
+def test_a_test_set_of_summaries_is_scored_in_seconds():
+    generator = np.random.default_rng(0)
+    lexicon = ["".join(map(chr, generator.integers(97, 123, 6))) for _ in range(2000)]
+    texts = [" ".join(generator.choice(lexicon, 20)) for _ in range(1400)]
+    began = time.process_time()
+    metrics.rouge_scores(texts[1:], texts[:-1])
+    assert time.process_time() - began < 5  # a tenth of 14,000 summaries
+
+
+@pytest.mark.parametrize("summary", ["👍", "...", "\u200b", "❤️ !"])
+def test_a_reference_without_a_word_is_refused_before_anything_is_generated(summary):
+    split = data.Split("t.jsonl", [("A: hi", "fine"), ("A: hi", summary)], [1, 3])
+    args = cli.parse_args("summarization", "", [])
+    with pytest.raises(cli.UserError, match=r"t\.jsonl row 3: its summary .* holds no word") as error:
+        data.sample_eval(split, args)
+    assert "\n" not in str(error.value)
+    assert data.sample_eval(split, cli.parse_args("classification", "", [])).numbers == [1, 3]
+
+
+def test_the_version_of_a_metric_is_that_of_its_task():
+    from study.generation import Answers, describe
+
+    answers = Answers(["x"], 1, 1, 1.0, 0.0, "")
+    versions = {
+        task: describe(answers, metrics.score(task, ["x"], ["x"], labels)[0], "free")["metrics_version"]
+        for task, labels in (("classification", ["x", "y"]), ("summarization", []))
+    }
+    assert {task: text.partition(",")[0] for task, text in versions.items()} == {
+        "classification": "1",
+        "summarization": "2",
+    }
 
 
 def test_rouge_equals_the_evaluate_library():
@@ -137,14 +244,14 @@ def test_rouge_equals_the_evaluate_library():
         options = dict(use_stemmer=True, use_aggregator=False)
         print(json.dumps(rouge.compute(predictions=summaries, references=references, **options)))
     """
-    command = [sys.executable, "-c", code, json.dumps(PAIRS)]
+    command = [sys.executable, "-c", code, json.dumps(IN_ASCII)]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1"}
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     if "Couldn't find" in done.stderr or "OfflineMode" in done.stderr:
         pytest.skip("the evaluate library's rouge is not cached, and EVALUATE_ROUGE names no copy of it")
     assert done.returncode == 0, done.stderr
     theirs = json.loads(done.stdout.splitlines()[-1])
-    got = metrics.rouge_scores(*zip(*PAIRS, strict=True))
+    got = metrics.rouge_scores(*zip(*IN_ASCII, strict=True))
     means = values(of_summaries(got))
     assert theirs.keys() == means.keys() == {"rouge1", "rouge2", "rougeL", "rougeLsum"}
     for name, scores in theirs.items():
@@ -303,7 +410,7 @@ def test_rouge_is_compared_by_its_mean_over_the_same_examples():
 @pytest.mark.parametrize(
     ("gpu", "per_hour"),
     [
-        ("NVIDIA A10G", 1.212),
+        ("NVIDIA A10G", None),  # two instances have one, at different prices
         ("g5.2xlarge", 1.212),
         ("AWS G5.4xlarge", 1.624),
         ("NVIDIA A100-SXM4-40GB", 3.81),
@@ -322,18 +429,68 @@ def test_a_device_has_a_price_with_source_and_date_or_none(gpu, per_hour):
     assert (price["price_source"] is None, price["price_date"] is None) == (per_hour is None,) * 2
 
 
-def test_a_run_costs_its_seconds_at_the_price_of_flag_or_device():
-    def of_run(*words: str, gpus: int = 1) -> dict:
-        return cost.of_run(cli.parse_args("classification", "", words), "CPU", 1800, gpus)
+def of_run(*words: str, device: str = "NVIDIA A10G", gpus: int = 1) -> dict:
+    return cost.of_run(cli.parse_args("classification", "", words), device, 1800, gpus)
 
-    assert of_run()["usd"] is None
+
+def test_a_run_costs_its_seconds_at_the_price_of_flag_or_device():
+    assert of_run(device="CPU")["usd"] is None
     assert of_run("--price_per_hour", "3")["usd"] == 1.5
     assert of_run("--price_per_hour", "3")["price_source"] == "--price_per_hour"
-    assert of_run("--gpu_name", "A10G")["usd"] == pytest.approx(0.606)
-    assert of_run("--gpu_name", "g5.4xlarge")["usd"] == pytest.approx(0.812)
+    assert of_run("--gpu_name", "g5.2xlarge")["usd"] == pytest.approx(0.606)
+    assert of_run("--gpu_name", "G5.4XLARGE")["usd"] == pytest.approx(0.812)
+    assert of_run(device="NVIDIA A100-SXM4-40GB")["usd"] == pytest.approx(1.905)
     assert of_run("--gpu_name", "A10G", "--price_per_hour", "3")["usd"] == 1.5
-    assert of_run("--gpu_name", "my card")["gpu"] == "my card"
-    assert of_run("--gpu_name", "A10G", gpus=2)["usd"] == pytest.approx(1.212)
+    assert of_run("--gpu_name", "g5.2xlarge", gpus=2)["usd"] == pytest.approx(1.212)
     assert of_run("--price_per_hour", "3", gpus=2)["usd"] == 1.5  # of the whole machine
-    listed = [{"gpu": "A10G", "instance": "x", "usd_per_hour": 5, "source": "x", "date": "x"}]
-    assert cost.repriced({"gpu": "A10G", "price_per_hour": 1}, listed, 2) == 10
+
+
+def test_the_device_that_was_measured_stands_beside_what_it_is_priced_as():
+    for flags, shown in (([], "NVIDIA A10G"), (["--gpu_name", "mine"], "NVIDIA A10G, priced as mine")):
+        spent = of_run(*flags, "--price_per_hour", "3")
+        assert (spent["device"], spent["gpu"]) == ("NVIDIA A10G", flags[-1] if flags else "NVIDIA A10G")
+        assert cost.shown(spent) == shown
+    assert cost.shown({"gpu": "CPU"}) == cost.device_of({"gpu": "CPU"}) == "CPU"  # an older record
+
+
+SEVERAL = "price      unknown: NVIDIA A10G costs $1.212 (g5.2xlarge) or $1.624 (g5.4xlarge) an hour"
+
+
+def test_of_several_prices_none_is_taken_and_the_choice_is_said(capsys):
+    spent = of_run()
+    assert (spent["price_per_hour"], spent["usd"], spent["price_source"]) == (None, None, None)
+    [line] = capsys.readouterr().out.splitlines()
+    assert line == f"{SEVERAL}; choose by --gpu_name INSTANCE or --price_per_hour"
+    for flags in (["--gpu_name", "g5.2xlarge"], ["--price_per_hour", "1"]):
+        assert of_run(*flags)["usd"]
+        assert capsys.readouterr().out == ""
+
+
+def entries(*of: tuple) -> list[dict]:
+    """A price list of (gpu, instance, price)."""
+    return [
+        {"gpu": gpu, "instance": instance, "usd_per_hour": usd, "source": "x", "date": "x"}
+        for gpu, instance, usd in of
+    ]
+
+
+@pytest.mark.parametrize(
+    ("prices", "per_hour"),
+    [
+        ([("A10G", "x", 5)], 10),
+        ([("A10G", "x", 5), ("A10G", "y", 5)], 10),
+        ([("A10G", "x", 5), ("A10G", "y", 6)], None),
+        ([("A10G", "x", 6), ("NVIDIA A10G", "y", 5)], 10),  # the second is its very name
+        ([("L4", "x", 5)], 1),  # as recorded
+        ([], 1),
+    ],
+)
+def test_a_record_is_priced_anew_where_one_price_is_listed(prices, per_hour):
+    assert cost.repriced({"gpu": "NVIDIA A10G", "price_per_hour": 1}, entries(*prices), 2) == per_hour
+
+
+def test_an_instance_can_be_chosen_though_another_s_name_holds_its_name():
+    prices = entries(("A10G", "g5.2xlarge", 2), ("A10G", "g5.2xlarge spot", 1))
+    assert cost.price("g5.2xlarge spot", prices=prices)["price_per_hour"] == 1
+    assert cost.price("g5.2xlarge", prices=prices)["price_per_hour"] == 2
+    assert cost.price("a g5.2xlarge spot", prices=prices)["price_per_hour"] is None

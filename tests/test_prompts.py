@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+import unicodedata
 
 import pytest
 from conftest import ROOT
@@ -225,6 +226,17 @@ def test_a_looser_reading_counts_only_where_it_fits_one_class(answer, labels, la
 def test_every_class_reads_back_as_itself():
     labels = ["C", "c", "C++", "c++", "...", "a b", "Ä", "`x`", "### Class:"]
     assert [parse_label(label, labels) for label in labels] == labels
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+@pytest.mark.parametrize("of_class", ["NFC", "NFD"])
+@pytest.mark.parametrize("change", [str, str.upper, lambda name: f"**{name}**."])
+def test_a_class_is_named_in_any_form_of_unicode(form, of_class, change):
+    labels = [
+        unicodedata.normalize(of_class, name) for name in ("Caf\u00e9 \u1e9b\u0323", "Tee", "\ud55c\uad6d")
+    ]
+    answers = [unicodedata.normalize(form, change(label)) for label in labels]
+    assert [parse_label(answer, labels) for answer in answers] == labels
 
 
 @pytest.mark.parametrize(

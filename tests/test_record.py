@@ -1,14 +1,18 @@
 """Run names, records and what they survive: full disks, kills, failures, other settings."""
 
 import contextlib
+import errno
+import fcntl
 import json
 import math
+import os
 import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 
@@ -440,9 +444,69 @@ def test_a_finished_run_stays_finished_while_it_is_redone(tmp_path):
 
 def test_further_processes_of_a_launch_leave_record_and_lock_to_the_first(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     with record.locked(tmp_path / "run"), record.recording(tmp_path / "t.json", flags(), "qlora", ()):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("world", [None, "", "0", "1"])
+def test_a_rank_without_other_processes_is_none(monkeypatch, capsys, world):
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if world is not None:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    assert record.is_main_process()
+    cli.run_script(lambda: print("it runs"))
+    assert capsys.readouterr().out == "it runs\n"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_said_and_the_run_goes_on(tmp_path, monkeypatch, capsys, number):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with record.locked(tmp_path / "run"):
+        [line] = capsys.readouterr().out.splitlines()
+    assert f"{tmp_path}/run lies where files can't be locked; start no second run in it" in line
+
+
+def test_a_lock_that_fails_otherwise_is_one_line(tmp_path, monkeypatch):
+    def flock(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(UserError, match="can't be locked: Input/output error"), record.locked(tmp_path):
+        pass
+
+
+# Clocks
+
+
+@pytest.fixture(params=[-3600, -(10.0**9), 10.0**9], ids=["an hour back", "to 1995", "far forward"])
+def jump(request, monkeypatch):
+    """The wall clock, set otherwise from now on."""
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + request.param)
+
+
+def test_a_clock_that_is_set_otherwise_leaves_good_times(tmp_path, jump):
+    assert 0 <= record.wall_seconds() < 10_000
+    content = make_record(tmp_path / "train.json", train={**MEASURED, "wall_seconds": record.wall_seconds()})
+    assert find(tmp_path / "train.json") == content
+
+
+def test_no_duration_comes_from_the_wall_clock():
+    calls = [
+        (path.name, line.strip())
+        for path in sorted((ROOT / "study").glob("*.py"))
+        for line in path.read_text("utf-8").splitlines()
+        if re.search(r"\btime\.time\b|from time import|datetime\.now", line)
+    ]
+    stamps = ["STARTED = time.time()", 'content["finished"] = utc(time.time())']
+    assert [(name, line.partition("  #")[0]) for name, line in calls] == [("record.py", s) for s in stamps]
+    assert (ROOT / "study" / "record.py").read_text("utf-8").count("STARTED") == 2  # set, and the stamp
 
 
 def test_a_lock_is_held_by_one_and_free_again_when_that_one_fails(tmp_path):
@@ -562,6 +626,21 @@ def test_inference_takes_over_the_settings_of_the_training(tmp_path, trained):
     assert (args.train_file, args.lora_r, args.max_seq_length) == ("a.jsonl", 2, 99)
     assert (args.test_file, args.pretrained_ckpt) == ("c.jsonl", "moved/small")
     assert args.experiment_dir == str(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("words", "price"),
+    [
+        ("", (2.5, "A10G")),
+        ("--price_per_hour 3", (3.0, None)),
+        ("--gpu_name H100", (None, "H100")),
+    ],
+)
+def test_inference_takes_over_the_price_of_the_training_unless_one_is_given(tmp_path, words, price):
+    make_record(tmp_path / "train.json", "--price_per_hour", 2.5, "--gpu_name", "A10G")
+    args = flags("--experiment_dir", tmp_path, *words.split())
+    runs.finished_training(tmp_path, args)
+    assert (args.price_per_hour, args.gpu_name) == price
 
 
 @pytest.mark.parametrize(

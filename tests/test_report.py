@@ -77,7 +77,8 @@ def baseline(root: Path, value: float, words: str = "", task: str = "classificat
 
 def report(*words: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "study.report", *map(str, words)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    options = {"capture_output": True, "text": True, "errors": "replace"}
+    return subprocess.run(command, cwd=ROOT, check=False, **options)
 
 
 def printed(text: str) -> dict[str, list[list[str]]]:
@@ -385,6 +386,27 @@ def test_each_gpu_has_rows_of_its_own(tmp_path):
     assert found[TABLE_1][-1][2].endswith("(2)")
 
 
+def test_a_list_with_several_prices_for_a_card_leaves_it_unknown_and_says_so(study, tmp_path):
+    several = f"[{PRICE[1:-1]}, {PRICE[1:-1].replace('none', 'other').replace('7.2', '9')}]"
+    done = with_prices(study, tmp_path / "prices.json", several)
+    assert done.returncode == 0
+    [line] = done.stderr.splitlines()
+    assert line.endswith(
+        f"{GPU} costs $7.2 (none) or $9 (other) an hour, so its price is unknown: leave one entry"
+    )
+    found = printed(done.stdout)
+    assert found[TRAINING][1][-3:] == found[SERVING][1][-3:] == ["unknown"] * 3
+
+
+def test_a_device_that_is_priced_as_another_says_so_beside_its_speed(tmp_path):
+    measured = COST | {"device": "CPU, 2 cores"}
+    tuned(tmp_path, 70, cost=measured)
+    content = json.loads((tmp_path / "train.json").read_text())
+    record.write_json(tmp_path / "train.json", content | {"cost": measured})
+    found = printed(report(tmp_path).stdout)
+    assert found[TRAINING][1][11] == found[SERVING][1][8] == f"CPU, 2 cores, priced as {GPU}"
+
+
 def test_an_unknown_price_is_unknown_and_not_zero(tmp_path):
     tuned(tmp_path / "one", 70, cost=COST | {"price_per_hour": None})
     tuned(tmp_path / "two", 70, "--seed 1")
@@ -484,6 +506,13 @@ def test_a_paired_test_has_the_numbers_worked_out_by_hand(tmp_path):
     assert "A alone is right 5 times, B alone 0 times, p = 0.062." in done.stdout  # 2 * 0.5^5
 
 
+def test_a_paired_test_pairs_rows_of_the_same_example_in_whatever_order_a_file_has_them(tmp_path):
+    one, two = predict(tmp_path / "one", "11110000"), predict(tmp_path / "two", "11110000")
+    rows = [json.loads(line) for line in (two / "predictions.jsonl").read_text("utf-8").splitlines() if line]
+    write_rows(two / "predictions.jsonl", [{**row, "index": 2 * row["index"] + 5} for row in rows[::-1]])
+    assert "A alone is right 0 times, B alone 0 times" in compare([one, two])
+
+
 def test_a_run_does_not_differ_from_itself(tmp_path):
     text = compare([predict(tmp_path / "one", "1101")] * 2)
     rows = [re.split(r" +\| *", line)[3:6] for line in text.splitlines() if re.match(r"\| [ami]", line)]
@@ -548,8 +577,19 @@ ODD = {
     "train": {"train.seconds": "360", "train.wall_seconds": -1, "train.examples": "480"},
     "eval": {
         **{"eval": "x", "eval.seconds": -1, "eval.metrics.accuracy.value": "70", "config.lora_r": "8"},
-        **{"cost.price_per_hour": "3", "task": "translation", "training": "2023-01-01T00:00:00.000+00:00"},
-        **{"status": ["finished"], "config": ["a"], "data.test": [], "eval.metrics.accuracy": [60, 58, 62]},
+        **{
+            "cost.price_per_hour": "3",
+            "cost.device": 1,
+            "task": "translation",
+            "training": "2023-01-01T00:00:00.000+00:00",
+        },
+        **{
+            "cost.device": 1,
+            "status": ["finished"],
+            "config": ["a"],
+            "data.test": [],
+            "eval.metrics.accuracy": [60, 58, 62],
+        },
     },
 }
 KEYS = [(part, key, None) for part, keys in LACKING.items() for key in keys.split()]
@@ -675,6 +715,17 @@ def test_the_same_records_give_the_same_files(study, written, tmp_path):
     assert report(study, "--published", "--output_dir", tmp_path).returncode == 0
     names = [path.name for path in written.iterdir() if path.suffix in {".svg", ".csv"}]
     assert [name for name in names if (written / name).read_bytes() != (tmp_path / name).read_bytes()] == []
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
+def test_a_terminal_that_is_not_utf_8_shows_what_it_can(study, tmp_path, monkeypatch, encoding):
+    monkeypatch.setenv("PYTHONIOENCODING", encoding)
+    monkeypatch.setenv("PYTHONUTF8", "0")
+    done = report(study, tmp_path / "—", "--output_dir", tmp_path / "out")
+    assert done.returncode == 1
+    assert "? holds no records" in error_line(done)
+    assert "70.00" in done.stdout
+    assert "—" in (tmp_path / "out" / "report.md").read_text("utf-8")
 
 
 def test_an_output_folder_that_is_a_file_is_refused_in_one_line(study, tmp_path):

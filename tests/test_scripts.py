@@ -87,6 +87,17 @@ def test_a_finished_evaluation_is_found_and_another_setting_stands_beside_it(tun
     [other] = {path.name for path in folder.glob("eval-*.json")}
     content, rows = read_eval(folder, other)
     assert content["eval"]["examples"] == len(rows) == 8
+    check_rows(rows, task)
+
+
+def check_rows(rows: list[dict], task: str) -> None:
+    """Each prediction of a part of the demo's test set names its row there."""
+    lines = (DEMO_DATA / f"{FILES[task]}_test.jsonl").read_text("utf-8").splitlines()
+    answers = [json.loads(line)["label" if task == "classification" else "summary"] for line in lines]
+    assert [row["reference"] for row in rows] == [answers[row["index"]] for row in rows]
+    assert (
+        [row["index"] for row in rows] == sorted({row["row"] - 1 for row in rows}) != list(range(len(rows)))
+    )
 
 
 def test_an_adapter_that_is_not_the_trained_one_is_refused(tuned, tmp_path):
@@ -167,6 +178,7 @@ def test_few_shot_scores_the_untuned_model_where_the_design_says(tmp_path, task)
     assert content["method"] == "few-shot"
     assert content["few_shot"]["examples"] == (10 if task == "classification" else 2)
     assert len(rows) == 6
+    check_rows(rows, task)
 
 
 def test_the_demos_test_examples_do_not_occur_in_training_nor_its_classes_go_below_eight():

@@ -350,6 +350,19 @@ def test_a_checkpoint_of_another_prompt_is_refused(tmp_path):
         training.resume(tmp_path, run | {"prompt_sha256": "b"}, args)
 
 
+def test_the_newest_checkpoints_are_kept_though_the_clock_was_set_back(tmp_path):
+    from study import training
+
+    for step, written in ((8, 4000), (9, 5000), (10, 1000), (11, 2000)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        os.utime(tmp_path / f"checkpoint-{step}", (written, written))
+    (tmp_path / "checkpoint-8.bak").mkdir()
+    training.discard_older(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {"checkpoint-10", "checkpoint-11", "checkpoint-8.bak"}
+    assert training.settings(tmp_path, "none").save_total_limit is None
+
+
 def test_a_loss_that_is_no_number_ends_the_run_and_names_the_learning_rate(tmp_path):
     flags = ("--epochs", "4", "--max_train_samples", "64", "--learning_rate", "1e30")
     done = run_script(SCRIPT, *DATA, *flags, "--experiment_dir", tmp_path)

@@ -1,0 +1,245 @@
+"""A local file or a hub data set -> rows, of which only the needed columns are held to anything.
+
+`columns` here names the needed ones, {flag: column}: {"--text_column": "text", "--label_column": "label"}.
+"""
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from study.cli import UserError
+
+FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+SPACE = re.compile(r"[ \t\n\r]*")  # between JSON values
+Columns = dict[str, str]
+Row = tuple[int, dict]  # number in its file (line or row, from 1), columns
+
+
+class NoSource(UserError):
+    """The flags name no source for a split."""
+
+
+class Repeating(dict):
+    """A JSON object in which the keys `twice` occur more than once; as in any JSON reader the last counts."""
+
+    twice: Sequence[str] = ()
+
+
+def bare_suffix(path: Path) -> str:
+    return Path(path.name.removesuffix(".gz")).suffix
+
+
+def is_lfs_pointer(head: bytes) -> bool:
+    """Whether a file that begins with `head` is a pointer that Git LFS left in its place
+    (github.com/git-lfs/git-lfs, docs/spec.md)."""
+    return head.startswith(b"version https://git-lfs.github.com/spec/")
+
+
+def read_file(path: Path, flag: str, columns: Columns) -> Iterator[Row]:
+    """The rows of one local file. Raises UserError, naming the line where there is one."""
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: there is no such file")
+    suffix, where = bare_suffix(path), f"{flag} {path}"
+    if suffix not in FORMATS:
+        raise UserError(f"{where}: the name must end in {', '.join(FORMATS)}, or one of these with .gz")
+    content = read_content(path, where)
+    if suffix == ".parquet":
+        return read_parquet(content, where, columns)
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{where} line {line} is not UTF-8 text: save it as UTF-8") from None
+    return (read_csv if suffix == ".csv" else read_json)(text, where, columns)
+
+
+def read_content(path: Path, where: str) -> bytes:
+    """What a file holds, unpacked."""
+    try:
+        content = path.read_bytes()
+        if is_lfs_pointer(content):
+            raise UserError(f"{where} is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{where} is damaged or half-written ({error}): fetch or write it again") from None
+    except OSError as error:
+        raise UserError(f"{where} can't be read: {error.strerror}") from None
+
+
+def check_columns(names: Sequence[str], columns: Columns, where: str) -> None:
+    """Raise UserError unless each needed column is among `names`, and once."""
+    counts = Counter(names)
+    for column in columns.values():
+        if column not in counts:
+            raise no_column(column, names, columns, where)
+        if counts[column] > 1:
+            raise UserError(f'{where} has {counts[column]} columns named "{column}": leave one of them')
+
+
+def no_column(column: str, names: Iterable, columns: Columns, where: str) -> UserError:
+    have = ", ".join(map(str, names)) or "none"
+    return UserError(f'{where} has no column "{column}" but {have:.300}: name it by {", ".join(columns)}')
+
+
+def read_json(text: str, where: str, columns: Columns) -> Iterator[Row]:
+    """The rows of JSON lines, of an array, or of objects one behind the other, over whatever lines."""
+    kind, values = json_values(text, where)
+    if len(values) == 1 and isinstance(values[0][1], list):
+        kind, values = "row", list(enumerate(values[0][1], 1))
+    for number, row in values:
+        place = f"{where} {kind} {number}"
+        if not isinstance(row, dict):
+            raise UserError(f'{place} is not a JSON object such as {{"text": ..., "label": ...}}')
+        twice = [column for column in columns.values() if column in getattr(row, "twice", ())]
+        if twice:
+            raise UserError(f'{place} has the key "{twice[0]}" twice: leave one of them')
+        held = [f'{count:,} under "{key}"' for key, count in held_rows(row)] if len(values) == 1 else []
+        if held and not all(column in row for column in columns.values()):
+            raise UserError(
+                f"{where} is one JSON object that holds rows, {', '.join(held)}: save the rows alone, as an "
+                "array or one a line"
+            )
+        yield number, row
+
+
+def json_values(text: str, where: str) -> tuple[str, list[tuple[int, object]]]:
+    """Every JSON value of a text, numbered by its "line" where each line is one, or else as a "row"."""
+    decoder = json.JSONDecoder(object_pairs_hook=json_object, parse_int=json_integer)
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    values: list[tuple[int, object]] = []
+    try:
+        for number, line in lines:
+            values.append((number, decoder.decode(line)))
+        return "line", values
+    except (ValueError, RecursionError) as error:
+        reason = f"{where} line {number} {not_json(error)}"
+    try:
+        return "row", list(enumerate(json_stream(text, decoder), 1))
+    except (ValueError, RecursionError) as error:
+        if not values and isinstance(error, json.JSONDecodeError):  # its first value is longer than a line
+            reason = f"{where} line {error.lineno} {not_json(error)}"
+        raise UserError(reason) from None
+
+
+def json_stream(text: str, decoder: json.JSONDecoder) -> Iterator:
+    """The values that stand in `text` one behind the other, with white space around them or not."""
+    place = SPACE.match(text).end()
+    while place < len(text):
+        value, place = decoder.raw_decode(text, place)
+        yield value
+        place = SPACE.match(text, place).end()
+
+
+def not_json(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "is not JSON that can be read: it is nested too deeply"
+    return f"is not JSON: {error}"
+
+
+def json_object(pairs: list[tuple[str, object]]) -> dict:
+    row = dict(pairs)
+    if len(row) < len(pairs):
+        row = Repeating(row)
+        row.twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
+    return row
+
+
+def json_integer(digits: str) -> int | float:
+    """An integer; one that is longer than Python reads (4,300 digits) as a float."""
+    return int(digits) if len(digits) <= 4000 else float(digits)
+
+
+def held_rows(value: dict) -> Iterator[tuple[str, int]]:
+    """Where a JSON object holds lists of objects, by keys with dots between, and how many each."""
+    for key, inner in value.items():
+        if isinstance(inner, list) and inner and isinstance(inner[0], dict):
+            yield key, len(inner)
+        elif isinstance(inner, dict):
+            yield from ((f"{key}.{name}", count) for name, count in held_rows(inner))
+
+
+def read_csv(text: str, where: str, columns: Columns) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    try:
+        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        if rows.fieldnames:
+            check_columns(rows.fieldnames, columns, where)
+        for number, row in enumerate(rows, 1):
+            if None in row:
+                raise UserError(
+                    f"{where} row {number} has more cells than the header: quote texts with commas"
+                )
+            yield number, row
+    except csv.Error as error:
+        raise UserError(f"{where} is not CSV: {error}") from None
+
+
+def read_parquet(content: bytes, where: str, columns: Columns) -> Iterator[Row]:
+    """Nothing but the needed columns is read, so that others may hold what Python can't."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
+        check_columns(file.schema_arrow.names, columns, where)
+        names = list(dict.fromkeys(columns.values()))
+        table = file.read(columns=names).select(names)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{where} is not a Parquet file: {str(error).splitlines()[0]}") from None
+    for field in table.schema:
+        check_type(field, where)
+    try:
+        rows = table.to_pylist()
+    except ValueError as error:  # of UnicodeDecodeError, that is
+        raise UserError(f"{where} holds text that is not UTF-8 ({error}): write it again") from None
+    yield from enumerate(rows, 1)
+
+
+def check_type(field, where: str) -> None:
+    """Raise UserError for a column of Arrow's whose values are no text, numbers or nothing in Python."""
+    from pyarrow import types
+
+    kind = field.type.value_type if types.is_dictionary(field.type) else field.type
+    kind = getattr(kind, "storage_type", kind)
+    plain = (types.is_string, types.is_large_string, types.is_string_view, types.is_null)
+    if not any(of(kind) for of in (*plain, types.is_integer, types.is_floating, types.is_boolean)):
+        raise UserError(
+            f'{where}: column "{field.name}" holds {kind}, not text; name another column or make it text'
+        )
+
+
+def read_hub(name: str, split: str, columns: Columns | None = None) -> Iterator[Row]:
+    """The rows of a hub data set, from its cache where the hub can't be reached; class numbers become class
+    names."""
+    import datasets
+    import httpx
+
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except (OSError, ValueError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
+        reason = " ".join(str(error).split())
+        kind = NoSource if "Unknown split" in reason else UserError
+        raise kind(
+            f"--dataset {name}: no {split} split on the hub or in its cache ({reason[:160]}); check name and "
+            f"network, or give local files with --train_file and --test_file"
+        ) from None
+    if columns:
+        check_columns(rows.column_names, columns, f"--dataset {name}")
+        rows = rows.select_columns(list(dict.fromkeys(columns.values())))
+    for column, feature in rows.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            names = [named_label(feature.names, number) for number in rows[column]]
+            rows = rows.remove_columns(column).add_column(column, names)
+    yield from enumerate(rows, 1)
+
+
+def named_label(names: Sequence[str], number: int | None) -> str | None:
+    """The class that a hub data set has as a number; -1 stands for none."""
+    return None if number is None or number < 0 else names[number]
