@@ -62,7 +62,7 @@ def main() -> None:
             )
             allowed = classes if args.decoding == "constrained" else None
             base = model.load_base(args.pretrained_ckpt, quantization)
-            context = model.context_length(base, tokenizer)
+            quantized, context = model.quantization_of(base), model.context_length(base, tokenizer)
             texts = [text for text, _ in test.examples]
             examples = []
             if args.prompt_type == "few-shot":
@@ -94,9 +94,11 @@ def main() -> None:
             )
             references = [answer for _, answer in test.examples]
             scores, rows = metrics.score(args.task, answers.texts, references, labels, test.numbers)
-            content["eval"] = generation.describe(answers, scores, args.decoding)
-            content["prompt_sha256"] = prompt_sha256(args.task, args.prompt_type)
-            content["quantization"] = model.quantization_of(base)
+            content |= {
+                "eval": generation.describe(answers, scores, args.decoding),
+                "prompt_sha256": prompt_sha256(args.task, args.prompt_type),
+                "quantization": quantized,
+            }
             content["cost"] = cost.of_run(args, model.device_name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)
         progress.discard()

@@ -76,9 +76,16 @@ class Run:
         """The test split's description."""
         return self.content["data"][self.config["split"]]
 
+    def weights(self) -> str:
+        """What tells the checkpoint from others of the same name."""
+        checkpoint = self.content.get("checkpoint") or {}
+        return checkpoint["sha256"][:8] if checkpoint else "not recorded"
+
     def identity(self) -> tuple:
         """What no two runs have in common."""
-        more = (self.test()["sha256"], self.content["prompt_sha256"]) if self.scored else self.path.name
+        more = self.path.name
+        if self.scored:
+            more = self.test()["sha256"], self.content["prompt_sha256"], self.weights()
         variant = tuple(str(self.config.get(name)) for name in VARIANTS)
         seed = self.config.get("seed")
         return self.task, self.content["model"], self.method, self.share, *self.setting, seed, variant, more
@@ -218,7 +225,13 @@ def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     for _, _, group in result:
         for run in group:
             run.name = name_of(run.content["model"], {other.content["model"] for other in group})
-            run.variant = ", ".join(f"{name} {run.config[name]}" for name in varying(run, group))
+            told = [f"{name} {run.config[name]}" for name in varying(run, group)]
+            same = [
+                other for other in group if other.scored and other.content["model"] == run.content["model"]
+            ]
+            if run in same and len({other.weights() for other in same}) > 1:
+                told.append(f"weights {run.weights()}")
+            run.variant = ", ".join(told)
     return result
 
 

@@ -198,6 +198,25 @@ GOLDEN = {
 }
 
 
+def test_scores_of_other_weights_under_the_same_name_never_share_a_cell(tmp_path):
+    for seed, digit in ((1, "a"), (2, "a"), (3, "b")):
+        weights = {"checkpoint": {"sha256": digit * 64, "commit": None, "eos_token_id": []}}
+        tuned(tmp_path / str(seed), 50.0 + seed, f"--seed {seed}", **weights)
+    tuned(tmp_path / "again", 90.0, "--seed 1", checkpoint={"sha256": "b" * 64})
+    tuned(tmp_path / "old", 10.0, "--seed 1")
+    found, problems = find_runs([tmp_path])
+    assert not problems
+    [(_, _, runs)] = comparable(found)
+    cells = {}
+    for run in runs:
+        cells.setdefault(run.model, []).append(run.config["seed"])
+    assert {model: sorted(seeds) for model, seeds in cells.items()} == {
+        "a/small (weights aaaaaaaa)": [1, 2],
+        "a/small (weights bbbbbbbb)": [1, 3],
+        "a/small (weights not recorded)": [1],
+    }
+
+
 def test_every_table_has_the_cells_worked_out_by_hand(study):
     done = report(study)
     assert (done.returncode, done.stderr) == (0, "")
