@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from study import record, runs
+from study import kernel_checks, record, runs
 from study.cli import UserError
 from study.encoding import Example
 from study.model import compute_dtype, fingerprint, peak_memory_gib
@@ -288,9 +288,7 @@ def train(
     tokens = [sum(len(examples[i].ids) for i in step) for step in steps]
     fast, slow = None, why_slow(model, args, padded, training)
     if slow is None:
-        fast = fast_path(model, examples, tokens, args)
-        if not agree(model, fast, examples, args.loss_on):
-            fast, slow = None, "the fused layers' loss is another one"
+        fast, slow = fast_path(model, examples, tokens, args)
     if fast:
         max_tokens, checkpointing = fast.plan.tokens, False
     else:
@@ -349,6 +347,7 @@ def train(
             "max_tokens_per_batch": trainer.max_tokens,
             "gradient_checkpointing": fast.plan.keep != "all" if fast else checkpointing,
             "plan": str(fast.plan) if fast else None,
+            "not_fused": slow,
             "processes": training.world_size,
         },
         "adapter_sha256": adapter,
@@ -376,13 +375,25 @@ def why_slow(model, args, padded: bool, training: TrainingArguments) -> str | No
         return "padded"
     if args.attn_implementation != "auto":
         return f"--attn_implementation {args.attn_implementation}"
-    from study import fused
 
-    return fused.why_not(model)
+    def eligible() -> str | None:
+        from study import fused
+
+        return fused.why_not(model)
+
+    return kernel_checks.attempt(eligible)
 
 
-def fast_path(model, examples: Sequence[Example], tokens: Sequence[int], args):
-    """The model's fused layers, with the plan that fits the device's free memory."""
+def fast_path(model, examples: Sequence[Example], tokens: Sequence[int], args) -> tuple:
+    """The model's fused layers, with the plan that fits the device's free memory, and None; or None and the
+    reason why they can't be used."""
+    made = []
+    slow = kernel_checks.attempt(lambda: made.append(fused_layers(model, examples, tokens, args)))
+    slow = slow or kernel_checks.training(model, made[0], examples, args.loss_on)
+    return (None, slow) if slow else (made[0], None)
+
+
+def fused_layers(model, examples: Sequence[Example], tokens: Sequence[int], args):
     from study import fused
 
     longest = max(len(example.ids) for example in examples)
@@ -392,20 +403,9 @@ def fast_path(model, examples: Sequence[Example], tokens: Sequence[int], args):
     free = int(0.92 * torch.cuda.mem_get_info()[0])
     learned = args.batch_size * max(len(learned_places(example, args.loss_on)) for example in examples)
     step = min(MOST_TOKENS, max(tokens)), learned
-    plan = fused.choose_plan(model, free, longest, step, wanted, args.gradient_checkpointing)
+    shared = fused.shared_tokens(examples, args.loss_on)
+    plan = fused.choose_plan(model, free, longest, step, wanted, args.gradient_checkpointing, shared)
     return fused.FusedModel(model, plan)
-
-
-def agree(model, fast, examples: Sequence[Example], loss_on: str) -> bool:
-    """Whether the fused layers give a short example the loss that the model's own give it, but for rounding.
-
-    The adapters are new here and add nothing, so dropout plays no part.
-    """
-    shortest = [min(examples, key=lambda example: len(example.ids))]
-    device = fast.embedding.device
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        plain = loss_sum(model, shortest, loss_on, False, device).item()
-        return abs(fast.loss_sum(shortest, loss_on, 0).item() - plain) <= 0.02 * plain + 0.02
 
 
 def resume(checkpoints: Path, run: dict, args) -> tuple[Path | None, dict, list]:
