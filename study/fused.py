@@ -177,6 +177,7 @@ def why_not_numbers(base) -> str | None:
     # Values that were coarser than the dtype once are so in the model's own layers alone.
     coarse = any(torch.finfo(layer.weight.quant_state.dtype).eps > torch.finfo(dtype).eps for layer in packed)
     reasons = {
+        "some of its layers are the same ones": len({id(layer.weight) for layer in linear}) < len(linear),
         "its weights have several dtypes": any(module.weight.dtype != dtype for module in dense),
         f"its 4-bit layers don't compute in {dtype}": computing and computing != {dtype},
         "its 4-bit weights stand for coarser ones": coarse,

@@ -716,10 +716,13 @@ class Attention:
             num_stages=TILES["dkv"][3],
         )
 
+    def shared_chunks(self, rows: int) -> int:
+        return triton.cdiv(rows - self.shared, SHARED_CHUNK) if self.shared else 0
+
     def shared_dkv(self, d_out, qkv, logsumexp, delta) -> torch.Tensor:
         """Gradients of the shared keys and values [chunks, shared, key heads, 2 size] from all other rows."""
         rows, (tile_q, tile_k, warps, stages) = delta.shape[1], TILES["dkv"]
-        chunks = triton.cdiv(rows - self.shared, SHARED_CHUNK) if self.shared else 0
+        chunks = self.shared_chunks(rows)
         part = delta.new_empty(chunks, self.shared, self.key_heads, 2 * self.size)
         if chunks:
             attention_shared_dkv_kernel[(triton.cdiv(self.shared, tile_k), self.key_heads, chunks)](
