@@ -288,7 +288,8 @@ def remember_unpacked() -> None:
     def remembered(self, out) -> None:
         if isinstance(nf4.unpack_nf4_kernel, Broken):
             return unpack(self, out)
-        key = out.shape, bytes(self.packed.numpy()), bytes(self.scales.numpy())
+        parts = (self.packed, self.scales, self.outer, self.offsets, self.scale_code, self.code)
+        key = out.shape, out.dtype, *(bytes(part.view(torch.uint8).numpy()) for part in parts)
         if key not in known:
             unpack(self, out)
             known[key] = out.clone()

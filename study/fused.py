@@ -98,7 +98,7 @@ def known_modules() -> set[type]:
     """The classes of all modules that a model and its adapters may consist of."""
     from bitsandbytes.nn import Linear4bit
     from peft import LoraModel, PeftModel, PeftModelForCausalLM
-    from peft.tuners.lora import bnb
+    from peft.tuners.lora import Linear, bnb
     from transformers.activations import SiLUActivation
     from transformers.models.llama import modeling_llama
     from transformers.models.mistral import modeling_mistral
@@ -107,23 +107,19 @@ def known_modules() -> set[type]:
     own = {getattr(modeling_llama, f"Llama{part}") for part in parts}
     own |= {getattr(modeling_mistral, f"Mistral{part}") for part in parts}
     n = torch.nn
-    plain = {
-        n.Embedding,
-        n.Linear,
-        n.SiLU,
-        n.Dropout,
-        n.Identity,
-        n.ModuleList,
-        n.ModuleDict,
-        n.ParameterDict,
-    }
-    return (
-        own | plain | {SiLUActivation, Linear4bit, bnb.Linear4bit, LoraModel, PeftModel, PeftModelForCausalLM}
-    )
+    plain = {n.Embedding, n.Linear, n.SiLU, n.Dropout, n.Identity}
+    plain |= {n.ModuleList, n.ModuleDict, n.ParameterDict, SiLUActivation, Linear4bit}
+    adapted = {Linear, bnb.Linear4bit, LoraModel, PeftModel, PeftModelForCausalLM}
+    return own | plain | adapted
 
 
 def why_not_modules(model) -> str | None:
     """Likewise for what its modules are, whoever made them."""
+    layers = base_of(model).model.layers
+    modules = [module for layer in layers for module in linear_layers(layer)]
+    packed = {hasattr(getattr(module, "base_layer", module).weight, "quant_state") for module in modules}
+    if len(packed) > 1:
+        return "some of its weights are in 4 bits, others not"
     known = known_modules()
     for name, module in model.named_modules():
         if type(module) not in known:
@@ -131,11 +127,6 @@ def why_not_modules(model) -> str | None:
         hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
         if "forward" in vars(module) or any(getattr(module, hook) for hook in hooks):
             return f"something is hooked into its {type(module).__name__}"
-    layers = base_of(model).model.layers
-    modules = [module for layer in layers for module in linear_layers(layer)]
-    packed = {hasattr(getattr(module, "base_layer", module).weight, "quant_state") for module in modules}
-    if len(packed) > 1:
-        return "some of its weights are in 4 bits, others not"
     return next(filter(None, map(why_not_layer, modules)), None)
 
 

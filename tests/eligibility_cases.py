@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MistralConfig
 
 from benchmarks.exactness import make_examples
+from benchmarks.mutations import remember_unpacked
 from study import engine, fused, kernel_checks, nf4
 from study.model import merge
 from study.packing import learned_places
@@ -387,6 +388,7 @@ def unlisted() -> list[str]:
 
 def main() -> None:
     results: dict = {}
+    remember_unpacked()
     of_quantizations(results)
     quickly_unpacked()
     of_models(results)
