@@ -31,7 +31,7 @@ STRENGTH = 0.25  # of an adapter beside its weight, in Frobenius norm: it matter
 # is off by far more, as `python -m benchmarks.mutations` shows.
 TOLERANCES = {
     torch.float32: {"loss": 1e-4, "kind": 1e-3, "single": 1e-3, "logits": 1e-3},
-    torch.bfloat16: {"loss": 0.02, "kind": 0.08, "single": 0.2, "logits": 0.1},
+    torch.bfloat16: {"loss": 0.02, "kind": 0.1, "single": 0.3, "logits": 0.05},
 }
 
 
@@ -137,16 +137,18 @@ def kinds_of(fast) -> list[str]:
     return [f"{part} of {name}" for _ in fast.layers for names in NAMES for part in "AB" for name in names]
 
 
-def compare(got, expected, kinds: Sequence[str]) -> dict[str, float]:
+def compare(got: list, expected: list, kinds: Sequence[str]) -> dict[str, float]:
+    """Errors of a loss and its gradients, whose kinds these are; `expected` is used up."""
     sizes = torch.stack(torch._foreach_norm(expected[1])).double()
-    off = torch.stack(torch._foreach_norm(torch._foreach_sub(expected[1], got[1]))).double()
+    torch._foreach_sub_(expected[1], got[1])
+    off = torch.stack(torch._foreach_norm(expected[1])).double()
     numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
     which = torch.tensor([numbers[kind] for kind in kinds], device=sizes.device)
     kind_sizes, kind_off = (
         sizes.new_zeros(len(numbers)).index_add_(0, which, values.square()).sqrt() for values in (sizes, off)
     )
-    # A gradient far smaller than the others of its kind is rounding alone.
-    least = 0.1 * kind_sizes[which] / len(kinds) ** 0.5
+    # A gradient far smaller than the others of its kind may be rounding alone.
+    least = 0.3 * kind_sizes[which] / (len(kinds) / len(numbers)) ** 0.5
     errors = {
         "loss": (got[0] - expected[0]).abs() / expected[0],
         "kind": (kind_off / kind_sizes).max(),
@@ -202,14 +204,16 @@ def plain_layers(model) -> Iterator[None]:
 
 
 class Masked(torch.nn.Module):
-    """In place of a linear layer's dropout: multiplies [1, tokens, width] with a mask, drawn when needed."""
+    """In place of a linear layer's dropout: keeps of [1, tokens, width] what the fused layers keep."""
 
-    def __init__(self, draw: Callable[[], torch.Tensor]):
+    def __init__(self, rows: torch.Tensor, seed: int, probability: float):
         super().__init__()
-        self.draw = draw
+        self.rows, self.seed, self.probability = rows, seed, probability
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return (x.float() * self.draw()).to(x.dtype)
+        parts = self.rows.to(x.device).split(256)  # drawing takes ten times the memory of the mask
+        kept = torch.cat([kept_of(part, x.shape[-1], self.seed, self.probability) for part in parts])
+        return torch.where(kept, x.float() * (1 / (1 - self.probability)), 0).to(x.dtype)
 
 
 @contextlib.contextmanager
@@ -226,14 +230,8 @@ def same_dropout(model, fast, examples: Sequence[Example], loss_on: str, seed: i
                 before[module] = module.lora_dropout["default"]
                 rows = last_rows if ours.last and group is not ours.qkv else batch_rows
                 if group.dropout:
-                    module.lora_dropout["default"] = Masked(
-                        lambda rows=rows, ours=ours, group=group: mask_of(
-                            rows.to(fast.embedding.device),
-                            group.width,
-                            ours.seed(batch, group),
-                            group.dropout,
-                        )
-                    )
+                    masked = Masked(rows, ours.seed(batch, group), group.dropout)
+                    module.lora_dropout["default"] = masked
         yield
     finally:
         for module, dropout in before.items():
@@ -242,7 +240,7 @@ def same_dropout(model, fast, examples: Sequence[Example], loss_on: str, seed: i
 
 def rows_of(examples: Sequence[Example], loss_on: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each token of `examples` end to end, its row in the fused layers, and in what these compute of the
-    last layer, -1 if they don't."""
+    last layer, -1 where that is nothing."""
     from study.fused import shared_tokens
 
     shared, rows, last = shared_tokens(examples, loss_on), [], []
@@ -256,15 +254,14 @@ def rows_of(examples: Sequence[Example], loss_on: str) -> tuple[torch.Tensor, to
     return torch.tensor(rows), torch.tensor(last)
 
 
-def mask_of(rows: torch.Tensor, width: int, seed: int, probability: float) -> torch.Tensor:
-    """1 / (1 - p) or 0 for each of [rows, width], by the mixer that `kernels.keep` names; 1 in row -1."""
+def kept_of(rows: torch.Tensor, width: int, seed: int, probability: float) -> torch.Tensor:
+    """Whether dropout keeps each of [rows, width], by the mixer that `kernels.keep` names."""
     low = 2**32 - 1
     number = (rows[:, None] * width + torch.arange(width, device=rows.device)) & low ^ seed
     number = (number ^ number >> 16) * 0x7FEB352D & low
     number = (number ^ number >> 15) * 0x846CA68B & low
     number = number ^ number >> 16
-    kept = (number >> 8).float() / 2**24 >= probability
-    return torch.where(rows[:, None] < 0, 1.0, kept / (1 - probability))
+    return (number >> 8).float() / 2**24 >= probability
 
 
 # Scoring
@@ -334,7 +331,7 @@ def scoring_errors(model, found: Sequence[Witness]) -> dict[str, float]:
 @torch.inference_mode()
 def engine_logits(path, found: Sequence[Witness], together: bool) -> torch.Tensor:
     """What the engine makes of the prompts, all at once or one after the other [prompts, 2, vocabulary]."""
-    from study.engine import Running
+    from study.engine import GRAPH_USES, Running
 
     seen: list[torch.Tensor] = []
 
@@ -352,9 +349,11 @@ def engine_logits(path, found: Sequence[Witness], together: bool) -> torch.Tenso
     for group in [examples] if together else [[example] for example in examples]:
         seen.clear()
         path.read_all(group)
+        first = torch.cat(seen)
         for example in group:
             example.answer.append(found[example.index].token)
-        path.load(group)
-        path.step(len(group))()
-        rows.append(torch.stack([torch.cat(seen[:-1]), seen[-1][: len(group)]], 1))
+        for _ in range(GRAPH_USES if together else 1):  # on CUDA the last one is by a graph
+            path.load(group)
+            path.step(len(group))() if together else path.advance(path.padded(len(group)))
+        rows.append(torch.stack([first, seen[-1][: len(group)]], 1))
     return torch.cat(rows)

@@ -175,14 +175,18 @@ NOT_OF_ADAPTERS = {
 PACKED = {
     "load_in_8bit": [True],
     "load_in_4bit": [False],
-    "llm_int8_threshold": [0.0],
     "llm_int8_skip_modules": [["q_proj", "lm_head"], ["model", "lm_head"], []],
     "llm_int8_enable_fp32_cpu_offload": [True],
-    "llm_int8_has_fp16_weight": [True],
     "bnb_4bit_compute_dtype": [torch.float16, torch.bfloat16, None],
     "bnb_4bit_quant_type": ["fp4"],
     "bnb_4bit_use_double_quant": [False],
     "bnb_4bit_quant_storage": [torch.float32, torch.bfloat16],
+}
+
+
+NOT_OF_4_BITS = {
+    "llm_int8_threshold": "belongs to 8-bit layers",
+    "llm_int8_has_fp16_weight": "belongs to 8-bit layers",
 }
 
 
@@ -380,7 +384,7 @@ def unlisted() -> list[str]:
     for what, names, *tables in (
         *((family, [f.name for f in fields(c)], *tables) for family, (c, *tables) in CONFIGS.items()),
         ("adapter", [f.name for f in fields(LoraConfig)], ADAPTER, NOT_OF_ADAPTERS),
-        ("quantization", [*inspect.signature(BitsAndBytesConfig).parameters][:-1], PACKED),
+        ("quantization", [*inspect.signature(BitsAndBytesConfig).parameters][:-1], PACKED, NOT_OF_4_BITS),
     ):
         found += [f"{what}: {name}" for name in {*names} ^ {name for table in tables for name in table}]
     return found
