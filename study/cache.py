@@ -81,7 +81,7 @@ def absorb_rows(
     """The cache's rows `start` + `begin` to `start` + `end`; a query sees those up to `start` + `last`."""
     for first in range(begin, end, tile_k):
         other = first + tl.arange(0, tile_k)
-        at = (start + other)[:, None] * width + column
+        at = (start + other).to(tl.int64)[:, None] * width + column
         key = tl.load(keys + at, (other < end)[:, None], 0.0)
         value = tl.load(values + at, (other < end)[:, None], 0.0)
         seen = last[:, None] >= other[None, :]

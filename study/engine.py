@@ -29,7 +29,7 @@ READ_TOKENS = 16_384  # of prompts at once: enough for full speed
 
 def why_not(model) -> str | None:
     """The reason why a model, with adapters or merged ones, can't take this path, or None if it can."""
-    return why_not_base(base_of(model))
+    return why_not_base(model)
 
 
 class Linear:
@@ -345,6 +345,8 @@ class Engine:
         """
         waiting = deque(sorted(prompts, key=lambda index: -len(prompts[index])))
         places = self.prepare(list(prompts.values()), max_new_tokens, allowed, most or len(prompts))
+        shared = self.cache.shared
+        print(f"{'':11}{shared:,} shared tokens, room for {self.idle_place - shared:,} others", flush=True)
         active: list[Running] = []
         loaded: list[Running] = []  # whose steps are on their way, those answered meanwhile among them
         begun: deque[Callable] = deque()
@@ -379,7 +381,6 @@ class Engine:
         self.choices = Choices(allowed, device) if allowed else None
         self.make_cache(shared, max(lengths), sum(lengths), max_new_tokens)
         self.most = min(self.most, most, len(prompts))
-        print(f"{'':11}{shared:,} shared tokens, room for {self.idle_place - shared:,} others", flush=True)
         self.state = torch.zeros(6, self.most + 64, dtype=torch.long, device=device)
         if shared:
             self.read([Running(-1, prompts[0][:shared], 0)])

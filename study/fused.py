@@ -7,10 +7,13 @@ unpacked into one shared buffer just before each product, the adapter rides alon
     backward  [dy, dh] [W; A]      dh = dy B          (B holds the scale alpha / r)
 
 projections with the same input (q, k, v; gate, up) are one product, and what is cheap to compute again is not
-kept. The layers take the weights of a PEFT model over bitsandbytes and give its adapters their gradients: one
-autograd function spans all layers, so that optimizer, checkpoints and saved adapters are those of PEFT.
+kept. What such projections have in common is dropout's mask, too, where PEFT draws one for each; each alone
+sees what it would there. The layers take the weights of a PEFT model over bitsandbytes and give its adapters
+their gradients: one autograd function spans all layers, so that optimizer, checkpoints and saved adapters are
+those of PEFT.
 """
 
+import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -23,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from study import kernels, nf4
 from study.encoding import Example
+from study.model import base_of
 from study.packing import common_beginning, learned_places, seed_of
 
 KEEPS = ("all", "attention", "middle", "input")  # what a layer keeps for its backward, from most to least
@@ -34,41 +38,95 @@ LAUNCH_TOKENS = 2400  # and in whose time its kernels are launched
 
 
 def why_not(model) -> str | None:
-    """The reason why a PEFT model can't take this path, or None if it can."""
-    base = model.get_base_model()
-    reason = why_not_base(base)
+    """The reason why a PEFT model can't be trained on this path, or None if it can."""
+    reason = why_not_base(model)
     if reason:
         return reason
+    base = model.get_base_model()
     modules = [module for layer in base.model.layers for module in linear_layers(layer)]
     if any("default" not in getattr(module, "lora_A", {}) for module in modules):
         return "not every linear layer has an adapter"
-    if not all(hasattr(module.base_layer.weight, "quant_state") for module in modules):
-        return "its weights are not in 4 bits"
-    if modules[0].r["default"] > kernels.MOST_RANK:
-        return f"its adapters' rank exceeds {kernels.MOST_RANK}"
-    alike = len({(module.r["default"], module.scaling["default"]) for module in modules}) == 1
-    return None if alike else "its adapters differ in rank or scale"
+    adapters = {id(part["default"].weight) for module in modules for part in (module.lora_A, module.lora_B)}
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    kinds = {(module.r["default"], module.scaling["default"], dropout_of(module)) for module in modules}
+    reasons = {
+        "its weights are not in 4 bits": not all(
+            hasattr(module.base_layer.weight, "quant_state") for module in modules
+        ),
+        f"its adapters' rank exceeds {kernels.MOST_RANK}": modules[0].r["default"] > kernels.MOST_RANK,
+        "its adapters differ in rank, scale or dropout": len(kinds) > 1,
+        "what is trained is not the adapters of its layers": trained != adapters,
+        "its attention has dropout": any(layer.self_attn.attention_dropout for layer in base.model.layers),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
 
 
-def why_not_base(base) -> str | None:
-    """The reason why layers written out for Llama can't take the place of a model's own, or None."""
+def why_not_base(model) -> str | None:
+    """The reason why layers written out for Llama can't take the place of a model's own, with adapters or
+    without, or None.
+
+    What they compute is known of the very classes that are listed here, and nothing is known of others, of
+    hooks, or of methods that someone has exchanged.
+    """
+    base = base_of(model)
     config, name = base.config, type(base).__name__
-    if name not in ("LlamaForCausalLM", "MistralForCausalLM"):
+    if type(base) not in known_models():
         return f"{name} is not Llama or Mistral"
     plain = type(base.model.embed_tokens) is torch.nn.Embedding and type(base.lm_head) is torch.nn.Linear
     reasons = {
         "its embedding or head is quantized or has an adapter": not plain,
+        "its head has a bias": plain and base.lm_head.bias is not None,
+        "its embedding limits norms": plain and base.model.embed_tokens.max_norm is not None,
         "its attention has a window": getattr(config, "sliding_window", None),
         "its activation is not SiLU": getattr(config, "hidden_act", None) != "silu",
         f"its heads have {head_size(config)} columns": head_size(config) not in (32, 64, 128),
+        "its layers are not as many as configured": len(base.model.layers) != config.num_hidden_layers,
     }
     for reason, holds in reasons.items():
         if holds:
             return reason
-    modules = [module for layer in base.model.layers for module in linear_layers(layer)]
+    return why_not_modules(model) or why_not_numbers(base) or why_not_rotary(base)
+
+
+def known_models() -> set[type]:
+    from transformers import LlamaForCausalLM, MistralForCausalLM
+
+    return {LlamaForCausalLM, MistralForCausalLM}
+
+
+def known_modules() -> set[type]:
+    """The classes of all modules that a model and its adapters may consist of."""
+    from bitsandbytes.nn import Linear4bit
+    from peft import LoraModel, PeftModel, PeftModelForCausalLM
+    from peft.tuners.lora import Linear, bnb
+    from transformers.activations import SiLUActivation
+    from transformers.models.llama import modeling_llama
+    from transformers.models.mistral import modeling_mistral
+
+    parts = ("RMSNorm", "RotaryEmbedding", "MLP", "Attention", "DecoderLayer", "Model", "ForCausalLM")
+    own = {getattr(modeling_llama, f"Llama{part}") for part in parts}
+    own |= {getattr(modeling_mistral, f"Mistral{part}") for part in parts}
+    n = torch.nn
+    plain = {n.Embedding, n.Linear, n.SiLU, n.Dropout, n.Identity}
+    plain |= {n.ModuleList, n.ModuleDict, n.ParameterDict, SiLUActivation, Linear4bit}
+    adapted = {Linear, bnb.Linear4bit, LoraModel, PeftModel, PeftModelForCausalLM}
+    return own | plain | adapted
+
+
+def why_not_modules(model) -> str | None:
+    """Likewise for what its modules are, whoever made them."""
+    layers = base_of(model).model.layers
+    modules = [module for layer in layers for module in linear_layers(layer)]
     packed = {hasattr(getattr(module, "base_layer", module).weight, "quant_state") for module in modules}
     if len(packed) > 1:
         return "some of its weights are in 4 bits, others not"
+    known = known_modules()
+    for name, module in model.named_modules():
+        if type(module) not in known:
+            return f"{name.removeprefix('base_model.model.')} is a {type(module).__name__}"
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        if "forward" in vars(module) or any(getattr(module, hook) for hook in hooks):
+            return f"something is hooked into its {type(module).__name__}"
     return next(filter(None, map(why_not_layer, modules)), None)
 
 
@@ -84,8 +142,63 @@ def why_not_layer(module) -> str | None:
     both = [*adapters.values(), *getattr(module, "lora_B", {}).values()]
     if layer.bias is not None or any(adapter.bias is not None for adapter in both):
         return "its linear layers have biases"
-    plain = set(adapters) <= {"default"} and not any(module.use_dora[name] for name in adapters)
-    return None if plain else "its adapters are not plain LoRA"
+    if any(type(adapter) is not torch.nn.Linear for adapter in both) or getattr(module, "lora_variant", None):
+        return "its adapters are not plain LoRA"
+    if adapters and (set(adapters) != {"default"} or module.active_adapters != ["default"]):
+        return "its adapters are several or not active"
+    return (
+        "its adapters are merged or disabled"
+        if adapters and (module.merged or module.disable_adapters)
+        else None
+    )
+
+
+def why_not_numbers(base) -> str | None:
+    """Likewise for the precision, the scale and the epsilon that it computes with."""
+    linear = [getattr(m, "base_layer", m) for layer in base.model.layers for m in linear_layers(layer)]
+    packed = [layer for layer in linear if hasattr(layer.weight, "quant_state")]
+    norms = [
+        norm
+        for layer in base.model.layers
+        for norm in (layer.input_layernorm, layer.post_attention_layernorm)
+    ]
+    dense = [base.model.embed_tokens, base.model.norm, base.lm_head, *norms, *({*linear} - {*packed})]
+    dtype, scale = dense[0].weight.dtype, head_size(base.config) ** -0.5
+    computing = {layer.compute_dtype for layer in packed}
+    # Values that were coarser than the dtype once are so in the model's own layers alone.
+    coarse = any(torch.finfo(layer.weight.quant_state.dtype).eps > torch.finfo(dtype).eps for layer in packed)
+    reasons = {
+        "some of its layers are the same ones": len({id(layer.weight) for layer in linear}) < len(linear),
+        "its weights have several dtypes": any(module.weight.dtype != dtype for module in dense),
+        f"its 4-bit layers don't compute in {dtype}": computing and computing != {dtype},
+        "its 4-bit weights stand for coarser ones": coarse,
+        "its norms differ in epsilon": any(
+            norm.variance_epsilon != base.config.rms_norm_eps for norm in (*norms, base.model.norm)
+        ),
+        "its attention has a scale of its own": any(
+            layer.self_attn.scaling != scale for layer in base.model.layers
+        ),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def why_not_rotary(base) -> str | None:
+    """Likewise for the rotary table, found out by use of a copy, which some kinds change."""
+    table, device = copy.deepcopy(base.model.rotary_emb), base.model.embed_tokens.weight.device
+    near = torch.arange(8, device=device)[None]
+    far = torch.cat([near, near.new_full((1, 1), 8 * base.config.max_position_embeddings)], 1)
+    x = torch.empty(0, dtype=torch.float32, device=device)
+    alone, beside = torch.stack(table(x, near)), torch.stack(table(x, far))[:, :, :8]
+    size = head_size(base.config)
+    if alone.shape[-1] != size or not torch.allclose(alone[..., : size // 2], alone[..., size // 2 :]):
+        return "its rotary embedding does not turn whole heads"
+    same = torch.allclose(alone, beside, atol=1e-4)
+    return None if same else "its rotary embedding depends on the longest sequence"
+
+
+def dropout_of(module) -> float:
+    """Of a linear layer's adapter."""
+    return getattr(module.lora_dropout["default"], "p", 0.0)
 
 
 @dataclass(frozen=True)
@@ -113,9 +226,11 @@ def choose_plan(
     step: tuple[int, int],
     tokens: int | None = None,
     checkpointing: str = "auto",
+    shared: int = 0,
 ) -> Plan:
     """The fastest plan for steps of `step` (tokens, learned tokens) that fits `free` bytes, of those that
-    --max_tokens_per_batch (or None) and --gradient_checkpointing allow; if none fits, the most frugal."""
+    --max_tokens_per_batch (or None) and --gradient_checkpointing allow; if none fits, the most frugal.
+    `shared` is how many tokens all examples begin with."""
     step_tokens, learned = max(step[0], longest), step[1]
     plans = []
     keeps = {"on": ("input",), "off": ("all",)}.get(checkpointing, KEEPS)
@@ -123,7 +238,7 @@ def choose_plan(
         *((keep, False) for keep in keeps),
         *([("input", True)] if "input" in keeps else []),
     ]:
-        fixed, each, extra = costs(model, keep, on_host, learned)
+        fixed, each, extra = costs(model, keep, on_host, learned, shared)
         fitting = int((free - fixed) / each)
         if fitting >= (tokens or longest):
             most = tokens or min(fitting, step_tokens)
@@ -138,8 +253,11 @@ def choose_plan(
     )
 
 
-def costs(model, keep: str, on_host: bool, learned: int) -> tuple[float, float, float]:
-    """What a plan takes: bytes, bytes for each token, and the share of a step's time that it adds."""
+def costs(model, keep: str, on_host: bool, learned: int, shared: int) -> tuple[float, float, float]:
+    """What a plan takes: bytes, bytes for each token, and the share of a step's time that it adds.
+
+    Examples that share more than `shared` tokens save more rows than that takes.
+    """
     lora = next(iter(model.peft_config.values()))
     config, trainable = model.config, sum(p.numel() for p in model.parameters() if p.requires_grad)
     rank, layers = lora.r, config.num_hidden_layers
@@ -154,10 +272,11 @@ def costs(model, keep: str, on_host: bool, learned: int) -> tuple[float, float, 
     work += max(inner, hidden) if lora.lora_dropout else 0
     logits = min(HEAD_ROWS, learned) * config.vocab_size * 14
     fixed = 2 * max(qkv, 2 * inner) * (hidden + room) + trainable * 20 + logits
+    chunk = shared * key_heads * 2 * head_size(config) * 4  # `Attention.shared_dkv`, for each chunk of rows
     again = hidden * sum((2 * inner, qkv, out)[:left_out])
     return (
-        fixed,
-        2 * (kept * layers + work),
+        fixed + chunk,
+        2 * (kept * layers + work) + chunk / kernels.SHARED_CHUNK,
         0.45 * again / (hidden * (3 * inner + qkv + out)) + 0.01 * on_host,
     )
 
@@ -207,7 +326,7 @@ class Group:
         self.sizes = [module.out_features for module in modules]
         self.width, self.rank = modules[0].in_features, modules[0].r["default"]
         self.scale = modules[0].scaling["default"]
-        self.dropout = getattr(modules[0].lora_dropout["default"], "p", 0.0)
+        self.dropout = dropout_of(modules[0])
         self.size, self.ranks = sum(self.sizes), math.ceil(self.rank * len(modules) / 8) * 8
         self.a_parameters = [module.lora_A["default"].weight for module in modules]
         self.b_parameters = [module.lora_B["default"].weight for module in modules]
@@ -485,6 +604,7 @@ class OnHost:
 
     def put(self, number: int, saved) -> None:
         rows = len(saved.x)
+        self.coming.pop(number, None)  # of a pass that ran out of memory
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             self.host[number][:rows].copy_(saved.x, non_blocking=True)
@@ -520,8 +640,9 @@ def counting(lengths: np.ndarray) -> np.ndarray:
     return np.arange(lengths.sum()) - np.repeat(starts(lengths), lengths)
 
 
-def shared_tokens(examples: Sequence[Example], most: int) -> int:
-    """How many tokens, at most `most`, all of several examples begin with; 0 where that is not worth it."""
+def shared_tokens(examples: Sequence[Example], loss_on: str) -> int:
+    """How many tokens that none learns all of several examples begin with; 0 where that is not worth it."""
+    most = min(learned_places(example, loss_on).start for example in examples)
     count = common_beginning([example.ids[:most] for example in examples])
     return count if len(examples) > 1 and count >= SHARED_LEAST else 0
 
@@ -572,7 +693,7 @@ class FusedModel:
 
     def batch(self, examples: Sequence[Example], loss_on: str, seed: int) -> Batch:
         learned = [learned_places(example, loss_on) for example in examples]
-        shared = shared_tokens(examples, min(places.start for places in learned))
+        shared = shared_tokens(examples, loss_on)
         firsts, counts = np.array([places.start for places in learned]), np.array([len(p) for p in learned])
         own = np.array([len(example.ids) for example in examples]) - shared
         firsts -= shared

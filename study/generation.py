@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from study import checks, record
+from study import checks, kernel_checks, record
 from study.cli import UserError
 from study.encoding import sha256_of
 from study.metrics import VERSION
@@ -124,9 +124,11 @@ def generate(
     allowed = allowed and with_all_ends(allowed, ends)
     checks.prove_attention(base_of(model))
     slow = why_slow(model)
+    witnesses = [] if slow or not prompts else kernel_checks.witnesses(model, prompts)
     merged = should_merge(model, merging)
     if merged:
         model = merge(model)
+    slow = slow or kernel_checks.scoring(model, witnesses)
     dtype = str(compute_dtype()).removeprefix("torch.")
     how = f"plain generate ({slow})" if slow else "fused layers"
     how += f", weights dense in {dtype}" if merged else ", weights in 4 bits"
@@ -179,9 +181,13 @@ def why_slow(model) -> str | None:
         return "no CUDA"
     if compute_dtype() != torch.bfloat16 or not importlib.util.find_spec("triton"):
         return "no bfloat16 or no triton here"
-    from study import engine
 
-    return engine.why_not(model)
+    def eligible() -> str | None:
+        from study import engine
+
+        return engine.why_not(model)
+
+    return kernel_checks.attempt(eligible)
 
 
 def fast_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, allowed, most) -> Iterator:

@@ -566,7 +566,7 @@ def attention_shared_dkv_kernel(
     part [chunks, shared, key heads, 4 half]."""
     key_head, split = tl.program_id(1), tl.program_id(2)
     column, wide = tl.arange(0, half)[None, :], tl.arange(0, 2 * half)[None, :]
-    place = tl.program_id(0) * tile_k + tl.arange(0, tile_k)
+    place = (tl.program_id(0) * tile_k + tl.arange(0, tile_k)).to(tl.int64)
     inside = (place < shared)[:, None]
     at = qkv + place[:, None] * stride + (heads + key_head) * 2 * half
     key_1, key_2 = tl.load(at + column, inside, 0.0), tl.load(at + half + column, inside, 0.0)
@@ -629,7 +629,7 @@ def attention_dkv_kernel(
     dk_2 = tl.zeros([tile_k, half], tl.float32)
     dv = tl.zeros([tile_k, 2 * half], tl.float32)
     for chunk in range(tl.where(start == 0, chunks, 0)):
-        found = part + (((chunk * shared + place) * key_heads + key_head) * 4 * half)[:, None]
+        found = part + (((chunk * shared + place).to(tl.int64) * key_heads + key_head) * 4 * half)[:, None]
         dk_1 += tl.load(found + column, inside, 0.0)
         dk_2 += tl.load(found + half + column, inside, 0.0)
         dv += tl.load(found + 2 * half + wide, inside, 0.0)
@@ -716,10 +716,13 @@ class Attention:
             num_stages=TILES["dkv"][3],
         )
 
+    def shared_chunks(self, rows: int) -> int:
+        return triton.cdiv(rows - self.shared, SHARED_CHUNK) if self.shared else 0
+
     def shared_dkv(self, d_out, qkv, logsumexp, delta) -> torch.Tensor:
         """Gradients of the shared keys and values [chunks, shared, key heads, 2 size] from all other rows."""
         rows, (tile_q, tile_k, warps, stages) = delta.shape[1], TILES["dkv"]
-        chunks = triton.cdiv(rows - self.shared, SHARED_CHUNK) if self.shared else 0
+        chunks = self.shared_chunks(rows)
         part = delta.new_empty(chunks, self.shared, self.key_heads, 2 * self.size)
         if chunks:
             attention_shared_dkv_kernel[(triton.cdiv(self.shared, tile_k), self.key_heads, chunks)](

@@ -105,7 +105,7 @@ def multiply_nf4_kernel(
     first_output, number = tl.program_id(0) * tile, tl.arange(0, tile_x)
     output = (first_output + tl.arange(0, tile)).to(tl.int64)
     begin, end = split * chunk, tl.minimum(blocks, (split + 1) * chunk)
-    x += tl.minimum(number, rows - 1)[:, None] * stride
+    x += tl.minimum(number, rows - 1).to(tl.int64)[:, None] * stride
     total = tl.zeros([tile, tile_x], tl.float32)
     if first_output < size:
         row = tl.minimum(output, size - 1)[:, None]

@@ -26,7 +26,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations import get_reporting_integration_callbacks
 
 from study import checkpoint as checkpoints_of_models
-from study import checks, record, runs
+from study import checks, kernel_checks, record, runs
 from study.cli import UserError
 from study.encoding import Example, sha256_of
 from study.model import compute_dtype, fingerprint, peak_memory_gib
@@ -318,10 +318,12 @@ def train(
     kept = kept_plan(checkpoint, args)
     tokens = [sum(len(examples[i].ids) for i in step) for step in steps]
     fast, slow = None, why_slow(model, args, padded, training)
+    if kept and not kept["fused"]:
+        slow = slow or "as before it was stopped"
     if slow is None:
-        fast = fast_path(model, examples, tokens, args)
-        if not agree(model, fast, examples, args.loss_on):
-            fast, slow = None, "the fused layers' loss is another one"
+        fast, slow = fast_path(model, examples, tokens, args, kept)
+    if slow and kept and kept["fused"]:
+        print("resumed    by other layers than it began with: its adapter will be another one by rounding")
     if fast:
         max_tokens, checkpointing = fast.plan.tokens, False
     elif kept and not kept["fused"]:
@@ -388,6 +390,7 @@ def train(
             "max_tokens_per_batch": trainer.max_tokens,
             "gradient_checkpointing": fast.plan.keep != "all" if fast else checkpointing,
             "plan": str(fast.plan) if fast else None,
+            "not_fused": slow,
             "processes": training.world_size,
         },
         "schedule": run["schedule"],
@@ -444,15 +447,32 @@ def why_slow(model, args, padded: bool, training: TrainingArguments) -> str | No
         return "padded"
     if args.attn_implementation != "auto":
         return f"--attn_implementation {args.attn_implementation}"
+
+    def eligible() -> str | None:
+        from study import fused
+
+        return fused.why_not(model)
+
+    return kernel_checks.attempt(eligible)
+
+
+def fast_path(
+    model, examples: Sequence[Example], tokens: Sequence[int], args, kept: dict | None = None
+) -> tuple:
+    """The model's fused layers, with the plan that was `kept` or that fits the device's free memory, and None;
+    or None and the reason why they can't be used."""
+    made = []
+    slow = kernel_checks.attempt(lambda: made.append(fused_layers(model, examples, tokens, args, kept)))
+    slow = slow or kernel_checks.training(model, made[0], examples, args.loss_on)
+    return (None, slow) if slow else (made[0], None)
+
+
+def fused_layers(model, examples: Sequence[Example], tokens: Sequence[int], args, kept: dict | None):
     from study import fused
 
-    return fused.why_not(model)
-
-
-def fast_path(model, examples: Sequence[Example], tokens: Sequence[int], args):
-    """The model's fused layers, with the plan that fits the device's free memory."""
-    from study import fused
-
+    if kept:
+        plan = fused.Plan(kept["tokens"], kept["keep"], kept["on_host"])
+        return fused.FusedModel(model, plan)
     longest = max(len(example.ids) for example in examples)
     given = args.max_tokens_per_batch
     wanted = None if given == "auto" else max(longest, min(given, max(tokens)))
@@ -460,20 +480,9 @@ def fast_path(model, examples: Sequence[Example], tokens: Sequence[int], args):
     free = int(0.92 * torch.cuda.mem_get_info()[0])
     learned = args.batch_size * max(len(learned_places(example, args.loss_on)) for example in examples)
     step = min(MOST_TOKENS, max(tokens)), learned
-    plan = fused.choose_plan(model, free, longest, step, wanted, args.gradient_checkpointing)
+    shared = fused.shared_tokens(examples, args.loss_on)
+    plan = fused.choose_plan(model, free, longest, step, wanted, args.gradient_checkpointing, shared)
     return fused.FusedModel(model, plan)
-
-
-def agree(model, fast, examples: Sequence[Example], loss_on: str) -> bool:
-    """Whether the fused layers give a short example the loss that the model's own give it, but for rounding.
-
-    The adapters are new here and add nothing, so dropout plays no part.
-    """
-    shortest = [min(examples, key=lambda example: len(example.ids))]
-    device = fast.embedding.device
-    with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        plain = loss_sum(model, shortest, loss_on, False, device).item()
-        return abs(fast.loss_sum(shortest, loss_on, 0).item() - plain) <= 0.02 * plain + 0.02
 
 
 def resume(checkpoints: Path, run: dict, args) -> tuple[Path | None, dict, list]:

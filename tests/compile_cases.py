@@ -1,11 +1,13 @@
 """Compile, without a GPU, every kernel that training and scoring launch, with heads as in Llama-2-7B, for the
 GPU architecture named by the first argument.
-Print the most shared memory that each takes, in bytes, as JSON.
+Print, as JSON, the most shared memory that each takes, in bytes, and its products with a stride in 32 bits,
+which a large matrix overflows.
 
 Nothing is computed: each launch is only compiled, with the arguments that it would have.
 """
 
 import json
+import re
 import sys
 from collections import defaultdict
 
@@ -48,6 +50,14 @@ def collect(variants: dict) -> None:
     JITFunction.run = compile_only
 
 
+def narrow_products(ttir: str) -> set[str]:
+    """The lines of Triton's intermediate code that multiply a stride in 32 bits."""
+    names = set(re.findall(r"(%\w*stride\w*): i32", ttir))
+    names |= {name for name, of in re.findall(r"(%\S+) = tt\.splat (%\S+) : i32", ttir) if of in names}
+    products = re.findall(r"arith\.muli (%\S+), (%\S+) : (?:tensor<\S+x)?i32", ttir)
+    return {" * ".join(both) for both in products if names & {*both}}
+
+
 def train(base) -> None:
     """A pass without dropout, and one with it and with tokens that all examples begin with."""
     lengths = ((40, 30), (70, 60), (33, 31))
@@ -78,7 +88,13 @@ def main() -> None:
     shared = {
         name: max(kernel.metadata.shared for kernel in found.values()) for name, found in variants.items()
     }
-    print(json.dumps(shared))
+    kernels_of = {name: list(found.values()) for name, found in variants.items()}
+    assert all("stride" in kernel.asm["ttir"] for kernel in kernels_of["attention_dkv_kernel"])
+    narrow = {
+        name: sorted(set().union(*(narrow_products(kernel.asm["ttir"]) for kernel in found)))
+        for name, found in kernels_of.items()
+    }
+    print(json.dumps({"shared": shared, "narrow": {name: found for name, found in narrow.items() if found}}))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,8 @@ def test_every_kernel_compiles(capability, tmp_path):
     kernels = {
         name for source in sources for name in re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)
     }
-    shared = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads(done.stdout.splitlines()[-1])
+    shared = found["shared"]
     assert set(shared) == kernels
+    assert found["narrow"] == {}
     assert max(shared.values()) <= {86: 99, 90: 227}[capability] * 1024  # what a block can take, in bytes

@@ -72,8 +72,14 @@ def test_one_example_does_not_change_anothers_loss(errors):
     assert errors["isolation"] == [0.0, True]
 
 
-def test_fused_layers_that_compute_another_loss_are_found_out(errors):
-    assert errors["agree"] == [True, False]
+def test_the_self_check_leaves_everything_as_it_was(errors):
+    same = errors["left as it was"]
+    assert len(same) == 7
+    assert all(same.values()), same
+
+
+def test_the_memory_formula_has_room_for_the_gradient_of_shared_rows(errors):
+    assert errors["shared gradient fits"] == [True, True, True]
 
 
 def test_models_that_can_not_take_the_path_say_why(errors):

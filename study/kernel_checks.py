@@ -1,0 +1,359 @@
+"""The fast paths prove themselves before they are used: on some of the run's own examples, beside the model's
+own layers.
+
+Training: loss and every gradient of the adapters, set at random meanwhile, beside PEFT's, with the same
+dropout. Scoring: logits after a prompt and a further token beside the model's own before merging.
+All kernels that a run launches and all weights that it copies take part. What differs, and what can't be
+compiled or launched, is the reason why the run goes on with the model's own layers. Where memory lacks, less
+is compared.
+"""
+
+import contextlib
+import itertools
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from bitsandbytes.functional import dequantize_4bit
+
+from study import record
+from study.encoding import Example
+from study.model import base_of
+from study.packing import common_beginning, learned_places, loss_sum, split_to_fit
+
+SEED = 20_240_229  # of the adapters and of dropout
+STRENGTH = 0.25  # of an adapter beside its weight, in Frobenius norm: it matters, and doesn't drown the model
+
+# The largest errors, relative to the norm of what is compared. In float32 only the order of sums differs, by
+# some 1e-6. In bfloat16 both sides round: against float64 all gradients together are off by 1.1e-2 to 1.9e-2
+# in the fused layers, by 1.4e-2 to 2.2e-2 in PEFT (benchmarks/README.md), single ones by more. What is broken
+# is off by far more, as `python -m benchmarks.mutations` shows.
+TOLERANCES = {
+    torch.float32: {"loss": 1e-4, "kind": 1e-3, "single": 1e-3, "logits": 1e-3},
+    torch.bfloat16: {"loss": 0.02, "kind": 0.1, "single": 0.3, "logits": 0.05},
+}
+
+
+def attempt(check: Callable[[], str | None]) -> str | None:
+    """What `check` returns, or the error that ends it, as one short line. Raises what lacks memory."""
+    try:
+        return check()
+    except Exception as error:  # whatever Triton, its compiler or the driver raise: no one list has them all
+        if record.is_out_of_memory(error):
+            raise
+        return describe(error)
+
+
+def describe(error: Exception) -> str:
+    """One short line, the same each time: without folders and addresses."""
+    text = re.sub(r"(?:/[\w.+~-]+)+/|0x[0-9a-f]+", "", " ".join(str(error).split()))
+    return f"{type(error).__name__}: {text}"[:120].rstrip(": ")
+
+
+def with_less(check: Callable[[list], object], items: Sequence, size: Callable[[object], int]):
+    """`check(items)` or, where that exceeds the memory, of the two shortest; None where these do, too."""
+    for some in (list(items), sorted(items, key=size)[:2]):
+        try:
+            return check(some)
+        except RuntimeError as error:
+            if not record.is_out_of_memory(error):
+                raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+    print("self-check no memory for it: nothing was compared", flush=True)
+    return None
+
+
+# Training
+
+
+def training(model, fast, examples: Sequence[Example], loss_on: str) -> str | None:
+    """The reason not to train `model` (PEFT over bitsandbytes) by `fast` (fused.FusedModel), or None."""
+
+    def check(some: list[Example]) -> str | None:
+        errors = training_errors(model, fast, groups_of(some, fast.plan.tokens, loss_on), loss_on)
+        return too_large(errors, fast.embedding.dtype)
+
+    return with_less(lambda some: attempt(lambda: check(some)), examples, lambda example: len(example.ids))
+
+
+def too_large(errors: dict[str, float], dtype: torch.dtype) -> str | None:
+    """The reason that `errors` are, or None if all are tolerable."""
+    wrong = [name for name, error in errors.items() if not error <= TOLERANCES[dtype][name]]  # NaN is, too
+    what = {"loss": "loss is another one", "logits": "logits are others"}
+    return f"the fused layers' {what.get(wrong[0], 'gradients are others')}" if wrong else None
+
+
+def groups_of(examples: Sequence[Example], most: int, loss_on: str) -> list[list[Example]]:
+    """The longest and the two shortest of `examples` in passes of at most `most` tokens, and two that share
+    their beginning, if there are such and none of these passes shares one."""
+    from study.fused import shared_tokens
+
+    order = sorted(examples, key=lambda example: len(example.ids))
+    chosen = [order[-1], *order[:2]] if len(order) > 2 else order
+    lengths = [len(example.ids) for example in chosen]
+    groups = [[chosen[i] for i in group] for group in split_to_fit(range(len(chosen)), lengths, most, False)]
+    if not any(shared_tokens(group, loss_on) for group in groups):
+        alike = sorted(examples, key=lambda example: example.ids)  # so that those most alike are neighbours
+        pairs = [pair for pair in itertools.pairwise(alike) if sum(len(e.ids) for e in pair) <= most]
+        pair = max(pairs, key=lambda pair: common_beginning([e.ids for e in pair]), default=())
+        if pair and shared_tokens(pair, loss_on):
+            groups.append(list(pair))
+    return groups
+
+
+def training_errors(model, fast, groups: Sequence[Sequence[Example]], loss_on: str) -> dict[str, float]:
+    """Errors of the fused layers beside PEFT's: of the loss; of the adapters' gradients, the largest of all
+    those of a kind (A or B of q_proj, ...) together, and of a single one."""
+    enabled = fast.embedding.dtype == torch.bfloat16
+    device = fast.embedding.device
+    with random_adapters(model):
+        with plain_layers(model), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            expected = [0.0, None]
+            for seed, group in enumerate(groups):
+                with same_dropout(model, fast, group, loss_on, seed):
+                    add(expected, loss_sum(model, group, loss_on, False, device), fast.parameters)
+        got = [0.0, None]
+        for seed, group in enumerate(groups):
+            add(got, fast.loss_sum(group, loss_on, seed), fast.parameters)
+    return compare(got, expected, kinds_of(fast))
+
+
+def add(total: list, loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
+    """Add a loss and its gradients to `total`."""
+    gradients = torch.autograd.grad(loss, parameters)
+    if total[1] is None:
+        total[1] = list(gradients)
+    else:
+        torch._foreach_add_(total[1], gradients)
+    total[0] += loss.detach().double()
+
+
+def kinds_of(fast) -> list[str]:
+    """What each of `fast.parameters` is."""
+    from study.fused import NAMES
+
+    return [f"{part} of {name}" for _ in fast.layers for names in NAMES for part in "AB" for name in names]
+
+
+def compare(got: list, expected: list, kinds: Sequence[str]) -> dict[str, float]:
+    """Errors of a loss and its gradients, whose kinds these are; `expected` is used up."""
+    sizes = torch.stack(torch._foreach_norm(expected[1])).double()
+    torch._foreach_sub_(expected[1], got[1])
+    off = torch.stack(torch._foreach_norm(expected[1])).double()
+    numbers = {kind: number for number, kind in enumerate(dict.fromkeys(kinds))}
+    which = torch.tensor([numbers[kind] for kind in kinds], device=sizes.device)
+    kind_sizes, kind_off = (
+        sizes.new_zeros(len(numbers)).index_add_(0, which, values.square()).sqrt() for values in (sizes, off)
+    )
+    # A gradient far smaller than the others of its kind may be rounding alone.
+    least = 0.3 * kind_sizes[which] / (len(kinds) / len(numbers)) ** 0.5
+    errors = {
+        "loss": (got[0] - expected[0]).abs() / expected[0],
+        "kind": (kind_off / kind_sizes).max(),
+        "single": (off / torch.maximum(sizes, least)).max(),
+    }
+    return {name: error.item() for name, error in errors.items()}
+
+
+@contextlib.contextmanager
+def random_adapters(model) -> Iterator[None]:
+    """A and B at random, so that neither's gradient is 0; afterwards they are as they were."""
+    from study.fused import linear_layers
+
+    modules = [module for layer in base_of(model).model.layers for module in linear_layers(layer)]
+    pairs = [(module.lora_A["default"].weight, module.lora_B["default"].weight) for module in modules]
+    before = [[part.detach().clone() for part in pair] for pair in pairs]
+    generator = torch.Generator(pairs[0][0].device).manual_seed(SEED)
+    try:
+        with torch.no_grad():
+            for module, (a, b) in zip(modules, pairs, strict=True):
+                weight = dequantize_4bit(module.base_layer.weight.data, module.base_layer.weight.quant_state)
+                a.normal_(generator=generator).mul_(a.shape[1] ** -0.5)
+                b.normal_(generator=generator).mul_((len(b) * len(a)) ** -0.5)
+                b.mul_(STRENGTH * weight.float().norm() / module.scaling["default"])
+        yield
+    finally:
+        for pair, old in zip(pairs, before, strict=True):
+            for part, values in zip(pair, old, strict=True):
+                part.data.copy_(values)
+
+
+@contextlib.contextmanager
+def plain_layers(model) -> Iterator[None]:
+    """The model's own layers in little memory: each layer is computed twice. Random numbers, modes and
+    checkpointing are as they were afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    checkpointed = base_of(model).is_gradient_checkpointing
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        model.train()
+        if not checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        try:
+            yield
+        finally:
+            if not checkpointed:
+                model.gradient_checkpointing_disable()
+            for module, mode in modes.items():
+                module.training = mode
+
+
+# Dropout: the reference draws the masks of the fused layers by other code.
+
+
+class Masked(torch.nn.Module):
+    """In place of a linear layer's dropout: keeps of [1, tokens, width] what the fused layers keep."""
+
+    def __init__(self, rows: torch.Tensor, seed: int, probability: float):
+        super().__init__()
+        self.rows, self.seed, self.probability = rows, seed, probability
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        parts = self.rows.to(x.device).split(256)  # drawing takes ten times the memory of the mask
+        kept = torch.cat([kept_of(part, x.shape[-1], self.seed, self.probability) for part in parts])
+        return torch.where(kept, x.float() * (1 / (1 - self.probability)), 0).to(x.dtype)
+
+
+@contextlib.contextmanager
+def same_dropout(model, fast, examples: Sequence[Example], loss_on: str, seed: int) -> Iterator[None]:
+    """The model's own layers drop what the fused ones do in a pass over `examples`."""
+    from study.fused import linear_layers
+
+    batch_rows, last_rows = rows_of(examples, loss_on)
+    batch, before = fast.batch(examples, loss_on, seed), {}
+    try:
+        for layer, ours in zip(base_of(model).model.layers, fast.layers, strict=True):
+            groups = [group for group in ours.groups for _ in group.sizes]
+            for module, group in zip(linear_layers(layer), groups, strict=True):
+                before[module] = module.lora_dropout["default"]
+                rows = last_rows if ours.last and group is not ours.qkv else batch_rows
+                if group.dropout:
+                    masked = Masked(rows, ours.seed(batch, group), group.dropout)
+                    module.lora_dropout["default"] = masked
+        yield
+    finally:
+        for module, dropout in before.items():
+            module.lora_dropout["default"] = dropout
+
+
+def rows_of(examples: Sequence[Example], loss_on: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of each token of `examples` end to end, its row in the fused layers, and in what these compute of the
+    last layer, -1 where that is nothing."""
+    from study.fused import shared_tokens
+
+    shared, rows, last = shared_tokens(examples, loss_on), [], []
+    own = last_count = 0
+    for example in examples:
+        length, first = len(example.ids), learned_places(example, loss_on).start
+        rows += [place if place < shared else own + place for place in range(length)]
+        last += [-1 if place < first else last_count + place - first for place in range(length)]
+        own += length - shared
+        last_count += length - first
+    return torch.tensor(rows), torch.tensor(last)
+
+
+def kept_of(rows: torch.Tensor, width: int, seed: int, probability: float) -> torch.Tensor:
+    """Whether dropout keeps each of [rows, width], by the mixer that `kernels.keep` names."""
+    low = 2**32 - 1
+    number = (rows[:, None] * width + torch.arange(width, device=rows.device)) & low ^ seed
+    number = (number ^ number >> 16) * 0x7FEB352D & low
+    number = (number ^ number >> 15) * 0x846CA68B & low
+    number = number ^ number >> 16
+    return (number >> 8).float() / 2**24 >= probability
+
+
+# Scoring
+
+
+@dataclass
+class Witness:
+    """What a model's own layers say: the logits after a prompt, and after one more token [2, vocabulary]."""
+
+    prompt: list[int]
+    token: int
+    logits: torch.Tensor
+
+
+def witnesses(model, prompts: Sequence[list[int]]) -> list[Witness]:
+    """By the model's own layers, as it was loaded; to be asked before it is merged."""
+    return with_less(lambda some: [own_logits(model, prompt) for prompt in some], telling(prompts), len) or []
+
+
+@torch.inference_mode()
+def own_logits(model, prompt: list[int]) -> Witness:
+    modes = {module: module.training for module in model.modules()}
+    ids = torch.tensor([[*prompt, prompt[-1]]], device=next(model.parameters()).device)
+    try:
+        for module in modes:  # in eval mode bitsandbytes would repack a layer's weights on the CPU, for good
+            module.training = hasattr(module, "quant_state")
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=2).logits[0].float()
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return Witness(list(prompt), prompt[-1], logits)
+
+
+def scoring(model, found: Sequence[Witness]) -> str | None:
+    """The reason not to decode by the engine with `model`, merged or in 4 bits, or None."""
+
+    def check(some: list[Witness]) -> str | None:
+        return too_large(scoring_errors(model, some), base_of(model).model.embed_tokens.weight.dtype)
+
+    return (
+        with_less(lambda some: attempt(lambda: check(some)), found, lambda one: len(one.prompt))
+        if found
+        else None
+    )
+
+
+def telling(prompts: Sequence[list[int]]) -> list[list[int]]:
+    """At most four: the longest, the shortest, and two that have no more in common than all."""
+    chosen = max(prompts, key=len), min(prompts), max(prompts), min(prompts, key=len)
+    return [list(prompt) for prompt in dict.fromkeys(map(tuple, chosen))]
+
+
+def scoring_errors(model, found: Sequence[Witness]) -> dict[str, float]:
+    """The largest error of a prompt's logits by the engine."""
+    from study.engine import Engine
+
+    path, errors = Engine(model, float(2**62)), []
+    few, expected = path.few_rows, torch.stack([one.logits for one in found])
+    # Products with few rows and with many, prompts read end to end and alone.
+    for few_rows, together in ((few, True), (few, False), (0, True)) if few else ((0, True), (0, False)):
+        path.few_rows = few_rows
+        off = (engine_logits(path, found, together) - expected).norm(dim=-1)
+        errors.append((off / (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)).max())
+    return {"logits": torch.stack(errors).max().item()}
+
+
+@torch.inference_mode()
+def engine_logits(path, found: Sequence[Witness], together: bool) -> torch.Tensor:
+    """What the engine makes of the prompts, all at once or one after the other [prompts, 2, vocabulary]."""
+    from study.engine import GRAPH_USES, Running
+
+    seen: list[torch.Tensor] = []
+
+    def choose(logits, nodes):
+        seen.append(logits.float())
+        return nodes, nodes  # what follows is given
+
+    path.choose = choose
+    path.prepare([one.prompt for one in found], 2, None, len(found))
+    place = shared = path.cache.shared
+    examples, rows = [], []
+    for one in found:
+        examples.append(Running(len(examples), one.prompt[shared:], place))
+        place += len(one.prompt) - shared + 2
+    for group in [examples] if together else [[example] for example in examples]:
+        seen.clear()
+        path.read_all(group)
+        first = torch.cat(seen)
+        for example in group:
+            example.answer.append(found[example.index].token)
+        for _ in range(GRAPH_USES if together else 1):  # on CUDA the last one is by a graph
+            path.load(group)
+            path.step(len(group))() if together else path.advance(path.padded(len(group)))
+        rows.append(torch.stack([first, seen[-1][: len(group)]], 1))
+    return torch.cat(rows)
