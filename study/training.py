@@ -459,8 +459,8 @@ def why_slow(model, args, padded: bool, training: TrainingArguments) -> str | No
 def fast_path(
     model, examples: Sequence[Example], tokens: Sequence[int], args, kept: dict | None = None
 ) -> tuple:
-    """The model's fused layers, with the plan that was `kept` or that fits the device's free memory, and None;
-    or None and the reason why they can't be used."""
+    """The model's fused layers, with the plan that was `kept` or that fits the device's free memory, and
+    None; or None and the reason why they can't be used."""
     made = []
     slow = kernel_checks.attempt(lambda: made.append(fused_layers(model, examples, tokens, args, kept)))
     slow = slow or kernel_checks.training(model, made[0], examples, args.loss_on)
