@@ -252,8 +252,11 @@ def logits_of(model, row: Sequence[int], attention: str | None = None) -> torch.
 
 
 def rounding(model) -> float:
-    """How far apart, relatively, two ways to compute the same attention may be."""
-    return 2e-3 if model.dtype == torch.float32 and not hasattr(model, "quantization_method") else 0.05
+    """How far apart, relatively, logits may be that two attentions give which compute the same.
+
+    Eager rounds scores and shares to bfloat16, where others keep float32: in a Llama-2-7B of random weights,
+    which passes rounding on more than a trained one, that makes 6 % on an H200."""
+    return 2e-3 if model.dtype == torch.float32 else 0.2
 
 
 def apart(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -131,8 +131,8 @@ def isolates(model, device) -> bool:
     alone.
 
     Decided by running the model, so that no list of architectures has to be kept. Alone means through the
-    model's own attention (eager). What the attention can't do in training (dropout), it raises.
-    """
+    model's own attention (eager), and more closely through that which was proven beside it. What the
+    attention can't do in training (dropout), it raises."""
     first, other, second = checks.rows_of_tokens(model, 3)
 
     def logits(*rows: list[int]) -> torch.Tensor:
@@ -146,9 +146,13 @@ def isolates(model, device) -> bool:
             logits(first, second)
         with checks.still(model):
             packed, exchanged = logits(first, second), logits(other, second)
-        alone = checks.logits_of(model, second, "eager")
+        proven = getattr(model, "proven", "eager")
+        own, closer = (checks.logits_of(model, second, name) for name in ("eager", proven))
     leaks = checks.apart(packed, exchanged) > checks.LEAK
-    return not leaks and checks.apart(packed, alone) <= checks.rounding(model)
+    rounding = checks.rounding(model)
+    return (
+        not leaks and checks.apart(packed, own) <= rounding and checks.apart(packed, closer) <= rounding / 4
+    )
 
 
 def choose_batching(model, wanted_attention: str, device) -> bool:
