@@ -301,11 +301,9 @@ def scoring(model, found: Sequence[Witness]) -> str | None:
     def check(some: list[Witness]) -> str | None:
         return too_large(scoring_errors(model, some), base_of(model).model.embed_tokens.weight.dtype)
 
-    return (
-        with_less(lambda some: attempt(lambda: check(some)), found, lambda one: len(one.prompt))
-        if found
-        else None
-    )
+    if not found:
+        return None
+    return with_less(lambda some: attempt(lambda: check(some)), found, lambda one: len(one.prompt))
 
 
 def telling(prompts: Sequence[list[int]]) -> list[list[int]]:
