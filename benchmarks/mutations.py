@@ -243,7 +243,7 @@ class Cases:
         sizes, lengths, shared = LARGE, ((200, 180), (90, 80), (110, 101)), 70
         kernels.SHARED_CHUNK, self.apart = (64, 16) if CUDA else (2, 3)
         if not CUDA:  # the interpreter is slow
-            sizes, lengths, shared = TINY, ((8, 6), (6, 5), (7, 5)), 4
+            sizes, lengths, shared = TINY, ((8, 6), (6, 5)), 4
             fused.SHARED_LEAST = 4
             remember_unpacked()
         base = llama(device, dtype, **sizes)

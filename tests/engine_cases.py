@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from benchmarks.exactness import llama, with_adapters
+from benchmarks.mutations import remember_unpacked
 from study import cache, engine, nf4
 from study.generation import follow_one_of
 from study.model import merge
@@ -62,6 +63,7 @@ def multiply_error(sizes, width: int, rows: int) -> float:
 
 def main() -> None:
     # Train mode, without dropout: bitsandbytes would repack the weights of a layer in eval mode on the CPU.
+    remember_unpacked()
     base = llama(hidden_size=nf4.MIXED, intermediate_size=2 * nf4.MIXED)
     tuned, results = with_adapters(base, 4, 0.0).train(), {}
     prompts = make_prompts(20, (4, 11, 1, 23, 8))
