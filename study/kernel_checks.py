@@ -17,12 +17,13 @@ from dataclasses import dataclass
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
-from study import record
+from study import checks, record
 from study.encoding import Example
 from study.model import base_of
 from study.packing import common_beginning, learned_places, loss_sum, split_to_fit
 
 SEED = 20_240_229  # of the adapters and of dropout
+ROUNDINGS = 8  # so many times the noise of one more rounding a layer is tolerated
 STRENGTH = 0.25  # of an adapter beside its weight, in Frobenius norm: it matters, and doesn't drown the model
 
 # The largest errors, relative to the norm of what is compared. In float32 only the order of sums differs, by
@@ -79,6 +80,34 @@ def training(model, fast, examples: Sequence[Example], loss_on: str) -> str | No
     return with_less(lambda some: attempt(lambda: check(some)), examples, lambda example: len(example.ids))
 
 
+@contextlib.contextmanager
+def shaken(model) -> Iterator[None]:
+    """What each decoder layer returns is rounded once more, at random."""
+    base = base_of(model)
+    width = torch.finfo(base.model.embed_tokens.weight.dtype).eps / 2
+
+    def shake(module, args, output: torch.Tensor) -> torch.Tensor:
+        return (output.float() * (1 + width * (2 * torch.rand_like(output.float()) - 1))).to(output.dtype)
+
+    hooks = [layer.register_forward_hook(shake) for layer in base.model.layers]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def beyond_rounding(
+    errors: dict[str, float], noise: dict[str, float], dtype: torch.dtype
+) -> dict[str, float]:
+    """`errors` as shares of what this model tolerates, times TOLERANCES: a deep model passes rounding on, so
+    it tolerates more, by the `noise` that rounding once more makes in its own layers."""
+    return {
+        name: error / max(1.0, ROUNDINGS * noise[name] / TOLERANCES[dtype][name])
+        for name, error in errors.items()
+    }
+
+
 def too_large(errors: dict[str, float], dtype: torch.dtype) -> str | None:
     """The reason that `errors` are, or None if all are tolerable."""
     wrong = [name for name, error in errors.items() if not error <= TOLERANCES[dtype][name]]  # NaN is, too
@@ -105,20 +134,27 @@ def groups_of(examples: Sequence[Example], most: int, loss_on: str) -> list[list
 
 
 def training_errors(model, fast, groups: Sequence[Sequence[Example]], loss_on: str) -> dict[str, float]:
-    """Errors of the fused layers beside PEFT's: of the loss; of the adapters' gradients, the largest of all
-    those of a kind (A or B of q_proj, ...) together, and of a single one."""
-    enabled = fast.embedding.dtype == torch.bfloat16
-    device = fast.embedding.device
+    """Errors of the fused layers beside PEFT's, `beyond_rounding`: of the loss; of the adapters' gradients,
+    the largest of all those of a kind (A or B of q_proj, ...) together, and of a single one."""
+    dtype, kinds = fast.embedding.dtype, kinds_of(fast)
     with random_adapters(model):
-        with plain_layers(model), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
-            expected = [0.0, None]
-            for seed, group in enumerate(groups):
-                with same_dropout(model, fast, group, loss_on, seed):
-                    add(expected, loss_sum(model, group, loss_on, False, device), fast.parameters)
+        with plain_layers(model), torch.autocast(model.device.type, torch.bfloat16, dtype == torch.bfloat16):
+            expected = by_plain_layers(model, fast, groups, loss_on)
+            with shaken(model):
+                noise = compare(expected, by_plain_layers(model, fast, groups, loss_on), kinds)
         got = [0.0, None]
         for seed, group in enumerate(groups):
             add(got, fast.loss_sum(group, loss_on, seed), fast.parameters)
-    return compare(got, expected, kinds_of(fast))
+    return beyond_rounding(compare(got, expected, kinds), noise, dtype)
+
+
+def by_plain_layers(model, fast, groups, loss_on: str) -> list:
+    """Loss and gradients by PEFT's layers, with the fused ones' dropout."""
+    total = [0.0, None]
+    for seed, group in enumerate(groups):
+        with same_dropout(model, fast, group, loss_on, seed):
+            add(total, loss_sum(model, group, loss_on, False, fast.embedding.device), fast.parameters)
+    return total
 
 
 def add(total: list, loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> None:
@@ -270,11 +306,13 @@ def kept_of(rows: torch.Tensor, width: int, seed: int, probability: float) -> to
 
 @dataclass
 class Witness:
-    """What a model's own layers say: the logits after a prompt, and after one more token [2, vocabulary]."""
+    """What a model's own layers say: the logits after a prompt, and after one more token [2, vocabulary], and
+    how far these go apart by rounding once more in each layer."""
 
     prompt: list[int]
     token: int
     logits: torch.Tensor
+    noise: float
 
 
 def witnesses(model, prompts: Sequence[list[int]]) -> list[Witness]:
@@ -284,16 +322,18 @@ def witnesses(model, prompts: Sequence[list[int]]) -> list[Witness]:
 
 @torch.inference_mode()
 def own_logits(model, prompt: list[int]) -> Witness:
-    modes = {module: module.training for module in model.modules()}
     ids = torch.tensor([[*prompt, prompt[-1]]], device=next(model.parameters()).device)
-    try:
-        for module in modes:  # in eval mode bitsandbytes would repack a layer's weights on the CPU, for good
-            module.training = hasattr(module, "quant_state")
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=2).logits[0].float()
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return Witness(list(prompt), prompt[-1], logits)
+    asked = {"input_ids": ids, "use_cache": False, "logits_to_keep": 2}
+    with checks.still(model):
+        logits = model(**asked).logits[0].float()
+        with shaken(model):
+            noise = distances(model(**asked).logits[0].float(), logits).max().item()
+    return Witness(list(prompt), prompt[-1], logits, noise)
+
+
+def distances(logits: torch.Tensor, expected: torch.Tensor) -> torch.Tensor:
+    """How far logits [..., vocabulary] are from others, relative to these without their mean [...]."""
+    return (logits - expected).norm(dim=-1) / (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)
 
 
 def scoring(model, found: Sequence[Witness]) -> str | None:
@@ -322,9 +362,9 @@ def scoring_errors(model, found: Sequence[Witness]) -> dict[str, float]:
     # Products with few rows and with many, prompts read end to end and alone.
     for few_rows, together in ((few, True), (few, False), (0, True)) if few else ((0, True), (0, False)):
         path.few_rows = few_rows
-        off = (engine_logits(path, found, together) - expected).norm(dim=-1)
-        errors.append((off / (expected - expected.mean(-1, keepdim=True)).norm(dim=-1)).max())
-    return {"logits": torch.stack(errors).max().item()}
+        errors.append(distances(engine_logits(path, found, together), expected).max())
+    noise = {"logits": max(one.noise for one in found)}
+    return beyond_rounding({"logits": torch.stack(errors).max().item()}, noise, path.embedding.dtype)
 
 
 @torch.inference_mode()
