@@ -5,7 +5,7 @@
 #
 # DATA holds newsgroups_{train,test}.jsonl.gz and samsum_{train,test}.jsonl.gz. Checkpoints with random weights and
 # trained runs go to experiments/benchmarks/, results to benchmarks/results/. Steps, all by default:
-#   training training_13b training_samsum sizes exactness curves
+#   training training_13b training_samsum sizes exactness mutations curves
 #   inference inference_sizes inference_13b inference_samsum equality scripts
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
@@ -61,6 +61,7 @@ sizes() {
   train 7b training-7b-samples --samples 100,400,1600
 }
 exactness() { python -m benchmarks.exactness --output "$results/exactness.json"; }
+mutations() { python -m benchmarks.mutations --output "$results/mutations.json"; }
 curves() {
   tune fused --force
   tune plain --force --attn_implementation sdpa
@@ -101,7 +102,7 @@ scripts() { # the whole test sets through the ordinary scripts
   cp "$(run_of samsum)/eval.json" "$results/eval-samsum.json"
 }
 
-steps=(training training_13b training_samsum sizes exactness curves
+steps=(training training_13b training_samsum sizes exactness mutations curves
   inference inference_sizes inference_13b inference_samsum equality scripts)
 (($#)) || set -- "${steps[@]}"
 for step in "$@"; do

@@ -3,7 +3,8 @@ tokenizer and its attention are what they seem.
 
 Each is held to a witness of its own: the tensors to those of the checkpoint's files, the tokenizer to its
 tokenizer.json, the attention to the model's own ("eager") and to the rule that no token sees a later one.
-What does not hold is refused in one line, or replaced by what does."""
+What does not hold is refused in one line, or replaced by what does.
+"""
 
 import contextlib
 import copy
@@ -23,27 +24,13 @@ NARROW = 7
 SMALL = 0.05  # a share of all weights that is not worth a word
 LEAK = 1e-4  # of the logits' norm: what may change where nothing should, by rounding
 # What a model may hand to its attention that sdpa and packed attention heed, or that changes no result.
-HEEDED = {
-    *(
-        "dropout",
-        "scaling",
-        "is_causal",
-        "sliding_window",
-        "attention_mask",
-        "position_ids",
-        "cache_position",
-    ),
-    *(
-        "cu_seq_lens_q",
-        "cu_seq_lens_k",
-        "max_length_q",
-        "max_length_k",
-        "position_embeddings",
-        "deterministic",
-    ),
-    *("use_cache", "past_key_values", "output_attentions", "output_hidden_states", "return_dict"),
-    *("logits_to_keep", "num_items_in_batch", "target_dtype", "output_router_logits"),
-}
+HEEDED_NAMES = (
+    "dropout scaling is_causal sliding_window attention_mask position_ids cache_position position_embeddings "
+    "cu_seq_lens_q cu_seq_lens_k max_length_q max_length_k use_cache past_key_values logits_to_keep "
+    "output_attentions output_hidden_states output_router_logits return_dict num_items_in_batch target_dtype "
+    "deterministic"
+)
+HEEDED = frozenset(HEEDED_NAMES.split())
 
 
 # The checkpoint as loaded
