@@ -30,8 +30,7 @@ def main() -> None:
         described["train"] = train.describe()
     labels = data.labels_of(splits["train"]) if args.task == "classification" else []
     with record.locked(folder):
-        here = checkpoint.identify(args.pretrained_ckpt)
-        content = runs.find_finished(path, args, runs.BASELINE, described, checkpoint=here)
+        content = runs.find_finished(path, args, runs.BASELINE, described)
         if content:
             return print(f"finished   {path}\n{report.result_block(content)}")
 

@@ -26,8 +26,7 @@ def main() -> None:
     described = {args.split: test.describe()}
     data.check_labels(test, trained["labels"])
     with record.locked(folder):
-        here = checkpoint.identify(args.pretrained_ckpt)
-        content = runs.find_finished(path, args, runs.SCORED, described, trained["finished"], here)
+        content = runs.find_finished(path, args, runs.SCORED, described, trained["finished"])
         if content:
             return print(f"finished   {path}\n{report.result_block(content)}")
 

@@ -27,8 +27,7 @@ def main() -> None:
     described = {"train": train.describe()}
     settings = runs.training_settings(args)
     with record.locked(folder):
-        here = checkpoint.identify(args.pretrained_ckpt)
-        content = runs.find_finished(path, args, settings, described, checkpoint=here)
+        content = runs.find_finished(path, args, settings, described)
         if content:
             return print(f"finished   {path}\n{report.result_block(content)}")
 

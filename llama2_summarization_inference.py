@@ -25,8 +25,7 @@ def main() -> None:
     test = data.sample_eval(splits[args.split], args)
     described = {args.split: test.describe()}
     with record.locked(folder):
-        here = checkpoint.identify(args.pretrained_ckpt)
-        content = runs.find_finished(path, args, runs.SCORED, described, trained["finished"], here)
+        content = runs.find_finished(path, args, runs.SCORED, described, trained["finished"])
         if content:
             return print(f"finished   {path}\n{report.result_block(content)}")
 

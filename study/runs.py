@@ -99,18 +99,13 @@ def suffix(settings: dict, mark: str) -> str:
 
 
 def find_finished(
-    path: Path,
-    args: argparse.Namespace,
-    settings: Iterable[str],
-    data: dict,
-    training: str | None = None,
-    checkpoint: dict | None = None,
+    path: Path, args: argparse.Namespace, settings: Iterable[str], data: dict, training: str | None = None
 ) -> dict | None:
     """The finished record at `path` if there is one and --force is not given; None too if it scored an older
     `training`.
 
     Raises UserError where it lacks something, was made with other `settings`, naming the flags, from other
-    `data` (splits, described) or with another `checkpoint` (its fingerprint, or None where it is not here).
+    `data` (splits, described) or with another checkpoint than is here.
     """
     content = None if args.force else read(path)
     if not content or content["status"] != "finished" or content.get("training") != training:
@@ -120,8 +115,8 @@ def find_finished(
     check_whole(content, path, "train" if path.name == "train.json" else "eval")
     check_same(content["config"], args, settings, path)
     check_same_data(content["data"], data, path)
-    recorded = content.get("checkpoint")
-    checkpoints.check_same(recorded, checkpoint, path, "--force redoes it", ends="eval" in content)
+    recorded, here = content.get("checkpoint"), checkpoints.identify(args.pretrained_ckpt)
+    checkpoints.check_same(recorded, here, path, "--force redoes it", ends="eval" in content)
     return content
 
 
