@@ -92,7 +92,9 @@ def main() -> None:
                 progress=progress,
             )
             references = [answer for _, answer in test.examples]
-            scores, rows = metrics.score(args.task, answers.texts, references, labels, test.numbers)
+            scores, rows = metrics.score(
+                args.task, answers.texts, references, labels, test.numbers, test.places
+            )
             content |= {
                 "eval": generation.describe(answers, scores, args.decoding),
                 "prompt_sha256": prompt_sha256(args.task, args.prompt_type),

@@ -73,7 +73,7 @@ def main() -> None:
                 progress=progress,
             )
             references = [label for _, label in test.examples]
-            scores, rows = metrics.score(TASK, answers.texts, references, labels, test.numbers)
+            scores, rows = metrics.score(TASK, answers.texts, references, labels, test.numbers, test.places)
             content["eval"] = generation.describe(answers, scores, args.decoding)
             content["cost"] = cost.of_run(args, model.device_name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)

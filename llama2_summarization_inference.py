@@ -65,7 +65,7 @@ def main() -> None:
                 progress=progress,
             )
             references = [summary for _, summary in test.examples]
-            scores, rows = metrics.score(TASK, answers.texts, references, numbers=test.numbers)
+            scores, rows = metrics.score(TASK, answers.texts, references, (), test.numbers, test.places)
             content["eval"] = generation.describe(answers, scores, "free")
             content["cost"] = cost.of_run(args, model.device_name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)

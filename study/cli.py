@@ -362,6 +362,8 @@ def run_script(main: Callable[[], None], distributed: bool = False) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    except BrokenPipeError:  # of `| head`: whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         forced = "--force" in sys.argv
         then = "started again with --force it begins anew" if forced else "start it again and it goes on"

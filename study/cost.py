@@ -5,7 +5,7 @@ say whose `instance`, or else whose `gpu`, is its name, or else stands in it as 
 different prices, its price is unknown until somebody chooses. Of several devices each costs that.
 
 The `cost` of a record names the `device` that was measured and the `gpu` that it is priced as, which
---gpu_name may call otherwise; records without `device` were priced as what they were measured on.
+--gpu_name may call otherwise; older records have no `device`.
 """
 
 import argparse
@@ -96,7 +96,7 @@ def gpus_of(train: dict) -> int:
 
 
 def device_of(cost: dict) -> str:
-    """The device that a record's times were measured on."""
+    """The device that a record's times were measured on; of an older record what it was priced as."""
     return cost.get("device", cost["gpu"])
 
 

@@ -22,6 +22,11 @@ COLUMNS = {
     "classification": ("text_column", "label_column"),
     "summarization": ("dialogue_column", "summary_column"),
 }
+# What changes how a label looks though it can't be seen alone: joiners between letters that they shape
+# (Arabic, Indic) or emoji, and the tags of a flag.
+SHAPING = re.compile(
+    "(?<=[^\u0000-\u05ff])[\u200c\u200d](?=[^\u0000-\u05ff\u2000-\u206f])|\U0001f3f4[\U000e0020-\U000e007f]+"
+)
 # Unicode's Default_Ignorable_Code_Point as far as they are letters or marks, and the blank of braille.
 IGNORABLE = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
@@ -30,15 +35,20 @@ IGNORABLE = re.compile(
 
 @dataclass
 class Split:
-    """The examples of one split. `numbers` are their rows in the source, from 1; `available` counts what a
-    sample was taken from; `overlap` counts the train texts that also occur in test."""
+    """The examples of one split. `numbers` are their rows in the source as errors name them, from 1 (lines of
+    JSON lines), `places` the same from 0 without counting blank lines; `available` counts what a sample was
+    taken from; `overlap` counts the train texts that also occur in test."""
 
     source: str
     examples: list[tuple[str, str]]
     numbers: list[int]
+    places: list[int] = field(default_factory=list)
     dropped: Counter = field(default_factory=Counter)
     overlap: int | None = None
     available: int | None = None
+
+    def __post_init__(self):
+        self.places = self.places or [number - 1 for number in self.numbers]
 
     def describe(self) -> dict:
         """What a record says of a split. `sha256` covers the examples as they are used."""
@@ -53,9 +63,8 @@ class Split:
         }
 
     def keep(self, indices: Sequence[int]) -> "Split":
-        return replace(
-            self, examples=[self.examples[i] for i in indices], numbers=[self.numbers[i] for i in indices]
-        )
+        columns = {name: getattr(self, name) for name in ("examples", "numbers", "places")}
+        return replace(self, **{name: [column[i] for i in indices] for name, column in columns.items()})
 
 
 def load(args: argparse.Namespace, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Split]:
@@ -150,7 +159,7 @@ def clean(source: str, rows: Iterator[Row], columns: Columns, task: str, unlabel
     """The examples in `columns` of `rows`, trimmed; rows that can't be used are dropped and counted by
     reason."""
     split = Split(source, [], [])
-    for number, row in rows:
+    for place, (number, row) in enumerate(rows):
         text, answer = (cell(row, flag, columns, f"{source} row {number}") for flag in columns)
         if task == "classification":  # its Unicode forms look the same; one that shows nothing is none
             answer = unicodedata.normalize("NFC", answer) if looks(answer) else ""
@@ -164,6 +173,7 @@ def clean(source: str, rows: Iterator[Row], columns: Columns, task: str, unlabel
             )
         split.examples.append((text, answer))
         split.numbers.append(number)
+        split.places.append(place)
     if not split.examples:
         dropped = ", ".join(f"{count} rows with {reason}" for reason, count in split.dropped.items())
         raise UserError(f"{source} has no usable row" + (f": {dropped}" if dropped else ": it is empty"))
@@ -231,6 +241,7 @@ def check_looks(split: Split) -> None:
 
 def looks(label: str) -> str:
     """A class as it looks: without the characters that can't be seen, all white space as one space."""
+    label = SHAPING.sub(lambda found: ascii(found.group()), label)
     shown = "".join(" " if mark.isspace() else mark for mark in label if mark.isspace() or not unseen(mark))
     return unicodedata.normalize("NFC", " ".join(shown.split()))
 

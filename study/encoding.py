@@ -249,20 +249,29 @@ def shorten_examples(
 
 
 def in_chat(tokenizer, prompt: str, args: argparse.Namespace) -> str:
-    """The prompt as a user's turn by --chat_template, on a day that is always the same. Raises UserError for
-    a template that is wrong or refuses it."""
+    """The prompt as a user's turn by --chat_template, on a day that is always the same.
+
+    Raises UserError for a template that is wrong, refuses the prompt or does not write all of it.
+    """
     if args.chat_template != "auto" or not tokenizer.chat_template:
         return prompt
-    try:
-        return tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            tokenize=False,
-            add_generation_prompt=True,
-            strftime_now=TODAY.strftime,
-        )
-    except Exception as error:  # whatever the template's own code raises
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise UserError(f"--chat_template auto: the checkpoint's own template fails: {reason}") from None
+    for content in (
+        prompt,
+        [{"type": "text", "text": prompt}],
+    ):  # the second of models that see pictures, too
+        try:
+            written = tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}],
+                tokenize=False,
+                add_generation_prompt=True,
+                strftime_now=TODAY.strftime,
+            )
+        except Exception as error:  # whatever the template's own code raises
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"--chat_template auto: the checkpoint's own template fails: {reason}") from None
+        if prompt.strip() in written:
+            return written
+    raise UserError("--chat_template auto: the checkpoint's own template does not write the prompt as it is")
 
 
 def chat_cue(tokenizer, args: argparse.Namespace) -> str | None:

@@ -167,7 +167,7 @@ finish() { # print the table of all cells and name those that failed or are left
   printf '\n'
   local report=0 folder recorded=()
   for folder in "${cells[@]}"; do
-    [[ ! -e $folder/train.json && ! -e $folder/eval.json ]] || recorded+=("$folder")
+    [[ ! -e $folder/train.json ]] && ! compgen -G "$folder/eval*.json" >/dev/null || recorded+=("$folder")
   done
   if [[ $dry_run ]]; then
     ((unknown < count)) || total=('?' '?')

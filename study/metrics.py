@@ -116,11 +116,13 @@ def score(
     references: Sequence[str],
     labels: Sequence[str] = (),
     numbers: Sequence[int] | None = None,
+    places: Sequence[int] | None = None,
 ) -> tuple[dict, list[dict]]:
     """Read generated answers and score them: the metrics, and for each test example a row of
-    predictions.jsonl. `numbers` are the examples' rows in their source, from 1; all in order where not
-    given."""
+    predictions.jsonl. `numbers` and `places` are the examples' rows in their source (data.Split); all in
+    order where not given."""
     numbers = range(1, len(references) + 1) if numbers is None else numbers
+    places = [number - 1 for number in numbers] if places is None else places
     parsed = [parse_label(answer, labels) if labels else parse_summary(answer) for answer in answers]
     if task == "classification":
         scores = [
@@ -129,9 +131,9 @@ def score(
     else:
         scores = rouge_scores(parsed, references)
     rows = [
-        {"index": number - 1, "row": number, "prediction": answer, "parsed": read, "reference": right, **more}
-        for number, answer, read, right, more in zip(
-            numbers, answers, parsed, references, scores, strict=True
+        {"index": place, "row": number, "prediction": answer, "parsed": read, "reference": right, **more}
+        for place, number, answer, read, right, more in zip(
+            places, numbers, answers, parsed, references, scores, strict=True
         )
     ]
     return bootstrap(statistics_of(rows), len(rows))[0], rows

@@ -207,6 +207,7 @@ def load_adapter(model, folder: Path, sha256: str | None = None):
 
     if not (folder / ADAPTER).is_file():
         raise UserError(f"{folder} holds no {ADAPTER}: train the run again with --force")
+    checkpoints.refuse_pointer(folder / ADAPTER, str(folder))
     if sha256 not in (None, fingerprint(folder)):
         raise UserError(
             f"{folder} is not the adapter that its train.json tells of: train it again with --force"

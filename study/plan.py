@@ -96,9 +96,16 @@ def earlier(args: argparse.Namespace, device: str, part: str, method: str) -> li
             continue  # the report names it
         key = (content["status"], content["task"], content["method"], content["model"])
         same = key == ("finished", args.task, method, args.pretrained_ckpt)
-        if same and cost.device_of(content["cost"]) == device:
+        if same and measured_on(content) == device:
             found.append(content)
     return found
+
+
+def measured_on(content: dict) -> str | None:
+    """The device of a record; None for an older one of a processor that --gpu_name called a card."""
+    name, environment = cost.device_of(content["cost"]), content.get("environment", {})
+    renamed = "device" not in content["cost"] and environment.get("gpu", name) is None
+    return None if renamed and not name.startswith("CPU") else name
 
 
 def training_seconds(args: argparse.Namespace, records: Sequence[dict]) -> float | None:

@@ -160,7 +160,7 @@ def main() -> None:
     if args.trace:
         print(trace(tables, args.trace))
     elif args.json:
-        print(json.dumps([cell for table in tables for cell in table.cells()], indent=1, ensure_ascii=False))
+        print(json.dumps([cell for table in tables for cell in table.cells()], indent=1))
     else:
         print("\n".join(table.markdown() for table in tables))
     if args.output_dir:

@@ -191,12 +191,29 @@ def finished_training(folder: Path, args: argparse.Namespace) -> dict:
         if name in args.given
     ]
     check_same(config, args, given, folder, "leave them out, or name another --experiment_dir")
-    # A price that is given stands instead of the run's, whether by its figure or by the name of a card.
-    price = () if {"price_per_hour", "gpu_name"} & set(args.given) else ("price_per_hour", "gpu_name")
+    price = () if other_price(content, args) else ("price_per_hour", "gpu_name")
     for name, value in config.items():
         if name in (*NAMED, *TRAINED, "test_file", "validation_file", *price) and name not in args.given:
             setattr(args, name, value)
     return content
+
+
+def other_price(content: dict, args: argparse.Namespace) -> bool:
+    """Whether a training's price is not that of its evaluation: another one is given, by its figure or by the
+    name of a card, or the training ran on another device, which is said."""
+    from study.plan import measured_on, this_device
+
+    config = content["config"]
+    if {"price_per_hour", "gpu_name"} & set(args.given):
+        return True
+    if not config.get("price_per_hour") and not config.get("gpu_name"):
+        return False
+    there, here = measured_on(content), this_device()
+    if there != here:
+        print(
+            f"price      not the training's, which ran on {there or config['gpu_name']}, and this is {here}"
+        )
+    return there != here
 
 
 def command(content: dict) -> str:

@@ -244,7 +244,8 @@ def diverged(what: str, args) -> UserError:
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints that training has left, oldest first; copies that someone made of them are not ours."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    ours = re.compile(r"checkpoint-[1-9][0-9]*")
+    found = [path for path in folder.glob("checkpoint-*") if ours.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
@@ -504,7 +505,8 @@ def resume(checkpoints: Path, run: dict, args) -> tuple[Path | None, dict, list]
         "examples_sha256": "other tokens than the examples have now",
         "schedule": "another schedule of learning rates",
     }.items():
-        if name in run and progress.get(name, run[name]) != run[name]:
+        before = progress.get(name, None if name == "schedule" else run.get(name))
+        if name in run and before != run[name]:
             raise UserError(f"{checkpoint} was made with {what}: {redo}")
     return checkpoint, progress["spent"], progress["history"]
 

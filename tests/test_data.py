@@ -460,6 +460,26 @@ def test_classes_that_can_be_told_apart_are_accepted(tmp_path):
     }
 
 
+def test_classes_that_joiners_or_tags_make_look_different_are_two():
+    england, scotland = (
+        "\U0001f3f4" + "".join(chr(0xE0000 + ord(letter)) for letter in f"{code}\x7f")
+        for code in ("gbeng", "gbsct")
+    )
+    for one, other in ((england, scotland), ("👨‍👩‍👧", "👨👩👧"), ("می‌خواهم", "میخواهم")):
+        assert data.looks(one) != data.looks(other)
+    for one, other in (("a", "a\u200d"), ("ab", "a\u200cb"), ("é", "é\u00ad"), ("a", "a\U000e0067")):
+        assert data.looks(one) == data.looks(other)
+
+
+def test_an_index_counts_rows_and_not_blank_lines(tmp_path):
+    lines = [
+        json.dumps({"text": text, "label": label}) for text, label in (("a", "x"), ("", "y"), ("b", "y"))
+    ]
+    split = load_file(tmp_path / "t.jsonl", "\n\n".join(lines))
+    assert (split.numbers, split.places) == ([1, 5], [0, 2])
+    assert split.keep([1]).places == [2]
+
+
 def test_a_test_class_that_looks_like_one_of_train_is_spelled(tmp_path):
     train = write_rows(tmp_path / "train.jsonl", [{"text": "t", "label": label} for label in "ab"])
     test = write_rows(tmp_path / "test.jsonl", [{"text": "t", "label": "a\u200b"}])

@@ -264,6 +264,31 @@ def test_a_template_that_fails_is_one_line(template):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "[user] [assistant]",
+        "{{ messages[0].content | upper }}",
+        "{{ messages[0].content.split('\\n')[0] }}",
+        "{{ messages[0].content[:40] }}",
+    ],
+)
+def test_a_template_that_does_not_write_the_prompt_is_refused(template):
+    settings = flags(prompt_type="zero-shot", chat_template="auto")
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"--chat_template auto: .* (does not write the prompt|fails)"):
+            encoding.encode_baseline(chatty(template), ["one\ntext"], LABELS, [], 2048, settings)
+
+
+def test_a_template_for_parts_of_several_kinds_is_given_the_prompt_as_one():
+    parts = "{% for part in messages[0].content if part.type == 'text' %}{{ part.text }}{% endfor %}"
+    settings = flags(prompt_type="zero-shot", chat_template="auto")
+    tokenizer = chatty(f"USER: {parts} ASSISTANT:")
+    [prompt], _ = encoding.encode_baseline(tokenizer, ["the text"], LABELS, [], 2048, settings)
+    assert "```\nthe text\n```" in tokenizer.decode(prompt)
+    assert encoding.chat_cue(tokenizer, settings) == " ASSISTANT:"
+
+
 def test_shots_are_one_of_each_class_by_the_seed():
     pairs = [(f"{label} {i}", label) for label in LABELS for i in range(20)]
     chosen = encoding.choose_shots(pairs, "classification", 1, seed=1)

@@ -223,7 +223,7 @@ def test_a_reference_without_a_word_is_refused_before_anything_is_generated(summ
 def test_the_version_of_a_metric_is_that_of_its_task():
     from study.generation import Answers, describe
 
-    answers = Answers(["x"], 1, 1, 1.0, 0.0, "")
+    answers = Answers(["x"], 1, 1, 1.0, 0.0, "", "", [2])
     versions = {
         task: describe(answers, metrics.score(task, ["x"], ["x"], labels)[0], "free")["metrics_version"]
         for task, labels in (("classification", ["x", "y"]), ("summarization", []))

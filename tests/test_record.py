@@ -636,11 +636,22 @@ def test_inference_takes_over_the_settings_of_the_training(tmp_path, trained):
         ("--gpu_name H100", (None, "H100")),
     ],
 )
-def test_inference_takes_over_the_price_of_the_training_unless_one_is_given(tmp_path, words, price):
+def test_inference_takes_over_the_price_of_the_training_unless_one_is_given(
+    tmp_path, words, price, monkeypatch
+):
+    monkeypatch.setattr(plan, "this_device", lambda: "CPU")  # as the record has it
     make_record(tmp_path / "train.json", "--price_per_hour", 2.5, "--gpu_name", "A10G")
     args = flags("--experiment_dir", tmp_path, *words.split())
     runs.finished_training(tmp_path, args)
     assert (args.price_per_hour, args.gpu_name) == price
+
+
+def test_inference_on_another_device_than_the_trainings_leaves_its_price_and_says_so(tmp_path, capsys):
+    make_record(tmp_path / "train.json", "--price_per_hour", 2.5, "--gpu_name", "A10G")
+    args = flags("--experiment_dir", tmp_path)
+    runs.finished_training(tmp_path, args)
+    assert (args.price_per_hour, args.gpu_name) == (None, None)
+    assert "price      not the training's, which ran on CPU, and this is " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
