@@ -347,15 +347,16 @@ def test_a_scoring_that_failed_before_it_started_is_failed_in_the_table(tmp_path
     assert [cell.strip() for cell in row.split("|")[3:-1]] == ["failed"]
 
 
-@pytest.mark.parametrize("force", [[], ["--force"]], ids=["plain", "force"])
-def test_scripts_that_end_well_and_leave_no_finished_record_have_failed(tmp_path, force):
+@pytest.mark.parametrize("more", [[], ["--force"], ["--max_eval_samples", 4]], ids=["plain", "force", "few"])
+def test_scripts_that_end_well_and_leave_no_finished_record_have_failed(tmp_path, more):
     env = {**launcher(tmp_path, "exit 0"), **ONE_CELL, "TASK": "classification"}
-    done = loop("run_lora.sh", *force, "--output_dir", "runs", cwd=tmp_path, **env)
+    done = loop("run_lora.sh", *more, "--output_dir", "runs", cwd=tmp_path, **env)
     assert done.returncode == 1
     title, failed = done.stderr.strip().splitlines()
     assert title == "error: 1 of 1 cells failed:"
     assert failed.startswith(f"  {SCORE} --lora_r 4")
     assert failed.endswith("(exit 0, but no finished record)")
+    assert "failed" in done.stdout  # in a table, whatever the evaluation's record is called
     assert "failed" in done.stdout
 
 
