@@ -61,7 +61,8 @@ def main() -> None:
             )
             allowed = classes if args.decoding == "constrained" else None
             base = model.load_base(args.pretrained_ckpt, quantization)
-            quantized, context = model.quantization_of(base), model.context_length(base, tokenizer)
+            content.update(model.as_loaded(base, tokenizer))
+            context = model.context_length(base, tokenizer)
             texts = [text for text, _ in test.examples]
             examples = []
             if args.prompt_type == "few-shot":
@@ -98,7 +99,6 @@ def main() -> None:
             content |= {
                 "eval": generation.describe(answers, scores, args.decoding),
                 "prompt_sha256": prompt_sha256(args.task, args.prompt_type),
-                "quantization": quantized,
             }
             content["cost"] = cost.of_run(args, model.device_name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)

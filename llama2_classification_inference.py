@@ -60,7 +60,9 @@ def main() -> None:
             allowed = classes if args.decoding == "constrained" else None
             base = model.load_base(args.pretrained_ckpt, model.quantization_from(trained["quantization"]))
             model.check_length(base, tokenizer, args)
-            tuned = model.load_adapter(base, folder / "adapter", trained["train"].get("adapter_sha256"))
+            content.update(model.as_loaded(base, tokenizer))
+            hashes = (trained["train"].get(name) for name in ("adapter_sha256", "adapter_config_sha256"))
+            tuned = model.load_adapter(base, folder / "adapter", *hashes)
             progress = generation.Progress(path, runs.identity(content), args.force)
             answers = generation.generate(
                 tuned,

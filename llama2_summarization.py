@@ -88,7 +88,7 @@ def main() -> None:
             base = model.load_base(
                 args.pretrained_ckpt, quantization, packing.training_attention(args.attn_implementation)
             )
-            content["quantization"] = model.quantization_of(base)
+            content.update(model.as_loaded(base, tokenizer))
             model.check_length(base, tokenizer, args)
             run = {name: content[name] for name in ("config", "data", "prompt_sha256", "checkpoint")}
             content["train"] = training.train(base, tokenizer, lora, schedule, examples, args, folder, run)

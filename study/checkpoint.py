@@ -8,6 +8,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,8 +20,11 @@ from study.files import is_lfs_pointer
 PIECE = 2**25  # bytes that are hashed or looked through at once
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
+# Masks and tables that older checkpoints hold as tensors, and models make by themselves today.
+OUTDATED = re.compile(r"(masked_bias|causal_mask|inv_freq|\.attn\.bias|\.attention\.bias)$")
 HUB = ["*.json", "model*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 UNIMPORTANT = ("_name_or_path", "transformers_version")  # of config.json
 NOT_NUMBERS = {  # a safetensors dtype's words, and the exponent that infinities and NaNs have
@@ -72,11 +76,11 @@ def identify(name: str, fetch: bool = False) -> dict | None:
         return None
     where = f"--pretrained_ckpt {name}"
     weights = check_files(folder, where)
-    parts = [["config", canonical(read_json(folder / "config.json", where))]]
-    parts += [
-        [path.name, hash_of(path.read_bytes())] for path in map(folder.joinpath, TOKENIZER) if path.is_file()
-    ]
-    parts += [[path.name, hash_of_weights(path, where)] for path in weights]
+    config = read_json(folder / "config.json", where)
+    texts = [*map(folder.joinpath, TOKENIZER), *sorted(folder.glob("additional_chat_templates/*"))]
+    parts = [["config", canonical(config)]]
+    parts += [[path.name, hash_of(path.read_bytes())] for path in texts if path.is_file()]
+    parts += [[path.name, hash_of_weights(path, where, "quantization_config" in config)] for path in weights]
     is_snapshot = folder.parent.name == "snapshots"
     return {
         "sha256": hash_of(json.dumps(parts).encode()),
@@ -122,6 +126,10 @@ def check_files(folder: Path, where: str) -> list[Path]:
         raise UserError(
             f"{where} has not a configuration (config.json): name a whole checkpoint folder or a hub id"
         )
+    if (folder / "adapter_config.json").is_file():
+        raise UserError(
+            f"{where} holds an adapter too (adapter_config.json), which would be applied: move it elsewhere"
+        )
     weights = weight_files(folder, where)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(
@@ -162,9 +170,10 @@ def weight_files(folder: Path, where: str) -> list[Path]:
     return files
 
 
-def hash_of_weights(path: Path, where: str) -> str:
+def hash_of_weights(path: Path, where: str, quantized: bool) -> str:
     """The SHA-256 of the SHA-256s of a safetensors file's pieces, each of PIECE bytes; remembered for a file
-    that has not changed since. Raises UserError if it is damaged or a weight is infinite or no number."""
+    that has not changed since. Raises UserError if it is damaged, a weight is infinite or no number, or is of
+    few bits in a checkpoint that is not `quantized`."""
     stat = path.stat()
     key = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
     known = remembered()
@@ -172,6 +181,8 @@ def hash_of_weights(path: Path, where: str) -> str:
         return known[str(path.resolve())][1]
     with open(path, "rb") as file:
         tensors = header_of(file, stat.st_size, f"{where}: {path.name}")
+        if not quantized:
+            refuse_few_bits(tensors, f"{where}: {path.name}")
         with (
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
             ThreadPoolExecutor(os.cpu_count()) as pool,
@@ -211,9 +222,21 @@ def header_of(file, size: int, where: str) -> dict[str, tuple[str, int, int]]:
     return tensors
 
 
+def refuse_few_bits(tensors: dict[str, tuple[str, int, int]], where: str) -> None:
+    """Raise UserError for weights of 8 bits or fewer, whose scales nothing would apply."""
+    for name, (dtype, _, _) in tensors.items():
+        if name.endswith(".weight") and dtype not in NOT_NUMBERS:
+            raise UserError(
+                f"{where} holds {name} in {dtype}, and config.json has no quantization_config that says how "
+                "to read it: name the checkpoint in full precision"
+            )
+
+
 def pieces_of(tensors: dict[str, tuple[str, int, int]]) -> Iterator[tuple[str, str, int, int]]:
+    """What to look through: tensor, dtype, first and last byte. Not weights in 4 bits, which may be stored
+    under another dtype, nor masks."""
     for name, (dtype, begin, end) in tensors.items():
-        if dtype in NOT_NUMBERS:
+        if dtype in NOT_NUMBERS and f"{name}.absmax" not in tensors and not OUTDATED.search(name):
             yield from ((name, dtype, first, min(first + PIECE, end)) for first in range(begin, end, PIECE))
 
 

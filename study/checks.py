@@ -12,10 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+from bitsandbytes.nn import Linear4bit
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import Conv1D
 
+from study.checkpoint import OUTDATED
 from study.cli import UserError
 
 PROBE_TOKENS = 24
@@ -47,9 +50,8 @@ def refuse_other_tensors(found: dict, where: str) -> None:
         "conversion_errors": "can't be loaded:",
     }
     for kind, what in kinds.items():
-        names = sorted(
-            str(entry[0] if isinstance(entry, tuple) else entry) for entry in found.get(kind) or []
-        )
+        entries = (str(entry[0] if isinstance(entry, tuple) else entry) for entry in found.get(kind) or [])
+        names = sorted(name for name in entries if kind != "unexpected_keys" or not OUTDATED.search(name))
         if names:
             more = f" and {len(names) - 1:,} more" if names[1:] else ""
             raise UserError(
@@ -63,13 +65,43 @@ def refuse_other_shapes(model, where: str) -> None:
     with torch.device("meta"):
         plain = type(model)(copy.deepcopy(model.config))
     for name, parameter in plain.named_parameters():
-        loaded = model.get_parameter(name)
+        loaded, module = model.get_parameter(name), plain.get_submodule(name.rpartition(".")[0])
         shape = getattr(getattr(loaded, "quant_state", None), "shape", loaded.shape)
-        if shape != parameter.shape:
+        turned = isinstance(module, Conv1D) and shape == parameter.shape[::-1]  # by bitsandbytes
+        if shape != parameter.shape and not turned:
             raise UserError(
                 f"{where} holds {name} in the shape {list(shape)}, where its config.json says "
                 f"{list(parameter.shape)}: its files don't belong together"
             )
+
+
+def refuse_other_bits(model, where: str) -> None:
+    """Raise UserError if weights that should be in 4 bits are not, or not alike; and let the model's
+    configuration say how they are, whatever the checkpoint's says."""
+    kinds = set()
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit):
+            state = getattr(module.weight, "quant_state", None)
+            if state is None:
+                raise UserError(f"{where}: its config.json says that {name} is in 4 bits, and it is not")
+            kinds.add((state.quant_type, bool(state.nested)))
+    if len(kinds) > 1:
+        raise UserError(f"{where}: its weights are in 4 bits in several ways ({sorted(kinds)})")
+    if kinds:
+        settings = model.config.quantization_config
+        [(settings.bnb_4bit_quant_type, settings.bnb_4bit_use_double_quant)] = kinds
+
+
+def refuse_untied_head(model, where: str) -> None:
+    """Raise UserError for a head that the configuration ties to the embedding and the files do not."""
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    both = hasattr(head, "weight") and hasattr(table, "weight") and head.weight.shape == table.weight.shape
+    if tied and both and head.weight.data_ptr() != table.weight.data_ptr():
+        raise UserError(
+            f"{where}: its config.json ties the head to the embedding (tie_word_embeddings), and its files "
+            "hold another head: mend one of them"
+        )
 
 
 def left_out(model) -> str | None:
@@ -137,9 +169,9 @@ SPOKEN = (
 )
 
 
-def reads_as_its_file(tokenizer, folder: Path) -> bool:
-    """Whether a tokenizer gives plain texts the tokens that its tokenizer.json gives them, and reads those of
-    plain English back. Without that file only the latter."""
+def reads_as_its_file(tokenizer, folder: Path, special: bool = False) -> bool:
+    """Whether a tokenizer gives plain texts the tokens that its tokenizer.json gives them, those that begin
+    and end a text too if `special`. Without that file, whether it reads plain English back."""
     path = folder / "tokenizer.json"
     if path.is_file():
         from tokenizers import Tokenizer
@@ -148,8 +180,8 @@ def reads_as_its_file(tokenizer, folder: Path) -> bool:
         witness.no_padding()
         witness.no_truncation()
         return all(
-            tokenizer(text, add_special_tokens=False)["input_ids"]
-            == witness.encode(text, add_special_tokens=False).ids
+            tokenizer(text, add_special_tokens=special)["input_ids"]
+            == witness.encode(text, add_special_tokens=special).ids
             for text in SPOKEN
         )
     ids = tokenizer(SPOKEN[0], add_special_tokens=False)["input_ids"]
@@ -306,6 +338,14 @@ def prove_narrowed(model) -> None:
 
 
 # Rotary positions
+
+
+def forget_longer(model) -> None:
+    """Dynamic NTK goes on with the table of the longest sequence so far: let it begin anew."""
+    for module in model.modules():
+        if "dynamic" in str(vars(module).get("rope_type")) and hasattr(module, "original_inv_freq"):
+            module.register_buffer("inv_freq", module.original_inv_freq, persistent=False)
+            module.max_seq_len_cached = module.original_max_seq_len
 
 
 def same_up_to(model) -> float:

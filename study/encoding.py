@@ -275,9 +275,12 @@ def in_chat(tokenizer, prompt: str, args: argparse.Namespace) -> str:
 
 
 def chat_cue(tokenizer, args: argparse.Namespace) -> str | None:
-    """What ends a prompt where that is not the task's own cue: the end of the chat template."""
+    """What ends a prompt where that is not the task's own cue: the end of the chat template. Raises UserError
+    for a template that draws at random."""
     mark = "\u241fprompt\u241f"
     written = in_chat(tokenizer, mark, args)
+    if any(in_chat(tokenizer, mark, args) != written for _ in range(9)):
+        raise UserError("--chat_template auto: the checkpoint's own template writes something else each time")
     return None if written == mark else written.rpartition(mark)[2] or written
 
 

@@ -259,6 +259,8 @@ def continue_batch(model, prompts, max_new_tokens, ends, allowed) -> list[list[i
     ):
         alone = (continue_batch(model, [prompt], max_new_tokens, ends, allowed) for prompt in prompts)
         return [answer for [answer] in alone]
+    if longest + max_new_tokens > checks.same_up_to(base):
+        checks.forget_longer(base)
     following = None if allowed is None else follow_one_of(allowed, longest, ends[0])
     output = greedily(model, prompts, max_new_tokens, ends, prefix_allowed_tokens_fn=following)
     return [up_to_end(row, ends) for row in output[:, longest:].tolist()]

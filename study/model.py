@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 import resource
 import warnings
 from pathlib import Path
@@ -27,7 +28,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 GIB = 2**30
-ADAPTER = "adapter_model.safetensors"
+ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KERNELS = 2**28  # bytes for the code of kernels, which CUDA loads at their first use
 
 
@@ -65,36 +66,45 @@ def from_checkpoint(loader, checkpoint: str, **options):
     folder = checkpoints.folder_of(checkpoint, fetch=True)
     try:
         return loader.from_pretrained(str(folder), trust_remote_code=False, **options)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, SafetensorError) as error:
+    except Exception as error:  # whatever transformers and those below it raise for a broken checkpoint
         if is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split())[:300]
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
         if "custom code" in reason or "remote code" in reason:
             raise UserError(
                 f"--pretrained_ckpt {checkpoint} needs code of its own, which these scripts never run: name "
                 "a checkpoint of an architecture that transformers has"
             ) from None
-        if any(
-            words in reason for words in ("attn_implementation", "attention implementation", "FlashAttention")
-        ):
+        if re.search("attn_implementation|attention implementation|FlashAttention", reason):
             name = options["attn_implementation"]
             raise UserError(f"--attn_implementation {name} can't be used, auto can: {reason}") from None
+        if "above report" in reason:  # which is not shown
+            reason = "a tensor that its config.json asks for is missing or has another shape"
+        elif isinstance(error, KeyError):
+            reason = f"a file of it names {reason}, which transformers does not know"
         raise UserError(f"--pretrained_ckpt {checkpoint} can't be loaded: {reason}") from None
 
 
 def load_tokenizer(checkpoint: str):
     """The checkpoint's tokenizer: transformers' class for it, or where that reads texts otherwise than
     tokenizer.json says, the one that takes the file as it is. Raises UserError if neither does."""
-    folder, where = checkpoints.folder_of(checkpoint, fetch=True), f"--pretrained_ckpt {checkpoint}"
-    tokenizer = from_checkpoint(AutoTokenizer, checkpoint)
-    if not checks.reads_as_its_file(tokenizer, folder):
+    folder, where = place_of(checkpoint)
+    try:
+        tokenizer = from_checkpoint(AutoTokenizer, checkpoint)
         name = type(tokenizer).__name__
+    except UserError:
+        if not (folder / "tokenizer.json").is_file():
+            raise
+        tokenizer, name = None, "its tokenizer_class"
+    # Where tokenizer_config.json itself says what begins a text, tokenizer.json need not say the same.
+    special = not {"add_bos_token", "add_eos_token"} & read_config(folder).keys()
+    if tokenizer is None or not all(checks.reads_as_its_file(tokenizer, folder, s) for s in {False, special}):
         if (folder / "tokenizer.json").is_file():
             tokenizer = from_checkpoint(PreTrainedTokenizerFast, checkpoint)
         if not checks.reads_as_its_file(tokenizer, folder):
             raise UserError(
-                f"{where}: {name}, its tokenizer's class, does not read plain text as its files say: mend "
-                "tokenizer_class in tokenizer_config.json"
+                f"{where}: {name} does not read plain text as its files say: mend tokenizer_class in "
+                "tokenizer_config.json"
             )
         print(f"tokenizer  by tokenizer.json: {name} would read texts otherwise", flush=True)
     if tokenizer.eos_token_id is None:
@@ -129,19 +139,54 @@ def load_base(checkpoint: str, quantization, attn_implementation: str = "auto"):
         ),
     }
     model, found = load_with_attention(checkpoint, attn_implementation, options)
-    checks.refuse_other_tensors(found, f"--pretrained_ckpt {checkpoint}")
-    checks.refuse_other_shapes(model, f"--pretrained_ckpt {checkpoint}")
+    where = f"--pretrained_ckpt {checkpoint}"
+    checks.refuse_other_tensors(found, where)
+    for refuse in (checks.refuse_other_shapes, checks.refuse_other_bits, checks.refuse_untied_head):
+        refuse(model, where)
     model.name_or_path = checkpoint
     keep_unpacked(model)
-    checks.prove_attention(model)
-    dense = checks.left_out(model)
-    if dense:
-        print(f"4 bits     not {dense}", flush=True)
+    try:
+        checks.prove_attention(model)
+    except (RuntimeError, ValueError, AttributeError, TypeError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{where}: {type(model).__name__} can't compute in 4 bits here: {reason}") from None
+    say_what_differs(model, config)
     return model.requires_grad_(False)
 
 
 def place_of(checkpoint: str) -> tuple[Path, str]:
     return checkpoints.folder_of(checkpoint, fetch=True), f"--pretrained_ckpt {checkpoint}"
+
+
+def read_config(folder: Path) -> dict:
+    path = folder / "tokenizer_config.json"
+    return checkpoints.read_json(path, str(folder)) if path.is_file() else {}
+
+
+def say_what_differs(model, config) -> None:
+    """Print what of a checkpoint is not computed as its name promises."""
+    dense, name = checks.left_out(model), type(model).__name__
+    if dense:
+        print(f"4 bits     not {dense}", flush=True)
+    named = [own for own in config.architectures or [] if own != name]
+    if named and getattr(config, "auto_map", None):
+        print(f"model      by transformers' {name}: {named[0]}, the checkpoint's own code, is never run")
+
+
+def as_loaded(model, tokenizer) -> dict:
+    """What a record says of model and tokenizer as they are in fact, whatever was asked for."""
+    return {
+        "quantization": model.config.quantization_config.to_dict(),
+        "loaded": {
+            "model": type(model).__name__,
+            "tokenizer": type(tokenizer).__name__,
+            "attention": model.config._attn_implementation,
+            "attention_disproven": getattr(model, "disproven", None),
+            "not_in_4_bits": checks.left_out(model),
+        },
+    }
 
 
 def load_with_attention(checkpoint: str, wanted: str, options: dict) -> tuple:
@@ -189,18 +234,13 @@ def quantization_from(recorded: dict):
     return BitsAndBytesConfig.from_dict(recorded)
 
 
-def quantization_of(model) -> dict:
-    """How the model's weights are in 4 bits in fact, as a record has it."""
-    return model.config.quantization_config.to_dict()
-
-
-def fingerprint(folder: Path) -> str:
-    """SHA-256 of an adapter's weights."""
-    with open(folder / ADAPTER, "rb") as file:
+def fingerprint(folder: Path, name: str = ADAPTER) -> str:
+    """SHA-256 of an adapter's weights, or of another file of it."""
+    with open(folder / name, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_adapter(model, folder: Path, sha256: str | None = None):
+def load_adapter(model, folder: Path, sha256: str | None = None, config_sha256: str | None = None):
     """`model` with a trained adapter for inference, its weights in the dtype that training multiplied them
     in. Raises UserError for one that is not whole, does not fit, or has another fingerprint than `sha256`."""
     from peft import PeftModel
@@ -208,7 +248,9 @@ def load_adapter(model, folder: Path, sha256: str | None = None):
     if not (folder / ADAPTER).is_file():
         raise UserError(f"{folder} holds no {ADAPTER}: train the run again with --force")
     checkpoints.refuse_pointer(folder / ADAPTER, str(folder))
-    if sha256 not in (None, fingerprint(folder)):
+    whole = (folder / CONFIG).is_file()
+    other = sha256 not in (None, fingerprint(folder))
+    if other or (whole and config_sha256 not in (None, fingerprint(folder, CONFIG))):
         raise UserError(
             f"{folder} is not the adapter that its train.json tells of: train it again with --force"
         )

@@ -118,8 +118,10 @@ def loss_sum(model, examples: Sequence[Example], loss_on: str, padded: bool, dev
     """Cross-entropy summed over the learned tokens of `examples`, in float32; one by one where their
     positions would depend on the longest of them."""
     longest = max(len(example.ids) for example in examples)
-    if len(examples) > 1 and longest > checks.same_up_to(model):
-        return sum(loss_sum(model, [example], loss_on, padded, device) for example in examples)
+    if longest > checks.same_up_to(model):
+        if len(examples) > 1:
+            return sum(loss_sum(model, [example], loss_on, padded, device) for example in examples)
+        checks.forget_longer(model)
     inputs, places, targets = (pad if padded else pack)(examples, loss_on, device)
     logits = model(**inputs, use_cache=False).logits
     rows = logits.flatten(0, 1)[places] if padded else logits[0]

@@ -29,7 +29,7 @@ from study import checkpoint as checkpoints_of_models
 from study import checks, kernel_checks, record, runs
 from study.cli import UserError
 from study.encoding import Example, sha256_of
-from study.model import compute_dtype, fingerprint, peak_memory_gib
+from study.model import CONFIG, compute_dtype, fingerprint, peak_memory_gib
 from study.packing import choose_batching, learned_places, loss_sum, plan_steps, seed_of, split_to_fit
 
 PROGRESS = "progress.json"  # stands in a checkpoint once all of it has been written
@@ -397,6 +397,7 @@ def train(
         "schedule": run["schedule"],
         "examples_sha256": run["examples_sha256"],
         "adapter_sha256": adapter,
+        "adapter_config_sha256": adapter and fingerprint(folder / "adapter", CONFIG),
         "loss_history": thin([[step + 1, float(loss)] for step, loss, _ in history]),
     }
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import numpy as np
@@ -195,3 +196,33 @@ def test_numbers_are_looked_through_to_the_last_one(tmp_path):
     with open(tmp_path / "x", "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         assert checkpoint.holds_no_number(content, "x", "BF16", 0, 2 * size) == "x"
         assert checkpoint.holds_no_number(content, "x", "BF16", 0, 2 * size - 2) is None
+
+
+def test_an_adapter_in_the_checkpoints_folder_is_refused_since_it_would_be_applied(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="holds an adapter too"):
+        checkpoint.identify(str(folder))
+
+
+def test_other_chat_templates_are_part_of_the_fingerprint(folder):
+    before = checkpoint.identify(str(folder))["sha256"]
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "default.jinja").write_text("{{ messages }}")
+    assert checkpoint.identify(str(folder))["sha256"] != before
+
+
+def test_masks_of_older_checkpoints_may_be_infinite(folder):
+    mask = {"model.layers.0.attention.masked_bias": torch.tensor(-float("inf"), dtype=torch.float16)}
+    change_weights(folder, lambda weights: weights | mask)
+    assert checkpoint.identify(str(folder))
+
+
+def test_weights_of_8_bits_are_refused_unless_the_configuration_says_how_to_read_them(folder):
+    name = "model.layers.0.mlp.up_proj.weight"
+    change_weights(folder, lambda weights: weights | {name: weights[name].to(torch.int8)})
+    with pytest.raises(
+        UserError, match=rf"{re.escape(name)} in I8, and config.json has no quantization_config"
+    ):
+        checkpoint.identify(str(folder))
+    change_json(folder, "config.json", quantization_config={"load_in_8bit": True})
+    assert checkpoint.identify(str(folder))

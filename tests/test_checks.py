@@ -19,6 +19,7 @@ from transformers import (
     BitsAndBytesConfig,
     BloomConfig,
     Gemma2Config,
+    GPT2Config,
     GPTJConfig,
     GptOssConfig,
     LlamaConfig,
@@ -32,7 +33,7 @@ from transformers import (
     XLNetConfig,
 )
 
-from study import checks, generation, model, packing, training
+from study import checkpoint, checks, generation, model, packing, training
 from study.cli import UserError, parse_args
 from study.encoding import Example
 
@@ -167,7 +168,7 @@ def test_a_checkpoint_in_4_bits_stays_what_it_is_computes_in_our_dtype_and_is_re
         load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_compute_dtype=torch.float16
     )
     base = model.load_base(quantized_copy(tmp_path, settings, kind), NF4)
-    recorded = model.quantization_of(base)
+    recorded = model.as_loaded(base, None)["quantization"]
     assert (recorded["bnb_4bit_quant_type"], recorded["bnb_4bit_use_double_quant"]) == (kind, False)
     assert recorded["bnb_4bit_compute_dtype"] == "bfloat16"
     layers = model.four_bit_layers(base).values()
@@ -176,6 +177,60 @@ def test_a_checkpoint_in_4_bits_stays_what_it_is_computes_in_our_dtype_and_is_re
     json.dumps(recorded)
     merged = model.merge(base.train())
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16, torch.float32])
+def test_how_weights_in_4_bits_are_is_read_off_them_whatever_the_configuration_says(tmp_path, storage):
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="fp4",
+        bnb_4bit_quant_storage=storage,
+        bnb_4bit_use_double_quant=True,
+    )
+    folder = quantized_copy(tmp_path, settings, "fp4")
+    config = json.loads((tmp_path / "fp4" / "config.json").read_text())
+    config["quantization_config"] |= {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": False}
+    (tmp_path / "fp4" / "config.json").write_text(json.dumps(config))
+    checkpoint.identify(folder)
+    recorded = model.as_loaded(model.load_base(folder, NF4), None)["quantization"]
+    assert (recorded["bnb_4bit_quant_type"], recorded["bnb_4bit_use_double_quant"]) == ("fp4", True)
+
+
+def test_a_configuration_of_4_bits_over_dense_weights_is_refused(tmp_path):
+    folder = shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"in 4 bits, and it is not|can't be loaded|lacks the tensor"):
+        model.load_base(str(folder), NF4)
+
+
+def test_a_head_of_its_own_under_a_configuration_that_ties_it_is_refused(tmp_path):
+    folder = shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].flip(0).contiguous()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match="ties the head to the embedding"):
+        model.load_base(str(folder), NF4)
+
+
+@pytest.mark.parametrize(
+    "values", [{"num_hidden_layers": "6"}, {"hidden_act": "swishy"}, {"pad_token_id": 99_999}]
+)
+def test_a_configuration_of_wrong_values_is_one_line_that_names_the_checkpoint(tmp_path, values):
+    folder = shutil.copytree(DEMO_MODEL, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+    with pytest.raises(UserError, match=rf"--pretrained_ckpt {folder} can't be loaded: .*"):
+        model.load_base(str(folder), NF4)
+
+
+def test_gpt_2_whose_projections_lie_turned_loads(tmp_path):
+    folder = saved(GPT2Config(vocab_size=2048, n_embd=64, n_layer=2, n_head=4), tmp_path / "gpt2")
+    weights = load_file(tmp_path / "gpt2" / "model.safetensors")
+    weights["transformer.h.0.attn.bias"] = torch.ones(1, 1, 8, 8)  # as older files have it
+    save_file(weights, tmp_path / "gpt2" / "model.safetensors", metadata={"format": "pt"})
+    assert model.four_bit_layers(model.load_base(folder, NF4))
 
 
 @pytest.mark.parametrize("rows", [16, 48])
@@ -196,7 +251,17 @@ def with_class(folder, name: str | None):
 
 
 @pytest.mark.parametrize(
-    "name", ["LlamaTokenizerFast", "LlamaTokenizer", "GPT2TokenizerFast", "GemmaTokenizerFast", None]
+    "name",
+    [
+        "GPTNeoXTokenizerFast",
+        "T5TokenizerFast",
+        "PegasusTokenizer",
+        "LlamaTokenizerFast",
+        "LlamaTokenizer",
+        "GPT2TokenizerFast",
+        "GemmaTokenizerFast",
+        None,
+    ],
 )
 def test_a_tokenizer_reads_as_its_file_says_whatever_its_class(tmp_path, name, capsys):
     folder = shutil.copytree(DEMO_MODEL, tmp_path / "model")
@@ -208,6 +273,7 @@ def test_a_tokenizer_reads_as_its_file_says_whatever_its_class(tmp_path, name, c
         == witness.encode(text, add_special_tokens=False).ids
     )
     assert tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"]) == text
+    assert tokenizer(text)["input_ids"] == witness.encode(text).ids
     assert tokenizer.eos_token_id == 2
     assert ("would read texts otherwise" in capsys.readouterr().out) == (
         name not in ("GPT2TokenizerFast", None)

@@ -280,6 +280,13 @@ def test_a_template_that_does_not_write_the_prompt_is_refused(template):
             encoding.encode_baseline(chatty(template), ["one\ntext"], LABELS, [], 2048, settings)
 
 
+@pytest.mark.parametrize("greeting", ["{{ ['Hi', 'Hello'] | random }} ", "{{ lipsum(1) }}"])
+def test_a_template_that_draws_at_random_is_refused(greeting):
+    settings = flags(prompt_type="zero-shot", chat_template="auto")
+    with pytest.raises(UserError, match=r"writes something else each time|fails"):
+        encoding.chat_cue(chatty(f"{greeting}{{{{ messages[0].content }}}}"), settings)
+
+
 def test_a_template_for_parts_of_several_kinds_is_given_the_prompt_as_one():
     parts = "{% for part in messages[0].content if part.type == 'text' %}{{ part.text }}{% endfor %}"
     settings = flags(prompt_type="zero-shot", chat_template="auto")
