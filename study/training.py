@@ -394,6 +394,7 @@ def train(
             "not_fused": slow,
             "processes": training.world_size,
         },
+        "without_adapter": checks.without_adapter(model) if args.target_modules == ["all-linear"] else None,
         "schedule": run["schedule"],
         "examples_sha256": run["examples_sha256"],
         "adapter_sha256": adapter,

@@ -116,16 +116,13 @@ def test_an_unusable_row_is_named_with_what_is_wrong(tmp_path, rows, message):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_name_of_a_card_is_refused_on_a_machine_without_one(tmp_path, files, script):
-    folder = tmp_path / "run"
-    if script in INFERENCE:
-        leave_record(folder, *files, "--gpu_name", "A10G", task=script.split("_")[1])
-        given = ()  # the training's counts
-    else:
-        given = ("--gpu_name", "A10G")
+    folder, tuned = tmp_path / "run", script in INFERENCE
+    if tuned:
+        leave_record(folder, *files, task=script.split("_")[1])
     for more in ((), ("--dry_run",)):
-        line = refusal(script, *files, "--experiment_dir", folder, *given, *more)
+        line = refusal(script, *files, "--experiment_dir", folder, "--gpu_name", "A10G", *more)
         assert re.search("--gpu_name A10G: no GPU is in sight here; .* by --price_per_hour", line)
-    assert len(list(tmp_path.rglob("*.json"))) == (not given)
+    assert len(list(tmp_path.rglob("*.json"))) == tuned
 
 
 @pytest.mark.parametrize(("named", "lines"), [(2, 1), (4, 0)])
