@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,42 @@ def real_data() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("REAL_DATA_DIR does not name a folder with real data")
     return Path(folder)
+
+
+# Programs of some minutes (`BESIDE` of a test module) run one at a time beside the tests, which take a core.
+QUEUE, PROGRAMS = ThreadPoolExecutor(1), {}
+INTERPRETED = (
+    "TRITON_INTERPRET=1"  # Triton's kernels on the CPU; chosen at import, so in a process of its own
+)
+
+
+def pytest_collection_modifyitems(items: list) -> None:
+    """Start these programs; the tests of what comes of them are the last."""
+    items.sort(key=lambda item: hasattr(item.module, "BESIDE"))
+    for module in dict.fromkeys(item.module for item in items):
+        for command in getattr(module, "BESIDE", ()):
+            start_beside(*command)
+
+
+def start_beside(*command: str) -> Future:
+    if command not in PROGRAMS:
+        PROGRAMS[command] = QUEUE.submit(run_beside, command)
+    return PROGRAMS[command]
+
+
+def run_beside(command: tuple[str, ...]) -> subprocess.CompletedProcess:
+    """Python on the CPU; words like NAME=value before the program are its environment."""
+    words = [word for word in command if "=" in word]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    env |= dict(word.split("=", 1) for word in words)
+    program = [sys.executable, *command[len(words) :]]
+    return subprocess.run(program, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def ran_beside(*command: str) -> subprocess.CompletedProcess:
+    """What has come of a program that a test module names in BESIDE."""
+    return start_beside(*command).result()
 
 
 def run_script(script: str, *flags: object, **options) -> subprocess.CompletedProcess:

@@ -6,30 +6,26 @@ changes its type in a loop.
 """
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
+import tempfile
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, ran_beside
 
 pytest.importorskip("triton")
 
 
-@pytest.mark.parametrize("capability", [86, 90], ids=["A10G", "H100"])
-def test_every_kernel_compiles(capability, tmp_path):
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-        "TRITON_CACHE_DIR": str(tmp_path),
-    }
-    env.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, Path(__file__).with_name("compile_cases.py"), str(capability)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+CAPABILITIES = {"A10G": 86, "H100": 90}
+BESIDE = [
+    (f"TRITON_CACHE_DIR={tempfile.mkdtemp()}", "tests/compile_cases.py", str(capability))
+    for capability in CAPABILITIES.values()
+]
+
+
+@pytest.mark.parametrize("card", CAPABILITIES)
+def test_every_kernel_compiles(card):
+    capability = CAPABILITIES[card]
+    done = ran_beside(*BESIDE[list(CAPABILITIES).index(card)])
     assert done.returncode == 0, done.stderr[-3000:]
     sources = [(ROOT / "study" / f"{name}.py").read_text() for name in ("kernels", "nf4", "cache")]
     kernels = {

@@ -6,14 +6,10 @@ Its kernels run on the CPU, with Triton's interpreter, in a process of its own: 
 
 import itertools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import INTERPRETED, ran_beside
 
 pytest.importorskip("triton")
 from study import engine, generation
@@ -22,13 +18,13 @@ from study.engine import Choices, Places, shared_tokens
 ANSWERS = [[5, 6, 7], [5, 6, 8, 7], [11, 7]]
 
 
+BESIDE = [(INTERPRETED, "tests/engine_cases.py")]
+
+
 @pytest.fixture(scope="module")
 def results():
     """Run every case of engine_cases.py at once: its results by name."""
-    interpreter = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **interpreter}
-    script = Path(__file__).with_name("engine_cases.py")
-    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, check=False)
+    done = ran_beside(*BESIDE[0])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

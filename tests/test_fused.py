@@ -4,30 +4,20 @@ On the CPU, with Triton's interpreter, in a process of its own, since that is ch
 """
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import INTERPRETED, ran_beside
 
 pytest.importorskip("triton")
 from study import fused
+
+BESIDE = [(INTERPRETED, "tests/fused_cases.py")]
 
 
 @pytest.fixture(scope="module")
 def errors():
     """Run every case of fused_cases.py at once: its results by name."""
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "TRITON_INTERPRET": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "OMP_NUM_THREADS": "1",
-    }
-    script = Path(__file__).with_name("fused_cases.py")
-    done = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True, check=False)
+    done = ran_beside(*BESIDE[0])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

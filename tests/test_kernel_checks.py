@@ -3,40 +3,34 @@ is not proven equal is left to the model's own layers."""
 
 import copy
 import json
-import os
 import re
-import subprocess
-import sys
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import INTERPRETED, ROOT, ran_beside
 
 pytest.importorskip("triton")
 from study import engine, fused, generation, kernel_checks, training
 from study.encoding import Example
 
-
-def interpreted(*command) -> subprocess.CompletedProcess:
-    """Run Python with Triton's interpreter, which is chosen at import."""
-    interpreter = {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **interpreter}
-    return subprocess.run(
-        [sys.executable, *command], env=env, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+MUTATIONS = Path(tempfile.mkdtemp()) / "mutations.json"
+BESIDE = [
+    (INTERPRETED, "-m", "benchmarks.mutations", "--output", str(MUTATIONS)),
+    (INTERPRETED, "tests/eligibility_cases.py"),
+]
 
 
 # Mutations
 
 
 @pytest.fixture(scope="module")
-def mutations(tmp_path_factory) -> list[dict]:
-    file = tmp_path_factory.mktemp("mutations") / "mutations.json"
-    done = interpreted("-m", "benchmarks.mutations", "--output", file)
-    assert file.exists(), done.stderr[-3000:]
-    return json.loads(file.read_text())["mutations"]
+def mutations() -> list[dict]:
+    done = ran_beside(*BESIDE[0])
+    assert MUTATIONS.exists(), done.stderr[-3000:]
+    return json.loads(MUTATIONS.read_text())["mutations"]
 
 
 def test_every_broken_kernel_and_copy_is_found_out_and_nothing_else(mutations):
@@ -68,7 +62,7 @@ def test_every_kernel_is_broken_in_turn(mutations):
 
 @pytest.fixture(scope="module")
 def eligibility() -> dict:
-    done = interpreted(Path(__file__).with_name("eligibility_cases.py"))
+    done = ran_beside(*BESIDE[1])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
