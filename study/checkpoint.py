@@ -4,6 +4,7 @@ A name says little: other weights may lie at the same path tomorrow, a hub model
 holds the fingerprint of the checkpoint that it was made with, and nothing goes on, is served again or takes
 an adapter where the fingerprints differ. Nothing here needs torch."""
 
+import functools
 import hashlib
 import json
 import mmap
@@ -44,12 +45,9 @@ def folder_of(name: str, fetch: bool = False) -> Path | None:
         return folder
     if folder.exists() or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--pretrained_ckpt {name}: there is no such folder")
-    import huggingface_hub
-    from huggingface_hub.errors import HFValidationError
-
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=HUB, local_files_only=not fetch))
-    except (OSError, ValueError, RuntimeError, HFValidationError) as error:
+        return fetched(name) if fetch else snapshot(name, local_files_only=True)
+    except (OSError, ValueError, RuntimeError) as error:
         if not fetch:
             return None
         reason = " ".join(str(error).split())[:200]
@@ -57,6 +55,19 @@ def folder_of(name: str, fetch: bool = False) -> Path | None:
             f"--pretrained_ckpt {name} can't be loaded (offline? fetch it first, or name a local folder): "
             f"{reason}"
         ) from None
+
+
+@functools.cache
+def fetched(name: str) -> Path:
+    """The snapshot that this process works with from now on, whatever the hub holds a second later."""
+    return snapshot(name, local_files_only=False)
+
+
+def snapshot(name: str, local_files_only: bool) -> Path:
+    import huggingface_hub
+
+    folder = huggingface_hub.snapshot_download(name, allow_patterns=HUB, local_files_only=local_files_only)
+    return Path(folder)
 
 
 def identify(name: str, fetch: bool = False) -> dict | None:
@@ -74,14 +85,18 @@ def identify(name: str, fetch: bool = False) -> dict | None:
         return None
     if folder is None:
         return None
-    where = f"--pretrained_ckpt {name}"
-    weights = check_files(folder, where)
+    where, is_snapshot = f"--pretrained_ckpt {name}", folder.parent.name == "snapshots"
+    try:
+        weights = check_files(folder, where)
+    except UserError:
+        if is_snapshot and not fetch:  # whose download is not whole yet
+            return None
+        raise
     config = read_json(folder / "config.json", where)
     texts = [*map(folder.joinpath, TOKENIZER), *sorted(folder.glob("additional_chat_templates/*"))]
     parts = [["config", canonical(config)]]
     parts += [[path.name, hash_of(path.read_bytes())] for path in texts if path.is_file()]
     parts += [[path.name, hash_of_weights(path, where, "quantization_config" in config)] for path in weights]
-    is_snapshot = folder.parent.name == "snapshots"
     return {
         "sha256": hash_of(json.dumps(parts).encode()),
         "commit": folder.name if is_snapshot else None,

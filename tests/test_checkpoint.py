@@ -155,6 +155,13 @@ def test_a_hub_id_is_the_snapshot_in_the_hubs_cache(tmp_path, monkeypatch):
     assert found["commit"] == commit
     assert found["sha256"] == checkpoint.identify(str(DEMO_MODEL))["sha256"]
     assert checkpoint.identify("someone/else") is None
+    (repo / "snapshots" / commit / "model.safetensors").rename(tmp_path / "apart")
+    assert checkpoint.identify("someone/small") is None  # not whole yet
+    (tmp_path / "apart").rename(repo / "snapshots" / commit / "model.safetensors")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert checkpoint.folder_of("someone/small", fetch=True).name == commit
+    (repo / "refs" / "main").write_text("b" * 40)  # the hub moves while a run loads
+    assert checkpoint.folder_of("someone/small", fetch=True).name == commit
 
 
 def test_a_folder_that_is_not_there_is_unknown_until_it_is_needed(tmp_path):
