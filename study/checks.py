@@ -125,8 +125,8 @@ def without_adapter(model) -> str | None:
 
 def matrices(model) -> dict[str, torch.Tensor]:
     """A model's weights by name but for vectors, embeddings and head."""
-    tables = (model.get_input_embeddings(), model.get_output_embeddings())
-    known = {id(module.weight) for module in tables if hasattr(module, "weight")}
+    tables = [module for module in model.modules() if isinstance(module, torch.nn.Embedding)]
+    known = {id(module.weight) for module in [*tables, model.get_output_embeddings()] if module is not None}
     return {
         name: parameter
         for name, parameter in model.named_parameters()
