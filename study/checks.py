@@ -147,6 +147,10 @@ def original_size(parameter) -> int:
     return state.shape.numel() if state else parameter.numel()
 
 
+def named(model) -> str:
+    return f"--pretrained_ckpt {model.name_or_path}".rstrip()
+
+
 def refuse_unknown_tokens(model, tokenizer, rows: Iterable[Sequence[int]]) -> None:
     """Raise UserError for a token id among `rows` that the model has no embedding for."""
     size = model.get_input_embeddings().weight.shape[0]
@@ -154,7 +158,7 @@ def refuse_unknown_tokens(model, tokenizer, rows: Iterable[Sequence[int]]) -> No
     if largest >= size:
         token = tokenizer.convert_ids_to_tokens(largest)
         raise UserError(
-            f"--pretrained_ckpt: its tokenizer writes token {largest} ({token!r}), its embedding has "
+            f"{named(model)}: its tokenizer writes token {largest} ({token!r}), its embedding has "
             f"{size:,} rows: tokens were added and the model was not resized"
         )
 
@@ -317,12 +321,12 @@ def prove_narrowed(model) -> None:
     row, other = rows_of_tokens(model, 2)
     own = logits_of(model, row, "eager")
     if not torch.isfinite(own).all():
-        raise UserError(f"--pretrained_ckpt: {name} computes no numbers with these weights: they are broken")
+        raise UserError(f"{named(model)}: {name} computes no numbers with these weights: they are broken")
     for attention in dict.fromkeys(("eager", used)):
         changed = logits_of(model, [*row[:-1], other[-1]], attention)[:-1]
         if not apart(changed, logits_of(model, row, attention)[:-1]) <= LEAK:
             raise UserError(
-                f"--pretrained_ckpt: in {name} a token sees those after it, so it is no causal language "
+                f"{named(model)}: in {name} a token sees those after it, so it is no causal language "
                 "model: name one that is"
             )
     dropped = unheeded(model) if used == "sdpa" else []
