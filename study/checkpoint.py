@@ -2,7 +2,8 @@
 
 A name says little: other weights may lie at the same path tomorrow, a hub model may move. So every record
 holds the fingerprint of the checkpoint that it was made with, and nothing goes on, is served again or takes
-an adapter where the fingerprints differ. Nothing here needs torch."""
+an adapter where the fingerprints differ. Nothing here needs torch.
+"""
 
 import functools
 import hashlib
@@ -190,7 +191,7 @@ def hash_of_weights(path: Path, where: str, quantized: bool) -> str:
     that has not changed since. Raises UserError if it is damaged, a weight is infinite or no number, or is of
     few bits in a checkpoint that is not `quantized`."""
     stat = path.stat()
-    key = json.dumps([str(path.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
+    key = json.dumps([quantized, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino])
     known = remembered()
     if known.get(str(path.resolve()), [None])[0] == key:
         return known[str(path.resolve())][1]
@@ -274,7 +275,7 @@ def memory() -> Path:
 
 
 def remembered() -> dict[str, list[str]]:
-    """Hashes of files by path, each with the times and size that the file had."""
+    """Hashes of files by path, each with the times and size that the file had and what it was checked for."""
     try:
         known = json.loads(memory().read_text(encoding="utf-8"))
     except (OSError, ValueError, RuntimeError):  # RuntimeError: there is no home

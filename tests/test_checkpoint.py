@@ -233,3 +233,17 @@ def test_weights_of_8_bits_are_refused_unless_the_configuration_says_how_to_read
         checkpoint.identify(str(folder))
     change_json(folder, "config.json", quantization_config={"load_in_8bit": True})
     assert checkpoint.identify(str(folder))
+
+
+def test_what_was_allowed_beside_one_configuration_is_not_remembered_for_another(folder, monkeypatch):
+    name = "model.layers.0.mlp.up_proj.weight"
+    change_weights(folder, lambda weights: weights | {name: weights[name].to(torch.int8)})
+    later = (folder / "model.safetensors").stat().st_ctime_ns + 10**10
+    monkeypatch.setattr(checkpoint.time, "time_ns", lambda: later)
+    change_json(folder, "config.json", quantization_config={"load_in_8bit": True})
+    assert checkpoint.identify(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="in I8, and config"):
+        checkpoint.identify(str(folder))
