@@ -308,14 +308,19 @@ def show(results: dict) -> str:
     return "\n".join(text)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def arguments(about: str) -> argparse.Namespace:
+    """The flags of this benchmark and of mutations.py, which without CUDA begin anew under Triton's
+    interpreter: it is chosen at import."""
+    parser = argparse.ArgumentParser(description=about, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON here, too")
     args = parser.parse_args()
-    if not CUDA and "TRITON_INTERPRET" not in os.environ:  # Triton reads it when it is imported
+    if not CUDA and "TRITON_INTERPRET" not in os.environ:
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "TRITON_INTERPRET": "1"})
+    return args
+
+
+def main() -> None:
+    args = arguments(__doc__)
     sizes, lengths = (LARGE, LARGE_LENGTHS) if CUDA else (TINY, TINY_LENGTHS)
     dtypes = (torch.float32, torch.bfloat16) if CUDA else (torch.float32,)
     examples = make_examples(lengths, sizes["vocab_size"], shared=12 if CUDA else 0)

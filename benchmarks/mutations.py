@@ -8,22 +8,19 @@ they found, as a share of what they tolerate: below 1 they said yes. "—" where
 what was broken.
 """
 
-import argparse
 import contextlib
 import copy
 import dataclasses
 import inspect
 import json
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from tabulate import tabulate
 
-from benchmarks.exactness import CUDA, LARGE, TINY, llama, make_examples, with_adapters
+from benchmarks.exactness import CUDA, LARGE, TINY, arguments, llama, make_examples, with_adapters
 from benchmarks.provenance import headline, provenance
 from study import cache, engine, fused, kernel_checks, kernels, nf4
 from study.model import merge
@@ -348,19 +345,13 @@ def show(rows: list[dict]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the results as JSON here, too")
-    args = parser.parse_args()
-    if not CUDA and "TRITON_INTERPRET" not in os.environ:  # Triton reads it when it is imported
-        os.execve(sys.executable, sys.orig_argv, {**os.environ, "TRITON_INTERPRET": "1"})
+    args = arguments(__doc__)
     rows = measure()
     wrong, result = unnoticed(rows), provenance() | {"mutations": rows}
     print(f"{headline(result)}\n\n{show(rows)}\n")
     print(f"said wrongly: {', '.join(wrong) or 'nothing'}")
     if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n")
+        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     return 1 if wrong else 0
 
 

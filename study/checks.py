@@ -287,20 +287,11 @@ def apart(one: torch.Tensor, other: torch.Tensor) -> float:
     return ((one - other).norm() / other.norm().clamp_min(1e-30)).item()
 
 
-def unheeded(model) -> list[str]:
-    """The names of what the model hands to its attention in training that sdpa would not heed."""
-    [row] = rows_of_tokens(model, 1)
+def unheeded(model, row: Sequence[int]) -> list[str]:
+    """The names of what the model hands to its attention that sdpa would not heed; none where its attention
+    can't be exchanged, since that is its own."""
     WATCHED.given.clear()
-    used = model.config._attn_implementation
-    model.set_attn_implementation("watched")
-    if model.config._attn_implementation != "watched":
-        return []  # its attention can't be exchanged, so it is its own
-    try:
-        with still(model):
-            ids = torch.tensor([row], device=model.get_input_embeddings().weight.device)
-            model(input_ids=ids, use_cache=False)
-    finally:
-        model.set_attn_implementation(used)
+    logits_of(model, row, "watched")
     return sorted(WATCHED.given.keys() - HEEDED)
 
 
@@ -319,18 +310,18 @@ def prove_attention(model) -> None:
 def prove_narrowed(model) -> None:
     used, name = model.config._attn_implementation, type(model).__name__
     row, other = rows_of_tokens(model, 2)
-    own = logits_of(model, row, "eager")
-    if not torch.isfinite(own).all():
+    logits = {attention: logits_of(model, row, attention) for attention in ("eager", used)}
+    if not torch.isfinite(logits["eager"]).all():
         raise UserError(f"{named(model)}: {name} computes no numbers with these weights: they are broken")
-    for attention in dict.fromkeys(("eager", used)):
-        changed = logits_of(model, [*row[:-1], other[-1]], attention)[:-1]
-        if not apart(changed, logits_of(model, row, attention)[:-1]) <= LEAK:
+    for attention, before in logits.items():
+        changed = logits_of(model, [*row[:-1], other[-1]], attention)
+        if not apart(changed[:-1], before[:-1]) <= LEAK:
             raise UserError(
                 f"{named(model)}: in {name} a token sees those after it, so it is no causal language "
                 "model: name one that is"
             )
-    dropped = unheeded(model) if used == "sdpa" else []
-    off = apart(logits_of(model, row), own)
+    dropped = unheeded(model, row) if used == "sdpa" else []
+    off = apart(logits[used], logits["eager"])
     if dropped or not off <= rounding(model):
         model.disproven = (
             f"it drops {', '.join(dropped)}" if dropped else f"its logits are {100 * off:.0f} % off"

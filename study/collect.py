@@ -78,8 +78,8 @@ class Run:
 
     def weights(self) -> str:
         """What tells the checkpoint from others of the same name."""
-        checkpoint = self.content.get("checkpoint") or {}
-        return checkpoint["sha256"][:8] if checkpoint else "not recorded"
+        sha256 = lookup(self.content, "checkpoint.sha256")
+        return sha256[:8] if sha256 else "not recorded"
 
     def identity(self) -> tuple:
         """What no two runs have in common."""
@@ -174,6 +174,7 @@ def check_whole(content: dict, path: Path, part: str) -> None:
             wanted |= {f"eval.metrics.{metric}.{name}": NUMBER for name in ("value", "ci95.0", "ci95.1")}
         lacking = [name for name, kind in wanted.items() if not isinstance(lookup(content, name), kind)]
     optional = {"cost.price_per_hour": int | float | None, "cost.device": str | None}
+    optional["checkpoint.sha256"] = str | None
     lacking += [name for name, kind in optional.items() if not isinstance(lookup(content, name), kind)]
     if lacking:
         raise UserError(

@@ -255,10 +255,8 @@ def in_chat(tokenizer, prompt: str, args: argparse.Namespace) -> str:
     """
     if args.chat_template != "auto" or not tokenizer.chat_template:
         return prompt
-    for content in (
-        prompt,
-        [{"type": "text", "text": prompt}],
-    ):  # the second of models that see pictures, too
+    parts = [{"type": "text", "text": prompt}]  # as models that see pictures, too, want it
+    for content in (prompt, parts):
         try:
             written = tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}],

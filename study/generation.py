@@ -252,14 +252,12 @@ def continue_batch(model, prompts, max_new_tokens, ends, allowed) -> list[list[i
     taken one by one where what else is in the batch would change their answers."""
     base = base_of(model)
     checks.prove_attention(base)
-    longest = max(map(len, prompts))
-    padded = longest > min(map(len, prompts))
-    if (padded and not heeds_padding(model, ends)) or (
-        len(prompts) > 1 and longest + max_new_tokens > checks.same_up_to(base)
-    ):
+    longest, shortest = max(map(len, prompts)), min(map(len, prompts))
+    other_positions = longest + max_new_tokens > checks.same_up_to(base)
+    if len(prompts) > 1 and (other_positions or (longest > shortest and not heeds_padding(model))):
         alone = (continue_batch(model, [prompt], max_new_tokens, ends, allowed) for prompt in prompts)
         return [answer for [answer] in alone]
-    if longest + max_new_tokens > checks.same_up_to(base):
+    if other_positions:
         checks.forget_longer(base)
     following = None if allowed is None else follow_one_of(allowed, longest, ends[0])
     output = greedily(model, prompts, max_new_tokens, ends, prefix_allowed_tokens_fn=following)
@@ -284,34 +282,23 @@ def greedily(model, prompts: Sequence[list[int]], max_new_tokens: int, ends: Seq
         return model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy, **options)
 
 
-def heeds_padding(model, ends: Sequence[int]) -> bool:
+def heeds_padding(model) -> bool:
     """Whether a prompt has the same logits alone and padded beside a longer one; found out once, by decoding
     two steps of both, and said where it has not."""
     base = base_of(model)
     if not hasattr(base, "heeds_padding"):
-        row, other = checks.rows_of_tokens(base, 2)
-        first, second = (
-            torch.stack(
-                greedily(
-                    model,
-                    rows,
-                    2,
-                    [base.get_input_embeddings().weight.shape[0] - 1],
-                    min_new_tokens=2,
-                    output_logits=True,
-                    return_dict_in_generate=True,
-                ).logits
-            )[:, -1].double()
+        other, row = checks.rows_of_tokens(base, 2)
+        ends = [base.get_input_embeddings().weight.shape[0] - 1]
+        options = {"min_new_tokens": 2, "output_logits": True, "return_dict_in_generate": True}
+        alone, padded = (
+            torch.stack(greedily(model, rows, 2, ends, **options).logits)[:, -1].double()  # [2, vocabulary]
             for rows in ([row[:9]], [other, row[:9]])
         )
-        off = checks.apart(second, first)
+        off = checks.apart(padded, alone)
         base.heeds_padding = off <= checks.rounding(base)
         if not base.heeds_padding:
-            name = type(base).__name__
-            print(
-                f"decoding   one by one: padding changes what {name} computes, by {100 * off:.0f} %",
-                flush=True,
-            )
+            what = f"padding changes what {type(base).__name__} computes, by {100 * off:.0f} %"
+            print(f"decoding   one by one: {what}", flush=True)
     return base.heeds_padding
 
 
