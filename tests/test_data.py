@@ -491,11 +491,7 @@ def test_a_test_class_that_looks_like_one_of_train_is_spelled(tmp_path):
 
 
 def test_dropped_rows_are_counted_by_reason(tmp_path):
-    bad = [
-        {"text": "", "label": "x"},
-        {"text": " \n", "label": "x"},
-        {"text": "t", "label": None},
-    ]
+    bad = [{"text": "", "label": "x"}, {"text": " \n", "label": "x"}, {"text": "t", "label": None}]
     split = data.load(flags("--train_file", write_rows(tmp_path / "t.jsonl", bad + ROWS)), ["train"])["train"]
     assert split.dropped == {"empty text": 2, "empty label": 1}
     assert split.describe()["dropped"] == {"empty text": 2, "empty label": 1}

@@ -347,10 +347,7 @@ def test_an_unforeseen_error_is_shown_as_one_line_and_its_traceback_kept(tmp_pat
 
 def test_a_result_that_is_no_number_is_a_failure_in_one_line(tmp_path):
     path = tmp_path / "train.json"
-    with (
-        pytest.raises(UserError) as shown,
-        record.recording(path, flags(), "qlora", ()) as content,
-    ):
+    with pytest.raises(UserError) as shown, record.recording(path, flags(), "qlora", ()) as content:
         content["train"] = {"loss": math.nan}
     assert "\n" not in str(shown.value)
     assert record.read(path)["status"] == "failed"
@@ -630,11 +627,7 @@ def test_inference_takes_over_the_settings_of_the_training(tmp_path, trained):
 
 @pytest.mark.parametrize(
     ("words", "price"),
-    [
-        ("", (2.5, "A10G")),
-        ("--price_per_hour 3", (3.0, None)),
-        ("--gpu_name H100", (None, "H100")),
-    ],
+    [("", (2.5, "A10G")), ("--price_per_hour 3", (3.0, None)), ("--gpu_name H100", (None, "H100"))],
 )
 def test_inference_takes_over_the_price_of_the_training_unless_one_is_given(
     tmp_path, words, price, monkeypatch
