@@ -7,7 +7,8 @@ Few-shot examples are chosen from the train split by --seed. It leaves eval.json
 experiments/baseline/<model>/<task>/<prompt type>/.
 """
 
-from study import checkpoint, cli, cost, data, plan, record, report, runs
+from study import checkpoint, cli, data, device
+from study.records import cost, estimate, record, runs, summary
 
 
 def main() -> None:
@@ -15,9 +16,9 @@ def main() -> None:
     folder = runs.baseline_dir(args)
     path = folder / "eval.json"
     if args.dry_run:
-        return plan.say_dry_run(path, args)
+        return estimate.say_dry_run(path, args)
 
-    plan.check_gpu_name(args)
+    estimate.check_gpu_name(args)
     needs_train = args.task == "classification" or args.prompt_type == "few-shot"
     overlap = ["test"] if args.drop_overlap else []
     splits = data.load(args, ["train", args.split] if needs_train else [args.split], optional=overlap)
@@ -32,7 +33,7 @@ def main() -> None:
     with record.locked(folder):
         content = runs.find_finished(path, args, runs.BASELINE, described)
         if content:
-            return print(f"finished   {path}\n{report.result_block(content)}")
+            return print(f"finished   {path}\n{summary.result_block(content)}")
 
         print(
             f"run        {folder}\n"
@@ -53,7 +54,7 @@ def main() -> None:
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=model.compute_dtype(),
+                bnb_4bit_compute_dtype=device.compute_dtype(),
             )
             tokenizer = model.load_tokenizer(args.pretrained_ckpt)
             classes = encoding.label_answers(
@@ -100,10 +101,10 @@ def main() -> None:
                 "eval": generation.describe(answers, scores, args.decoding),
                 "prompt_sha256": prompt_sha256(args.task, args.prompt_type),
             }
-            content["cost"] = cost.of_run(args, model.device_name(), content["eval"]["wall_seconds"])
+            content["cost"] = cost.of_run(args, device.name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)
         progress.discard()
-        print(report.result_block(content))
+        print(summary.result_block(content))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ Model, prompts and data settings come from the run's record; flags override thos
 place. It leaves eval.json and predictions.jsonl beside the adapter.
 """
 
-from study import checkpoint, cli, cost, data, plan, record, report, runs
+from study import checkpoint, cli, data, device
+from study.records import cost, estimate, record, runs, summary
 
 TASK = "classification"
 
@@ -16,10 +17,10 @@ def main() -> None:
     args = cli.parse_args(TASK, __doc__)
     folder = runs.experiment_dir(args)
     if args.dry_run:
-        return plan.say_dry_run(folder / runs.planned_eval(folder, args), args)
+        return estimate.say_dry_run(folder / runs.planned_eval(folder, args), args)
 
     trained = runs.finished_training(folder, args)
-    plan.check_gpu_name(args)
+    estimate.check_gpu_name(args)
     path = folder / runs.eval_name(args, trained["config"])
     splits = data.load(args, [args.split])
     test = data.sample_eval(splits[args.split], args)
@@ -28,7 +29,7 @@ def main() -> None:
     with record.locked(folder):
         content = runs.find_finished(path, args, runs.SCORED, described, trained["finished"])
         if content:
-            return print(f"finished   {path}\n{report.result_block(content)}")
+            return print(f"finished   {path}\n{summary.result_block(content)}")
 
         print(
             f"run        {folder}\n"
@@ -77,10 +78,10 @@ def main() -> None:
             references = [label for _, label in test.examples]
             scores, rows = metrics.score(TASK, answers.texts, references, labels, test.numbers, test.places)
             content["eval"] = generation.describe(answers, scores, args.decoding)
-            content["cost"] = cost.of_run(args, model.device_name(), content["eval"]["wall_seconds"])
+            content["cost"] = cost.of_run(args, device.name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)
         progress.discard()
-        print(report.result_block(content))
+        print(summary.result_block(content))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ llama2_summarization_inference.py and the same flags.
 """
 
 from prompts import prompt_sha256
-from study import checkpoint, cli, cost, data, plan, record, report, runs
+from study import checkpoint, cli, data, device
+from study.records import cost, estimate, record, runs, summary
 
 TASK = "summarization"
 
@@ -19,9 +20,9 @@ def main() -> None:
     folder = runs.experiment_dir(args)
     path = folder / "train.json"
     if args.dry_run:
-        return plan.say_dry_run(path, args)
+        return estimate.say_dry_run(path, args)
 
-    plan.check_gpu_name(args)
+    estimate.check_gpu_name(args)
     splits = data.load(args, ["train"], optional=["test"])
     train = data.sample_train(splits["train"], args)
     described = {"train": train.describe()}
@@ -29,7 +30,7 @@ def main() -> None:
     with record.locked(folder):
         content = runs.find_finished(path, args, settings, described)
         if content:
-            return print(f"finished   {path}\n{report.result_block(content)}")
+            return print(f"finished   {path}\n{summary.result_block(content)}")
 
         print(
             f"run        {folder}\n"
@@ -53,7 +54,7 @@ def main() -> None:
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=model.compute_dtype(),
+                bnb_4bit_compute_dtype=device.compute_dtype(),
             )
             lora = LoraConfig(
                 r=args.lora_r,
@@ -74,7 +75,7 @@ def main() -> None:
                 warmup_steps=0.03,  # of the steps of one epoch
                 max_grad_norm=0.3,
                 weight_decay=0.0,
-                bf16=model.compute_dtype() == torch.bfloat16,
+                bf16=device.compute_dtype() == torch.bfloat16,
                 seed=args.seed,
             )
 
@@ -93,9 +94,9 @@ def main() -> None:
             run = {name: content[name] for name in ("config", "data", "prompt_sha256", "checkpoint")}
             content["train"] = training.train(base, tokenizer, lora, schedule, examples, args, folder, run)
             spent, gpus = content["train"]["wall_seconds"], cost.gpus_of(content["train"])
-            content["cost"] = cost.of_run(args, model.device_name(), spent, gpus)
+            content["cost"] = cost.of_run(args, device.name(), spent, gpus)
         training.discard_checkpoints(folder)
-        print(report.result_block(content))
+        print(summary.result_block(content))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from study import cli
+from study import cli, device
+from study.errors import UserError
 
 SIZES = {  # hidden size, MLP size, layers, heads (Touvron et al., 2023)
     "7b": (4096, 11008, 32, 32),
@@ -26,7 +27,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True, metavar="CKPT", help="hub id or folder of a tokenizer")
     args = parser.parse_args()
     if args.folder.exists():
-        raise cli.UserError(f"{args.folder} exists: remove it or name another folder")
+        raise UserError(f"{args.folder} exists: remove it or name another folder")
 
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -50,7 +51,7 @@ def main() -> None:
     )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    with torch.device(model.device()):
+    with torch.device(device.current()):
         weights = LlamaForCausalLM(config).state_dict()
     torch.set_default_dtype(torch.float32)
     quantized = LlamaForCausalLM.from_pretrained(
@@ -59,7 +60,7 @@ def main() -> None:
         state_dict=weights,
         quantization_config=nf4(),
         dtype=torch.bfloat16,
-        device_map={"": model.device()},
+        device_map={"": device.current()},
     )
     quantized.save_pretrained(args.folder)
     tokenizer.save_pretrained(args.folder)

@@ -12,8 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, pstdev
 
-from study import record
-from study.cli import UserError, run_script
+from study.cli import run_script
+from study.errors import UserError
+from study.records import record
 
 STEPS = 25  # of a row of the table
 WINDOW = 10  # steps of the moving mean

@@ -27,8 +27,10 @@ from tabulate import tabulate
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.provenance import headline, provenance
-from study import fused, kernels, packing
+from study import packing
 from study.encoding import Example
+from study.fast import kernels
+from study.fast import train as fused
 
 CUDA = torch.cuda.is_available()
 TINY = {

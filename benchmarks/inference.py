@@ -44,7 +44,7 @@ from benchmarks.workers import (
     numbers,
     sustained,
 )
-from study import cli, data
+from study import cli, data, device
 
 UNTUNED = ("few-shot", "zero-shot")
 MODES = ("fast", *UNTUNED, "constrained")
@@ -155,7 +155,7 @@ def load(args: argparse.Namespace, adapted: bool):
         if "lora_B" in name:
             parameter.data.normal_(std=0.01)
         if "lora_" in name:
-            parameter.data = parameter.data.to(model.compute_dtype())
+            parameter.data = parameter.data.to(device.compute_dtype())
     return tuned.eval()
 
 
@@ -195,15 +195,16 @@ def make_engine(tuned, mode: str) -> tuple:
     """The engine within so many GiB, if `mode` is a number, or in what is free, and what its weights are."""
     import torch
 
-    from study import engine, model
+    from study import model
+    from study.fast import decode
 
     dense = 2 * sum(layer.in_features * layer.out_features for layer in model.four_bit_layers(tuned).values())
     merged = 1.5 * dense <= int(mode) * GIB if mode.isdigit() else model.should_merge(tuned, "auto")
     merged = merged and mode != "unmerged"
     if merged:
         tuned = model.merge(tuned)
-    path = engine.Engine(tuned)
-    path.memory = 0.92 * model.free_memory()
+    path = decode.Engine(tuned)
+    path.memory = 0.92 * device.free_memory()
     if mode.isdigit():
         beside = 2 * MARGIN  # cuBLAS has workspaces of as much again
         path.memory = (int(mode) - beside) * GIB - torch.cuda.memory_allocated()
@@ -245,7 +246,7 @@ def profile(path, prompts: dict[int, list[int]], new: int) -> dict:
     """Kinds of kernels, by what was profiled: a read of prompts, and a step of as many examples as fit."""
     import torch
 
-    from study.engine import GRAPH_USES
+    from study.fast.decode import GRAPH_USES
 
     new = max(new, GRAPH_USES + 2)  # the first token, steps until there is a graph, and the one to see
     with torch.inference_mode():
@@ -270,7 +271,7 @@ def profile(path, prompts: dict[int, list[int]], new: int) -> dict:
 def start(path, prompts: Sequence[list[int]], new: int) -> list:
     """Prompts as examples with places in a new cache that holds what they share: as many as fit, in random
     order."""
-    from study.engine import Running
+    from study.fast.decode import Running
 
     places, running = path.prepare(prompts, new, None, len(prompts)), []
     shared = path.cache.shared
@@ -297,7 +298,7 @@ def by_generate(args: argparse.Namespace, mode: str, count: int) -> dict:
         tuned = model.merge(tuned)
 
     def sample(batch: list, new: int) -> list[list[int]]:
-        ids = torch.tensor(batch, device=model.device())
+        ids = torch.tensor(batch, device=device.current())
         settings = {"max_new_tokens": new, "do_sample": True, "top_p": 0.95, "temperature": 1e-3}
         return tuned.generate(input_ids=ids, pad_token_id=ends[0], **settings)[:, ids.shape[1] :].tolist()
 

@@ -3,8 +3,8 @@
     python -m benchmarks.mutations --output mutations.json
 
 On a small random model, in bfloat16 on CUDA; without it a tiny one in float32, under Triton's interpreter.
-Beside what the checks of training and of scoring (study/kernel_checks.py) said stands the largest error that
-they found, as a share of what they tolerate: below 1 they said yes. "—" where a check has nothing to do with
+Beside what the self-checks of training and of scoring (study/fast/self_check.py) said stands the largest error
+that they found, as a share of what they tolerate: below 1 they said yes. "—" where a check has nothing to do with
 what was broken.
 """
 
@@ -22,7 +22,8 @@ from tabulate import tabulate
 
 from benchmarks.exactness import CUDA, LARGE, TINY, arguments, llama, make_examples, with_adapters
 from benchmarks.provenance import headline, provenance
-from study import cache, engine, fused, kernel_checks, kernels, nf4
+from study.fast import cache, decode, kernels, nf4, self_check
+from study.fast import train as fused
 from study.model import merge
 
 UNBROKEN = "nothing"
@@ -203,23 +204,23 @@ def of_copies() -> list[Mutation]:
         Mutation("gate and up swapped", fused.Group, "__init__", modules(gate_up), **plain),
         Mutation(
             "A not copied",
-            engine.Linear,
+            decode.Linear,
             "__init__",
             with_("a", lambda a: a if a is None else 0 * a),
             **packed,
         ),
-        Mutation("B not scaled", engine.Linear, "__init__", after(unscaled), **packed),
-        Mutation("k and v swapped", engine.Linear, "__init__", modules(keys_values), **dense),
-        Mutation("gate and up swapped", engine.Linear, "__init__", modules(gate_up), **dense),
-        Mutation("first norm's weight", engine.Engine, "__init__", of_first_layer("norm_1"), **dense),
-        Mutation("second norm's weight", engine.Engine, "__init__", of_first_layer("norm_2"), **dense),
-        Mutation("last norm's weight", engine.Engine, "__init__", with_("norm", torch.ones_like), **dense),
-        Mutation("embedding", engine.Engine, "__init__", with_("embedding", rolled), **dense),
-        Mutation("head", engine.Engine, "__init__", with_("head", rolled), **dense),
+        Mutation("B not scaled", decode.Linear, "__init__", after(unscaled), **packed),
+        Mutation("k and v swapped", decode.Linear, "__init__", modules(keys_values), **dense),
+        Mutation("gate and up swapped", decode.Linear, "__init__", modules(gate_up), **dense),
+        Mutation("first norm's weight", decode.Engine, "__init__", of_first_layer("norm_1"), **dense),
+        Mutation("second norm's weight", decode.Engine, "__init__", of_first_layer("norm_2"), **dense),
+        Mutation("last norm's weight", decode.Engine, "__init__", with_("norm", torch.ones_like), **dense),
+        Mutation("embedding", decode.Engine, "__init__", with_("embedding", rolled), **dense),
+        Mutation("head", decode.Engine, "__init__", with_("head", rolled), **dense),
         Mutation(
-            "a step's position", engine.Engine, "load", after(lambda path: path.state[1].add_(1)), **dense
+            "a step's position", decode.Engine, "load", after(lambda path: path.state[1].add_(1)), **dense
         ),
-        Mutation("a step's place", engine.Engine, "load", after(lambda path: path.state[2].sub_(1)), **dense),
+        Mutation("a step's place", decode.Engine, "load", after(lambda path: path.state[2].sub_(1)), **dense),
         Mutation("merged without adapters", None, "", None, scoring="merged without"),
         Mutation("merged unscaled", None, "", None, scoring="merged unscaled"),
     ]
@@ -256,16 +257,16 @@ class Cases:
         # A single row or place shows in bfloat16 only where a token sees few.
         few = [example.ids for example in make_examples(((9, 1), (6, 1), (7, 1)), sizes["vocab_size"], 4)]
         self.witnesses = {
-            "few": kernel_checks.witnesses(self.scored, few),
-            "many": kernel_checks.witnesses(self.scored, prompts),
+            "few": self_check.witnesses(self.scored, few),
+            "many": self_check.witnesses(self.scored, prompts),
         }
         self.merged = merge(copy.deepcopy(self.scored))
 
     def train(self, name: str) -> dict[str, float]:
         model = self.tuned["dropout" if name == "dropout" else "plain"]
         path = fused.FusedModel(model, fused.Plan(600, "all" if name == "plain" else "input", name == "host"))
-        groups = kernel_checks.groups_of(self.examples, 600, "answer")
-        return kernel_checks.training_errors(model, path, groups, "answer")
+        groups = self_check.groups_of(self.examples, 600, "answer")
+        return self_check.training_errors(model, path, groups, "answer")
 
     def score(self, name: str) -> dict[str, float]:
         model = {"4 bits": self.scored}.get(name, self.merged)
@@ -276,13 +277,13 @@ class Cases:
                     module.scaling["default"] = 0.0 if name.endswith("without") else 1.0
             model = merge(model)
         cache.APART = self.apart if name == "apart" else 10_000
-        return kernel_checks.scoring_errors(model, self.witnesses["few" if name == "dense" else "many"])
+        return self_check.scoring_errors(model, self.witnesses["few" if name == "dense" else "many"])
 
     def said(self, check: Callable[[str], dict], name: str) -> tuple[str | None, float]:
         """What a check says, and its largest error as a share of what is tolerated."""
-        errors, tolerated = check(name), kernel_checks.TOLERANCES[self.dtype]
+        errors, tolerated = check(name), self_check.TOLERANCES[self.dtype]
         shares = torch.tensor([error / tolerated[what] for what, error in errors.items()])
-        return kernel_checks.too_large(errors, self.dtype), shares.max().item()
+        return self_check.too_large(errors, self.dtype), shares.max().item()
 
 
 def remember_unpacked() -> None:

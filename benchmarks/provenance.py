@@ -7,7 +7,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-from study import plan
+from study import device
 
 PACKAGES = (
     *("torch", "transformers", "peft", "bitsandbytes", "triton"),
@@ -24,7 +24,7 @@ def provenance() -> dict:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {
-        "device": plan.this_device(),
+        "device": device.name(),
         "versions": versions,
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words]),

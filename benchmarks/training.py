@@ -259,7 +259,8 @@ def fused_losses(tuned, mode: str, length: int, step: tuple[int, int]) -> tuple[
     """Losses are computed one by one, since the memory is for one at a time."""
     import torch
 
-    from study import fused, packing
+    from study import packing
+    from study.fast import train as fused
 
     free = 0.92 * torch.cuda.mem_get_info()[0]
     if mode.isdigit():

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from study.cli import UserError
+from study.errors import UserError
 from study.files import is_lfs_pointer
 
 PIECE = 2**25  # bytes that are hashed or looked through at once
@@ -286,7 +286,7 @@ def remembered() -> dict[str, list[str]]:
 
 def remember(path: str, entry: list[str]) -> None:
     """Where nothing can be written, nothing is remembered."""
-    from study.record import write_text
+    from study.records.record import write_text
 
     try:
         memory().parent.mkdir(parents=True, exist_ok=True)

@@ -19,7 +19,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
 from study.checkpoint import OUTDATED
-from study.cli import UserError
+from study.errors import UserError
 
 PROBE_TOKENS = 24
 WINDOWS = ("sliding_window", "attention_chunk_size")

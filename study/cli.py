@@ -13,6 +13,9 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 
+from study import device
+from study.errors import UserError
+
 DEFAULTS = {  # by task; the other defaults are the same for both and stand at their flag
     "classification": {
         "dataset": "rungalileo/20_Newsgroups_Fixed",
@@ -23,10 +26,6 @@ DEFAULTS = {  # by task; the other defaults are the same for both and stand at t
     "summarization": {"dataset": "knkarthick/samsum", "lora_r": 64, "epochs": 1, "max_new_tokens": 100},
 }
 SHOTS = {"classification": 1, "summarization": 2}  # per class, or in all
-
-
-class UserError(Exception):
-    """Something the user can mend; the message is one line that names the flag or file and the mend."""
 
 
 def build_parser(task: str | None, description: str) -> argparse.ArgumentParser:
@@ -254,12 +253,12 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         "--price_per_hour",
         type=positive_float,
         metavar="USD",
-        help="price of this machine (by GPU, study/prices.json)",
+        help="price of this machine (by GPU, study/records/prices.json)",
     )
     add(
         "--gpu_name",
         metavar="NAME",
-        help="price the GPU as this one, or this instance, of study/prices.json (detected)",
+        help="price the GPU as this one, or this instance, of study/records/prices.json (detected)",
     )
 
 
@@ -332,16 +331,6 @@ def probability(word: str) -> float:
     return number
 
 
-def processes() -> int:
-    """How many processes run this script together (`accelerate launch`)."""
-    return int(os.environ.get("WORLD_SIZE") or 1)
-
-
-def is_main_process() -> bool:
-    """True but for the further processes of a distributed launch. A RANK that stands alone is none of it."""
-    return processes() <= 1 or int(os.environ.get("RANK") or 0) == 0
-
-
 def run_script(main: Callable[[], None], distributed: bool = False) -> None:
     """Run `main` and exit: 0 done; 1 with one line on stderr for a UserError; 130 interrupted (Ctrl-C or
     SIGTERM).
@@ -353,7 +342,7 @@ def run_script(main: Callable[[], None], distributed: bool = False) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for what it can't
-    if not is_main_process():
+    if not device.is_main_process():
         if not distributed:
             return
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
@@ -369,7 +358,7 @@ def run_script(main: Callable[[], None], distributed: bool = False) -> None:
         then = "started again with --force it begins anew" if forced else "start it again and it goes on"
         print(f"interrupted: {then}", file=sys.stderr)
         sys.exit(130)
-    if processes() > 1:
+    if device.processes() > 1:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(0)  # with gloo's threads, leaving the process group may hang and the interpreter's end abort

@@ -15,7 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from study.cli import DEFAULTS, UserError
+from study.cli import DEFAULTS
+from study.errors import UserError
 from study.files import FORMATS, Columns, NoSource, Row, bare_suffix, no_column, read_file, read_hub
 
 COLUMNS = {

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from prompts import build_prompt, defuse, parse_label
-from study.cli import UserError
+from study.errors import UserError
 
 TOGETHER = 256  # texts that are tokenized at once: the tokenizer's notes on them take memory
 TODAY = datetime(2024, 7, 26)  # for chat templates that write the date: prompts must not change by the day

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from study.cli import UserError
+from study.errors import UserError
 
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 SPACE = re.compile(r"[ \t\n\r]*")  # between JSON values

@@ -17,11 +17,13 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig
 
-from study import checks, kernel_checks, record
-from study.cli import UserError
+from study import checks, device
 from study.encoding import sha256_of
+from study.errors import UserError, is_out_of_memory
+from study.fast import self_check
 from study.metrics import VERSION
-from study.model import base_of, compute_dtype, device, free_memory, merge, peak_memory_gib, should_merge
+from study.model import base_of, merge, should_merge
+from study.records import record
 
 AUTO_EXAMPLES = 256
 
@@ -124,12 +126,12 @@ def generate(
     allowed = allowed and with_all_ends(allowed, ends)
     checks.prove_attention(base_of(model))
     slow = why_slow(model)
-    witnesses = [] if slow or not prompts else kernel_checks.witnesses(model, prompts)
+    witnesses = [] if slow or not prompts else self_check.witnesses(model, prompts)
     merged = should_merge(model, merging)
     if merged:
         model = merge(model)
-    slow = slow or kernel_checks.scoring(model, witnesses)
-    dtype = str(compute_dtype()).removeprefix("torch.")
+    slow = slow or self_check.scoring(model, witnesses)
+    dtype = str(device.compute_dtype()).removeprefix("torch.")
     how = f"plain generate ({slow})" if slow else "fused layers"
     how += f", weights dense in {dtype}" if merged else ", weights in 4 bits"
     print(f"decoding   {how}", flush=True)
@@ -163,7 +165,7 @@ def describe(answers: Answers, metrics: dict, decoding: str) -> dict:
         "wall_seconds": answers.earlier_seconds + record.wall_seconds(),
         "examples_per_second": examples / answers.seconds,
         "invalid_answers": None if invalid is None else round(invalid["value"] * examples / 100),
-        "peak_memory_gib": peak_memory_gib(),
+        "peak_memory_gib": device.peak_memory_gib(),
         "input_tokens": answers.input_tokens,
         "output_tokens": answers.output_tokens,
         "decoding": decoding,
@@ -179,23 +181,23 @@ def why_slow(model) -> str | None:
     """The reason why decoding can't take the fast path, or None."""
     if not torch.cuda.is_available():
         return "no CUDA"
-    if compute_dtype() != torch.bfloat16 or not importlib.util.find_spec("triton"):
+    if device.compute_dtype() != torch.bfloat16 or not importlib.util.find_spec("triton"):
         return "no bfloat16 or no triton here"
 
     def eligible() -> str | None:
-        from study import engine
+        from study.fast import decode
 
-        return engine.why_not(model)
+        return decode.why_not(model)
 
-    return kernel_checks.attempt(eligible)
+    return self_check.attempt(eligible)
 
 
 def fast_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, allowed, most) -> Iterator:
     """(index, answer) of each of `prompts`, by the fast path in what memory is free."""
-    from study import engine
+    from study.fast import decode
 
-    left, path = dict(prompts), engine.Engine(model)
-    given = path.memory = 0.92 * free_memory()
+    left, path = dict(prompts), decode.Engine(model)
+    given = path.memory = 0.92 * device.free_memory()
     while left:
         try:
             for index, ids in path.answers(left, max_new_tokens, ends, allowed, most):
@@ -203,7 +205,7 @@ def fast_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, all
                 left.pop(index)
         except RuntimeError as error:
             path.memory /= 2
-            if not record.is_out_of_memory(error) or path.memory <= 0.05 * given:  # both may be 0
+            if not is_out_of_memory(error) or path.memory <= 0.05 * given:  # both may be 0
                 raise
         else:
             continue
@@ -223,7 +225,7 @@ def plain_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, al
         try:
             continuations = continue_batch(model, [prompts[i] for i in batch], max_new_tokens, ends, allowed)
         except RuntimeError as error:
-            if len(batch) == 1 or not record.is_out_of_memory(error):
+            if len(batch) == 1 or not is_out_of_memory(error):
                 raise
             torch.cuda.empty_cache()
             size = len(batch) // 2
@@ -244,7 +246,7 @@ def fitting(model, tokens: int) -> int:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     cache = 2 * config.num_hidden_layers * heads * size * 2 * tokens
     # The cache is copied as it grows; the rest is for activations.
-    return max(1, int(0.8 * free_memory() / (3 * cache)))
+    return max(1, int(0.8 * device.free_memory() / (3 * cache)))
 
 
 def continue_batch(model, prompts, max_new_tokens, ends, allowed) -> list[list[int]]:
@@ -267,9 +269,11 @@ def continue_batch(model, prompts, max_new_tokens, ends, allowed) -> list[list[i
 def greedily(model, prompts: Sequence[list[int]], max_new_tokens: int, ends: Sequence[int], **options):
     """What `generate` makes of prompts padded on the left, with none of the checkpoint's own settings."""
     width = max(map(len, prompts))
-    ids = torch.tensor([[ends[0]] * (width - len(prompt)) + prompt for prompt in prompts], device=device())
+    ids = torch.tensor(
+        [[ends[0]] * (width - len(prompt)) + prompt for prompt in prompts], device=device.current()
+    )
     mask = torch.tensor(
-        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device()
+        [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device.current()
     )
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,

@@ -1,9 +1,7 @@
 """Load a checkpoint in 4 bits and its tokenizer, put a trained adapter on it."""
 
 import hashlib
-import os
 import re
-import resource
 import warnings
 from pathlib import Path
 
@@ -19,45 +17,13 @@ from transformers import (
 )
 
 from study import checkpoint as checkpoints
-from study import checks
-from study.cli import UserError
-from study.plan import processor
-from study.record import is_out_of_memory
+from study import checks, device
+from study.errors import UserError, is_out_of_memory
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-GIB = 2**30
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-KERNELS = 2**28  # bytes for the code of kernels, which CUDA loads at their first use
-
-
-def device() -> torch.device:
-    return (
-        torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-
-
-def device_name() -> str:
-    """Name of the GPU, or of the processor where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name(device())
-    return processor()
-
-
-def compute_dtype() -> torch.dtype:
-    """bfloat16, or float32 on GPUs before Ampere, which lack it. Never float16: it overflows on Llama-2."""
-    old_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability(device()) < (8, 0)
-    return torch.float32 if old_gpu else torch.bfloat16
-
-
-def peak_memory_gib() -> float:
-    """Peak memory so far: allocated on the GPU, or without one the resident set of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated(device()) / GIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
 def from_checkpoint(loader, checkpoint: str, **options):
@@ -123,14 +89,14 @@ def load_base(checkpoint: str, quantization, attn_implementation: str = "auto"):
     UserError for a checkpoint whose tensors are not those of its configuration, or that can't be trained and
     scored alike."""
     if torch.cuda.is_available():
-        torch.cuda.set_device(device())  # also for what is not told a device
+        torch.cuda.set_device(device.current())  # also for what is not told a device
     config = from_checkpoint(AutoConfig, checkpoint)
     settle_quantization(config, f"--pretrained_ckpt {checkpoint}")
     options = {
         "config": config,
         "quantization_config": quantization,
-        "dtype": compute_dtype(),
-        "device_map": {"": device()},
+        "dtype": device.compute_dtype(),
+        "device_map": {"": device.current()},
         "use_safetensors": True,
         "output_loading_info": True,
         # Nothing of the checkpoint's own counts in greedy decoding but the ends of sequence.
@@ -215,7 +181,9 @@ def settle_quantization(config, where: str) -> None:
             f"{where} is quantized already, in {kind}: name the checkpoint in full precision, or one in 4 "
             "bits by bitsandbytes"
         )
-    config.quantization_config = own | {"bnb_4bit_compute_dtype": str(compute_dtype()).removeprefix("torch.")}
+    config.quantization_config = own | {
+        "bnb_4bit_compute_dtype": str(device.compute_dtype()).removeprefix("torch.")
+    }
 
 
 def keep_unpacked(model) -> None:
@@ -270,7 +238,7 @@ def load_adapter(model, folder: Path, sha256: str | None = None, config_sha256: 
         if "lora_" in name:
             if not torch.isfinite(parameter).all():
                 raise UserError(f"{folder}: {name} holds no numbers: train the run again with --force")
-            parameter.data = parameter.data.to(compute_dtype())
+            parameter.data = parameter.data.to(device.compute_dtype())
     return model.eval()
 
 
@@ -289,20 +257,13 @@ def base_of(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def free_memory() -> int:
-    """Bytes of the GPU that this process can still fill with tensors: what is free, without the gaps between
-    its tensors and what CUDA will take for kernels."""
-    torch.cuda.empty_cache()
-    return max(0, torch.cuda.mem_get_info(device())[0] - KERNELS)
-
-
 def should_merge(model, wanted: str) -> bool:
     """--merge, or for "auto" whether a GPU holds the dense weights and half as much again beside them."""
     if wanted != "auto" or not torch.cuda.is_available():
         return wanted == "on"
     layers = [getattr(module, "base_layer", module) for module in four_bit_layers(model).values()]
-    dense = compute_dtype().itemsize * sum(layer.in_features * layer.out_features for layer in layers)
-    return free_memory() >= 1.5 * dense
+    dense = device.compute_dtype().itemsize * sum(layer.in_features * layer.out_features for layer in layers)
+    return device.free_memory() >= 1.5 * dense
 
 
 def merge(model):

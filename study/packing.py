@@ -14,10 +14,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from study import checks, record
-from study.cli import UserError
+from study import checks, device
 from study.encoding import Example
-from study.model import compute_dtype
+from study.errors import UserError, is_out_of_memory
 
 
 def seed_of(*parts: int) -> int:
@@ -174,7 +173,7 @@ def choose_batching(model, wanted_attention: str, device) -> bool:
             return False
         reason = "examples laid end to end would see each other"
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        if record.is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if model.config._attn_implementation == "packed":
@@ -197,7 +196,7 @@ def training_attention(wanted: str) -> str:
     flash = (
         torch.cuda.is_available()
         and importlib.util.find_spec("flash_attn")
-        and compute_dtype() == torch.bfloat16
+        and device.compute_dtype() == torch.bfloat16
     )
     return "flash_attention_2" if flash else "auto"
 

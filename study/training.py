@@ -26,11 +26,13 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations import get_reporting_integration_callbacks
 
 from study import checkpoint as checkpoints_of_models
-from study import checks, kernel_checks, record, runs
-from study.cli import UserError
+from study import checks, device
 from study.encoding import Example, sha256_of
-from study.model import CONFIG, compute_dtype, fingerprint, peak_memory_gib
+from study.errors import UserError, is_out_of_memory
+from study.fast import self_check
+from study.model import CONFIG, fingerprint
 from study.packing import choose_batching, learned_places, loss_sum, plan_steps, seed_of, split_to_fit
+from study.records import record, runs
 
 PROGRESS = "progress.json"  # stands in a checkpoint once all of it has been written
 ENOUGH_TOKENS = 4_096  # in a row: where fewer fit, checkpointing pays
@@ -67,11 +69,11 @@ def tokens_that_fit(model, examples, args, padded, checkpointing, device) -> int
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     try:
-        with torch.autocast("cuda", torch.bfloat16, enabled=compute_dtype() == torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=device.compute_dtype() == torch.bfloat16):
             loss_sum(model, group, args.loss_on, padded, device).backward()
         used = torch.cuda.max_memory_allocated(device) - before
     except RuntimeError as error:
-        if not record.is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         used = math.inf
     model.zero_grad(set_to_none=True)
@@ -111,7 +113,10 @@ class PackedTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """What a tracker gets: loss and learning rate, as transformers logs them, with speed and memory."""
         if "loss" in logs:
-            logs |= {"tokens_per_second": self.progress.speed(self.state), "memory_gib": peak_memory_gib()}
+            logs |= {
+                "tokens_per_second": self.progress.speed(self.state),
+                "memory_gib": device.peak_memory_gib(),
+            }
         super().log(logs, start_time)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
@@ -129,7 +134,7 @@ class PackedTrainer(Trainer):
             except RuntimeError as error:
                 longest = max(self.lengths[i] for i in indices)
                 given_up = self.max_tokens <= longest or self.args.world_size > 1
-                if given_up or not record.is_out_of_memory(error):
+                if given_up or not is_out_of_memory(error):
                     raise
                 model.zero_grad(set_to_none=True)
                 self.max_tokens = max(longest, self.max_tokens // 2)
@@ -205,7 +210,7 @@ class Progress(TrainerCallback):
         speed, left = self.speed(state), sum(self.tokens[state.global_step :])
         tqdm.write(
             f"step {state.global_step:>6,}/{state.max_steps:,}  loss {self.loss(args, state):.4f}  "
-            f"{speed:,.0f} tokens/s  {peak_memory_gib():.1f} GiB  {left / speed:,.0f} s left"
+            f"{speed:,.0f} tokens/s  {device.peak_memory_gib():.1f} GiB  {left / speed:,.0f} s left"
         )
 
     def on_save(self, args, state, control, **kwargs):
@@ -214,7 +219,7 @@ class Progress(TrainerCallback):
             spent = {
                 "seconds": self.seconds(),
                 "wall_seconds": self.spent["wall_seconds"] + record.wall_seconds(),
-                "peak_memory_gib": max(self.spent["peak_memory_gib"], peak_memory_gib()),
+                "peak_memory_gib": max(self.spent["peak_memory_gib"], device.peak_memory_gib()),
             }
             history = [[step, float(loss), learned] for step, loss, learned in self.history]
             progress = {"schema": record.SCHEMA, **self.run, "spent": spent, "history": history}
@@ -255,7 +260,7 @@ def last_checkpoint(folder: Path) -> Path | None:
     for checkpoint in checkpoints_in(folder):
         if (checkpoint / PROGRESS).is_file():
             whole = checkpoint
-        elif record.is_main_process():
+        elif device.is_main_process():
             shutil.rmtree(checkpoint)
     return whole
 
@@ -305,9 +310,8 @@ def train(
 
     `run` says what is being trained ({"config", "data", "prompt_sha256", "checkpoint"}); a checkpoint of the
     same run is resumed, one of another refused."""
-    device = training.device
     checks.refuse_unknown_tokens(model, tokenizer, [example.ids for example in examples])
-    padded = choose_batching(model, args.attn_implementation, device)
+    padded = choose_batching(model, args.attn_implementation, training.device)
     model = with_adapter(model, lora, args)
     steps = plan_steps(len(examples), args.batch_size, args.epochs, args.seed)
     warmup = warmup_steps(training.warmup_steps, len(examples), args.batch_size)
@@ -330,7 +334,7 @@ def train(
     elif kept and not kept["fused"]:
         max_tokens, checkpointing = kept["tokens"], kept["gradient_checkpointing"]
     else:
-        max_tokens, checkpointing = fit_memory(model, examples, args, padded, device)
+        max_tokens, checkpointing = fit_memory(model, examples, args, padded, training.device)
     training.gradient_checkpointing = checkpointing
     training.gradient_checkpointing_kwargs = {"use_reentrant": False}
     training.max_steps = len(steps)
@@ -372,7 +376,7 @@ def train(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     seconds = progress.seconds()
     check_finite(model, args)
-    adapter = save_adapter(model, tokenizer, folder) if record.is_main_process() else None
+    adapter = save_adapter(model, tokenizer, folder) if device.is_main_process() else None
     per_epoch = len(steps) // args.epochs
     return {
         "loss": mean_loss(history[-per_epoch:]),
@@ -383,7 +387,7 @@ def train(
         "seconds": seconds,
         "wall_seconds": spent["wall_seconds"] + record.wall_seconds(),
         "tokens_per_second": sum(tokens) / seconds,
-        "peak_memory_gib": max(spent["peak_memory_gib"], peak_memory_gib()),
+        "peak_memory_gib": max(spent["peak_memory_gib"], device.peak_memory_gib()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "batching": {
             "padded": padded,
@@ -442,7 +446,7 @@ def why_slow(model, args, padded: bool, training: TrainingArguments) -> str | No
     """The reason why training can't take the fast path, or None."""
     if training.device.type != "cuda":
         return "no CUDA"
-    if compute_dtype() != torch.bfloat16 or not importlib.util.find_spec("triton"):
+    if device.compute_dtype() != torch.bfloat16 or not importlib.util.find_spec("triton"):
         return "no bfloat16 or no triton here"
     if training.world_size > 1:
         return "several processes"
@@ -452,11 +456,11 @@ def why_slow(model, args, padded: bool, training: TrainingArguments) -> str | No
         return f"--attn_implementation {args.attn_implementation}"
 
     def eligible() -> str | None:
-        from study import fused
+        from study.fast import train as fused
 
         return fused.why_not(model)
 
-    return kernel_checks.attempt(eligible)
+    return self_check.attempt(eligible)
 
 
 def fast_path(
@@ -465,13 +469,13 @@ def fast_path(
     """The model's fused layers, with the plan that was `kept` or that fits the device's free memory, and
     None; or None and the reason why they can't be used."""
     made = []
-    slow = kernel_checks.attempt(lambda: made.append(fused_layers(model, examples, tokens, args, kept)))
-    slow = slow or kernel_checks.training(model, made[0], examples, args.loss_on)
+    slow = self_check.attempt(lambda: made.append(fused_layers(model, examples, tokens, args, kept)))
+    slow = slow or self_check.training(model, made[0], examples, args.loss_on)
     return (None, slow) if slow else (made[0], None)
 
 
 def fused_layers(model, examples: Sequence[Example], tokens: Sequence[int], args, kept: dict | None):
-    from study import fused
+    from study.fast import train as fused
 
     if kept:
         plan = fused.Plan(kept["tokens"], kept["keep"], kept["on_host"])
@@ -532,7 +536,7 @@ def kept_plan(checkpoint: Path | None, args) -> dict | None:
 
 def remove_checkpoints(folder: Path) -> None:
     """Remove a run's own checkpoints, and their folder if nothing else is in it."""
-    if record.is_main_process():
+    if device.is_main_process():
         for checkpoint in checkpoints_in(folder):
             shutil.rmtree(checkpoint, ignore_errors=True)
         with contextlib.suppress(OSError):

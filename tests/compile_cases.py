@@ -17,7 +17,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from benchmarks.exactness import llama, make_examples, with_adapters
-from study import cache, engine, fused, kernels
+from study.fast import cache, decode, kernels
+from study.fast import train as fused
 from study.model import merge
 
 SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -72,7 +73,7 @@ def score(base) -> None:
     for merged, apart in ((False, 10), (True, 1000)):
         cache.APART = apart
         tuned = with_adapters(base, kernels.MOST_RANK, 0.0)
-        path = engine.Engine(merge(tuned) if merged else tuned, 1e9)
+        path = decode.Engine(merge(tuned) if merged else tuned, 1e9)
         prompts = [example.ids for example in make_examples(((90, 1), (30, 1)), 96, shared=20)]
         list(path.answers(dict(enumerate(prompts)), 3, [-1]))
 

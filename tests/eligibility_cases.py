@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from benchmarks.exactness import make_examples
 from benchmarks.mutations import remember_unpacked
-from study import engine, fused, kernel_checks, nf4
+from study.fast import decode, nf4, self_check
+from study.fast import train as fused
 from study.model import merge
 from study.packing import learned_places
 
@@ -236,7 +237,7 @@ def trained(model) -> str | float:
     path = fused.FusedModel(model, fused.Plan(20, "all"))
     if path.layers[0].qkv.dropout:  # PEFT's is random: its layers are given the same masks
         model.get_base_model().set_attn_implementation("packed")
-        return max(kernel_checks.training_errors(model, path, [EXAMPLES], "answer").values())
+        return max(self_check.training_errors(model, path, [EXAMPLES], "answer").values())
     model.get_base_model().set_attn_implementation("eager")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ours, own = path.loss_sum(EXAMPLES, "answer", 0), own_loss(model)
@@ -247,12 +248,12 @@ def trained(model) -> str | float:
 
 def scored(model, merging: bool) -> str | float:
     """The reason against the engine, or the error of its logits."""
-    reason = engine.why_not(model)
+    reason = decode.why_not(model)
     if reason:
         return reason
     model.config._attn_implementation = "eager"
-    found = kernel_checks.witnesses(model, [example.ids for example in EXAMPLES])
-    return kernel_checks.scoring_errors(merge(model) if merging else model, found)["logits"]
+    found = self_check.witnesses(model, [example.ids for example in EXAMPLES])
+    return self_check.scoring_errors(merge(model) if merging else model, found)["logits"]
 
 
 def outcome(make: Callable) -> list:

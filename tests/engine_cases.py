@@ -11,7 +11,7 @@ from transformers import GenerationConfig
 
 from benchmarks.exactness import llama, with_adapters
 from benchmarks.mutations import remember_unpacked
-from study import cache, engine, nf4
+from study.fast import cache, decode, nf4
 from study.generation import follow_one_of
 from study.model import merge
 
@@ -75,7 +75,7 @@ def main() -> None:
             models.items(), ((1000, 1e9, None), (10, 1e9, 2), (1000, 0.0, None))
         ):
             cache.APART = apart
-            path = engine.Engine(model, memory or 1e9)
+            path = decode.Engine(model, memory or 1e9)
             path.few_rows = min(path.few_rows, 64 if apart == 1000 else 8)  # some products by each way
             if not memory:  # a cache for two examples, so that places are used again
                 path.plan = lambda longest, shared: (30, shared + 2 * longest + 30, 9)
@@ -87,11 +87,11 @@ def main() -> None:
     partly = copy.deepcopy(base)
     partly.model.layers[1].mlp.up_proj = torch.nn.Linear(nf4.MIXED, 2 * nf4.MIXED, bias=False)
     results["reasons"] = {
-        "adapters": engine.why_not(tuned),
-        "merged": engine.why_not(models["merged"]),
-        "head": engine.why_not(with_adapters(base, 4, 0.0, ["q_proj", "lm_head"])),
-        "embedding": engine.why_not(with_adapters(base, 4, 0.0, ["q_proj", "embed_tokens"])),
-        "partly": engine.why_not(partly),
+        "adapters": decode.why_not(tuned),
+        "merged": decode.why_not(models["merged"]),
+        "head": decode.why_not(with_adapters(base, 4, 0.0, ["q_proj", "lm_head"])),
+        "embedding": decode.why_not(with_adapters(base, 4, 0.0, ["q_proj", "embed_tokens"])),
+        "partly": decode.why_not(partly),
     }
     results["multiply"] = [
         multiply_error(*case) for case in (((96, 32, 32), 256, 5), ((64,), 896, 17), ((80, 80), 128, 1))

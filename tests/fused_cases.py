@@ -21,7 +21,8 @@ from benchmarks.exactness import (
     with_adapters,
 )
 from benchmarks.mutations import remember_unpacked
-from study import fused, kernel_checks, kernels, nf4
+from study.fast import kernels, nf4, self_check
+from study.fast import train as fused
 
 
 def left_as_it_was(model, examples) -> dict[str, bool]:
@@ -42,7 +43,7 @@ def left_as_it_was(model, examples) -> dict[str, bool]:
         }
 
     before = state()
-    assert kernel_checks.training(model, path, examples, "answer") is None
+    assert self_check.training(model, path, examples, "answer") is None
     after = state()
     same = {name: after[name] == before[name] for name in before if name != "tensors"}
     pairs = zip(before["tensors"], after["tensors"], strict=True)

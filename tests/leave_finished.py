@@ -9,7 +9,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from prompts import prompt_sha256
-from study import cli, collect, record, runs
+from study import cli
+from study.records import record, runs
+from study.report import collect
 
 
 def leave(script: str, words: list[str]) -> None:

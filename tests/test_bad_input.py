@@ -14,7 +14,9 @@ import pytest
 from conftest import DEMO_DATA, DEMO_MODEL, MEASURED, ROOT, error_line, run_script, write_rows
 
 from prompts import prompt_sha256
-from study import checkpoint, cli, record, runs
+from study import checkpoint, cli
+from study.errors import UserError
+from study.records import record, runs
 
 TRAINING = ["llama2_classification.py", "llama2_summarization.py"]
 INFERENCE = ["llama2_classification_inference.py", "llama2_summarization_inference.py"]
@@ -46,7 +48,7 @@ def leave_record(folder: Path, *flags: object, task: str = "classification", err
             content["cost"] = {"gpu": "CPU", "price_per_hour": None}
             if error:
                 raise error
-    except (cli.UserError, KeyboardInterrupt):
+    except (UserError, KeyboardInterrupt):
         assert error
     return path
 
@@ -348,7 +350,7 @@ def incomplete_checkpoint(folder: Path, lacking: str) -> Path:
 @pytest.mark.parametrize(("lacking", "message"), LACKING.items(), ids=LACKING)
 def test_an_incomplete_checkpoint_is_named_with_what_it_lacks(tmp_path, lacking, message):
     folder = incomplete_checkpoint(tmp_path / "checkpoint", lacking)
-    with pytest.raises(cli.UserError, match=re.escape(f"--pretrained_ckpt {folder} {message}")):
+    with pytest.raises(UserError, match=re.escape(f"--pretrained_ckpt {folder} {message}")):
         checkpoint.identify(str(folder), fetch=True)
 
 
@@ -411,7 +413,7 @@ def test_an_adapter_that_does_not_fit_is_said_in_one_short_line(tmp_path, damage
         (tmp_path / "adapter_model.safetensors").write_bytes(b"half")
     elif damage == "configuration":
         (tmp_path / "adapter_config.json").write_text('{"peft_type"')
-    with pytest.raises(cli.UserError) as error:
+    with pytest.raises(UserError) as error:
         model.load_adapter(llama(32 if damage == "another model" else 16), tmp_path)
     assert f"{tmp_path} is damaged or not an adapter of --pretrained_ckpt" in str(error.value)
     assert len(str(error.value)) < 500

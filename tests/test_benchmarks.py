@@ -9,7 +9,7 @@ from conftest import DEMO_DATA, DEMO_MODEL, ROOT
 
 from benchmarks import checkpoint, curves, inference, profiling, training, workers
 from study import cli, data, encoding
-from study.cli import UserError
+from study.errors import UserError
 
 KERNELS = {  # as an H200 names them
     "products with the frozen weights": [
@@ -327,7 +327,8 @@ def test_a_step_that_all_does_not_have_is_refused(tmp_path):
 
 def test_a_random_checkpoint_is_one_that_the_fast_paths_take(tmp_path, monkeypatch):
     pytest.importorskip("triton")
-    from study import engine, model
+    from study import model
+    from study.fast import decode
 
     monkeypatch.setattr(checkpoint, "SIZES", {"7b": (128, 192, 2, 2)})
     monkeypatch.setattr(
@@ -336,6 +337,6 @@ def test_a_random_checkpoint_is_one_that_the_fast_paths_take(tmp_path, monkeypat
     checkpoint.main()
     base = model.load_base(str(tmp_path / "7b"), workers.nf4())
     assert len(model.four_bit_layers(base)) == 2 * 7
-    assert engine.why_not(base) is None
+    assert decode.why_not(base) is None
     with pytest.raises(UserError, match="exists"):
         checkpoint.main()

@@ -12,7 +12,7 @@ from conftest import DEMO_MODEL
 from safetensors.torch import load_file, save_file
 
 from study import checkpoint
-from study.cli import UserError
+from study.errors import UserError
 
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{7:064d}\nsize 3089528\n"
 

@@ -34,8 +34,9 @@ from transformers import (
 )
 
 from study import checkpoint, checks, generation, model, packing, training
-from study.cli import UserError, parse_args
+from study.cli import parse_args
 from study.encoding import Example
+from study.errors import UserError
 
 CPU = torch.device("cpu")
 NF4 = BitsAndBytesConfig(

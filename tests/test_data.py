@@ -14,7 +14,7 @@ import pytest
 from conftest import write_rows
 
 from study import cli, data
-from study.cli import UserError
+from study.errors import UserError
 from study.files import is_lfs_pointer
 
 ROWS = [

@@ -12,7 +12,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 import prompts
 from study import cli, data, encoding
-from study.cli import UserError
+from study.errors import UserError
 
 LABELS = ["rec.autos", "sci.space", "C++"]
 CHAT = "{{ bos_token }}[INST] {{ messages[0]['content'] }} [/INST]"

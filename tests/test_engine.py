@@ -11,9 +11,12 @@ import pytest
 import torch
 from conftest import INTERPRETED, ran_beside
 
+from study import device
+
 pytest.importorskip("triton")
-from study import engine, generation
-from study.engine import Choices, Places, shared_tokens
+from study import generation
+from study.fast import decode
+from study.fast.decode import Choices, Places, shared_tokens
 
 ANSWERS = [[5, 6, 7], [5, 6, 8, 7], [11, 7]]
 
@@ -112,8 +115,8 @@ class TooLarge:
 )
 def test_out_of_memory_is_tried_again_with_half_of_it_and_loses_nothing(error, monkeypatch, capsys):
     monkeypatch.setattr(TooLarge, "error", error)
-    monkeypatch.setattr(engine, "Engine", TooLarge)
-    monkeypatch.setattr(generation, "free_memory", lambda: 100)
+    monkeypatch.setattr(decode, "Engine", TooLarge)
+    monkeypatch.setattr(device, "free_memory", lambda: 100)
     got = list(generation.fast_answers(None, {i: [1] for i in range(5)}, 4, [2], None, None))
     assert got == [(i, [i]) for i in range(5)]
     assert capsys.readouterr().out.count("out of memory") == 2
@@ -121,8 +124,8 @@ def test_out_of_memory_is_tried_again_with_half_of_it_and_loses_nothing(error, m
 
 def test_another_error_is_not_tried_again(monkeypatch):
     monkeypatch.setattr(TooLarge, "error", RuntimeError("CUDA error: an illegal memory access"))
-    monkeypatch.setattr(engine, "Engine", TooLarge)
-    monkeypatch.setattr(generation, "free_memory", lambda: 100)
+    monkeypatch.setattr(decode, "Engine", TooLarge)
+    monkeypatch.setattr(device, "free_memory", lambda: 100)
     with pytest.raises(RuntimeError, match="illegal"):
         list(generation.fast_answers(None, {0: [1]}, 4, [2], None, None))
 
@@ -133,18 +136,18 @@ def test_what_never_fits_ends_in_out_of_memory(free, monkeypatch):
         def answers(self, *_):
             raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(engine, "Engine", Hopeless)
-    monkeypatch.setattr(generation, "free_memory", lambda: free)
+    monkeypatch.setattr(decode, "Engine", Hopeless)
+    monkeypatch.setattr(device, "free_memory", lambda: free)
     with pytest.raises(torch.OutOfMemoryError):
         list(generation.fast_answers(None, {0: [1]}, 4, [2], None, None))
 
 
 def test_examples_wait_for_room_and_are_read_when_there_are_enough():
-    path = engine.Engine.__new__(engine.Engine)
+    path = decode.Engine.__new__(decode.Engine)
     path.at_once, path.most = 20, 9
     path.cache = type("Cache", (), {"shared": 1})
     prompts = {i: [0] * (1 + size) for i, size in enumerate((8, 6, 6, 4, 4))}
-    waiting, places = engine.deque(prompts), Places(first=1, rows=1 + 3 * 10)
+    waiting, places = decode.deque(prompts), Places(first=1, rows=1 + 3 * 10)
     first = path.admit(prompts, waiting, places, 9, True, 2)
     assert [(example.index, example.place) for example in first] == [(0, 1), (1, 11), (2, 19)]
     places.freed.append(11)
@@ -157,10 +160,10 @@ def test_examples_wait_for_room_and_are_read_when_there_are_enough():
 
 
 def test_few_at_once_are_refilled_by_few():
-    path = engine.Engine.__new__(engine.Engine)
+    path = decode.Engine.__new__(decode.Engine)
     path.at_once, path.most = 1000, 8
     path.cache = type("Cache", (), {"shared": 0})
     prompts = {i: [0] * 10 for i in range(20)}
-    waiting, places = engine.deque(prompts), Places(first=0, rows=1000)
+    waiting, places = decode.deque(prompts), Places(first=0, rows=1000)
     assert path.admit(prompts, waiting, places, 1, False, 5) == []
     assert len(path.admit(prompts, waiting, places, 2, False, 5)) == 2

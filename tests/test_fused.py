@@ -9,7 +9,7 @@ import pytest
 from conftest import INTERPRETED, ran_beside
 
 pytest.importorskip("triton")
-from study import fused
+from study.fast import train as fused
 
 BESIDE = [(INTERPRETED, "tests/fused_cases.py")]
 

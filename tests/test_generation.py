@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from prompts import build_prompt
 from study import generation
-from study.cli import UserError
 from study.encoding import label_answers, prompt_ids
+from study.errors import UserError
 from study.model import load_base, merge
 
 NF4 = BitsAndBytesConfig(

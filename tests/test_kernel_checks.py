@@ -12,9 +12,13 @@ import pytest
 import torch
 from conftest import INTERPRETED, ROOT, ran_beside
 
+from study import device
+
 pytest.importorskip("triton")
-from study import engine, fused, generation, kernel_checks, training
+from study import generation, training
 from study.encoding import Example
+from study.fast import decode, self_check
+from study.fast import train as fused
 
 MUTATIONS = Path(tempfile.mkdtemp()) / "mutations.json"
 BESIDE = [
@@ -163,14 +167,14 @@ def test_what_breaks_before_the_check_is_a_reason_too(tuned, monkeypatch):
     def broken(model):
         raise ImportError("libcuda.so.1: cannot open shared object file")
 
-    monkeypatch.setattr(training, "compute_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(device, "compute_dtype", lambda: torch.bfloat16)
     monkeypatch.setattr(fused, "why_not", broken)
     settings = Namespace(device=torch.device("cuda"), world_size=1)
     slow = training.why_slow(tuned, Namespace(attn_implementation="auto"), False, settings)
     assert slow == "ImportError: libcuda.so.1: cannot open shared object file"
-    monkeypatch.setattr(generation, "compute_dtype", lambda: torch.bfloat16)
+    monkeypatch.setattr(device, "compute_dtype", lambda: torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(engine, "why_not", broken)
+    monkeypatch.setattr(decode, "why_not", broken)
     assert generation.why_slow(tuned) == slow
 
 
@@ -189,7 +193,7 @@ def test_an_error_is_one_short_line_the_same_each_time(error, line):
     def check():
         raise error
 
-    assert kernel_checks.attempt(check) == line
+    assert self_check.attempt(check) == line
 
 
 class OutOfResources(Exception):
@@ -200,14 +204,12 @@ def test_every_error_but_lack_of_memory_is_a_reason():
     def check(error):
         raise error
 
-    reason = kernel_checks.attempt(
-        lambda: check(OutOfResources("out of resource: shared memory, " + "x" * 999))
-    )
+    reason = self_check.attempt(lambda: check(OutOfResources("out of resource: shared memory, " + "x" * 999)))
     assert reason.startswith("OutOfResources: out of resource: shared memory")
     assert len(reason) <= 120
     for error in (torch.OutOfMemoryError(), RuntimeError("Triton Error [CUDA]: out of memory")):
         with pytest.raises(type(error)):
-            kernel_checks.attempt(lambda error=error: check(error))
+            self_check.attempt(lambda error=error: check(error))
 
 
 def test_where_memory_lacks_the_shortest_are_compared_and_then_nothing(capsys):
@@ -222,10 +224,10 @@ def test_where_memory_lacks_the_shortest_are_compared_and_then_nothing(capsys):
 
         return run
 
-    assert kernel_checks.with_less(check(9), [9, 3, 8, 2], int) == "compared"
+    assert self_check.with_less(check(9), [9, 3, 8, 2], int) == "compared"
     assert tried == [[9, 3, 8, 2], [2, 3]]
     assert capsys.readouterr().out == ""
-    assert kernel_checks.with_less(check(1), [9, 3], int) is None
+    assert self_check.with_less(check(1), [9, 3], int) is None
     assert "no memory" in capsys.readouterr().out
 
 
@@ -239,23 +241,23 @@ def example(count: int, first: int, answer: int = 2) -> Example:
 def test_the_longest_and_the_shortest_examples_are_compared_in_passes_that_fit_the_plan():
     examples = [example(count, 3) for count in (14, 30, 12, 20)]
     sizes = lambda most: [
-        [len(e.ids) for e in group] for group in kernel_checks.groups_of(examples, most, "answer")
+        [len(e.ids) for e in group] for group in self_check.groups_of(examples, most, "answer")
     ]
     assert sizes(100) == [[30, 14, 12]]
     assert sizes(30) == [[30], [14, 12]]
-    assert [len(e.ids) for e in kernel_checks.groups_of(examples[:1], 30, "answer")[0]] == [14]
+    assert [len(e.ids) for e in self_check.groups_of(examples[:1], 30, "answer")[0]] == [14]
 
 
 def test_two_that_share_a_beginning_are_compared_where_the_longest_and_shortest_share_none():
     examples = [example(40, 1), example(12, 20), example(13, 33), example(20, 3), example(21, 3)]
-    *_, pair = kernel_checks.groups_of(examples, 100, "answer")
+    *_, pair = self_check.groups_of(examples, 100, "answer")
     assert [len(e.ids) for e in pair] == [20, 21]
     assert fused.shared_tokens(pair, "answer") >= 10
 
 
 def test_the_prompts_compared_have_in_common_what_all_have():
     prompts = [[1, 2, 3, 4, 9], [1, 2, 3, 5, 6, 7, 8], [1, 2, 8], [1, 2, 3, 4, 4, 4]]
-    chosen = kernel_checks.telling(prompts)
+    chosen = self_check.telling(prompts)
     assert len(chosen) <= 4
-    assert engine.shared_tokens(chosen) == engine.shared_tokens(prompts)
+    assert decode.shared_tokens(chosen) == decode.shared_tokens(prompts)
     assert {3, 7} <= {len(prompt) for prompt in chosen}

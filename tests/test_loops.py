@@ -13,7 +13,10 @@ import pytest
 from conftest import ROOT, write_rows
 
 from prompts import prompt_sha256
-from study import cli, collect, data, metrics, plan, record, runs
+from study import cli, data, device, metrics
+from study.errors import UserError
+from study.records import estimate, record, runs
+from study.report import collect
 
 TRAIN, SCORE = (str(ROOT / f"llama2_classification{part}.py") for part in ("", "_inference"))
 ONE_CELL = {"RANKS": "4", "EPOCHS": "2", "DROPOUTS": "0.1"}
@@ -86,7 +89,7 @@ def leave_record(
     config = vars(cli.parse_args("summarization", "", [])) | {"epochs": 1, "given": []}
     config |= {name: other.pop(name) for name in config.keys() & other.keys() - {"task"}}
     plain = {"task": "summarization", "method": "qlora", "model": config["pretrained_ckpt"]}
-    plain["gpu"] = plan.processor()
+    plain["gpu"] = device.processor()
     about = plain | other
     spent = {name.partition(".")[2]: 0 for name in collect.NEEDED[part] if name.startswith(f"{part}.")}
     spent |= {
@@ -259,7 +262,7 @@ def finish_cell(folder: Path, rank: int, files: tuple) -> Path:
             "labels": ["a", "b"],
             "prompt_sha256": prompt_sha256("classification", "instruction"),
             "quantization": {},
-            "cost": {"usd": 0.5, "gpu": plan.processor(), "price_per_hour": 900.0},
+            "cost": {"usd": 0.5, "gpu": device.processor(), "price_per_hour": 900.0},
         }
         steps = {"loss": 0.1, "steps": 1, "tokens": 9, "trainable_parameters": 9, "tokens_per_second": 9.0}
         trained["train"] = spent | steps | {"loss_history": [[1, 0.1]]}
@@ -434,10 +437,10 @@ def test_a_damaged_record_fails_its_own_cell_only(tmp_path, files):
 # Estimates
 
 
-def estimate(folder: Path, state: str, *words: object, name: str = "eval.json", task="summarization"):
+def estimate_of(folder: Path, state: str, *words: object, name: str = "eval.json", task="summarization"):
     """Seconds and USD, at a cent a second, of a run by the records in `folder`."""
     words = (*PRICED, "--output_dir", folder, *words)
-    return plan.estimate(
+    return estimate.estimate(
         cli.parse_args(task, "", list(map(str, words))), folder / "run" / name, state == "trained"
     )
 
@@ -460,13 +463,13 @@ def leave_three(folder: Path, part: str) -> None:
 )
 def test_a_training_is_estimated_by_the_median_speed_of_earlier_ones(tmp_path, words, seconds):
     leave_three(tmp_path, "train")
-    got = estimate(tmp_path, "not started", *words.split(), name="train.json")
+    got = estimate_of(tmp_path, "not started", *words.split(), name="train.json")
     assert got == pytest.approx((seconds, seconds / 100))
 
 
 def test_the_speed_of_a_training_is_that_of_one_epoch(tmp_path):
     leave_record(tmp_path, "train", examples=10, epochs=4, seconds=8, loading=0)
-    assert estimate(tmp_path, "not started", "--epochs", 2, name="train.json")[0] == pytest.approx(400)
+    assert estimate_of(tmp_path, "not started", "--epochs", 2, name="train.json")[0] == pytest.approx(400)
 
 
 @pytest.mark.parametrize(
@@ -475,7 +478,7 @@ def test_the_speed_of_a_training_is_that_of_one_epoch(tmp_path):
 )
 def test_an_evaluation_is_estimated_by_the_median_speed_of_earlier_ones(tmp_path, words, seconds):
     leave_three(tmp_path, "eval")
-    assert estimate(tmp_path, "trained", *words.split()) == pytest.approx((seconds, seconds / 100))
+    assert estimate_of(tmp_path, "trained", *words.split()) == pytest.approx((seconds, seconds / 100))
 
 
 def test_an_evaluation_takes_its_training_too_where_that_is_not_finished(tmp_path):
@@ -483,19 +486,21 @@ def test_an_evaluation_takes_its_training_too_where_that_is_not_finished(tmp_pat
     leave_record(tmp_path, "eval", seconds=1, loading=3)
     whole = (1000 * 0.1 + 7) + (200 * 0.1 + 3)
     for state in ("not started", "unfinished", "failed"):
-        assert estimate(tmp_path, state, "--epochs", 1)[0] == pytest.approx(whole)
-    assert estimate(tmp_path, "trained", "--epochs", 1)[0] == pytest.approx(23)
+        assert estimate_of(tmp_path, state, "--epochs", 1)[0] == pytest.approx(whole)
+    assert estimate_of(tmp_path, "trained", "--epochs", 1)[0] == pytest.approx(23)
 
 
 def test_a_training_on_two_gpus_costs_twice_and_its_evaluation_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(plan, "this_gpu", lambda: "NVIDIA A10G")
+    monkeypatch.setattr(device, "gpu_name", lambda: "NVIDIA A10G")
     path = leave_record(tmp_path, "train", seconds=1, loading=7, gpu="NVIDIA A10G")
     content = json.loads(path.read_text())
     content["train"]["batching"] = {"processes": 2}
     path.write_text(json.dumps(content))
     leave_record(tmp_path, "eval", seconds=1, loading=3, gpu="NVIDIA A10G")
     words = ("--gpu_name", "g5.2xlarge", "--epochs", "1", "--output_dir", str(tmp_path))
-    seconds, usd = plan.estimate(cli.parse_args("summarization", "", words), tmp_path / "eval.json", False)
+    seconds, usd = estimate.estimate(
+        cli.parse_args("summarization", "", words), tmp_path / "eval.json", False
+    )
     assert seconds == pytest.approx(107 + 23)
     assert usd == pytest.approx((2 * 107 + 23) * 1.212 / 3600)
 
@@ -504,8 +509,8 @@ def test_a_baseline_is_estimated_by_those_of_its_prompt(tmp_path):
     leave_record(tmp_path / "a", "eval", method="zero-shot", seconds=1, loading=3)
     leave_record(tmp_path / "b", "eval", method="few-shot", seconds=5, loading=3)
     words = ("--task_type", "summarization", "--prompt_type")
-    assert estimate(tmp_path, "not started", *words, "zero-shot", task=None)[0] == pytest.approx(23)
-    assert estimate(tmp_path, "not started", *words, "few-shot", task=None)[0] == pytest.approx(103)
+    assert estimate_of(tmp_path, "not started", *words, "zero-shot", task=None)[0] == pytest.approx(23)
+    assert estimate_of(tmp_path, "not started", *words, "few-shot", task=None)[0] == pytest.approx(103)
 
 
 OTHERS = [
@@ -524,14 +529,14 @@ OTHERS = [
 def test_a_run_of_another_kind_estimates_nothing(tmp_path, part, other):
     leave_record(tmp_path, part, seconds=1, loading=1, **other)
     state = "not started" if part == "train" else "trained"
-    assert estimate(tmp_path, state, name=f"{part}.json") == (None, None)
+    assert estimate_of(tmp_path, state, name=f"{part}.json") == (None, None)
     leave_record(tmp_path, part, seconds=1, loading=1)
-    assert estimate(tmp_path, state, name=f"{part}.json")[0] > 0
+    assert estimate_of(tmp_path, state, name=f"{part}.json")[0] > 0
 
 
 def test_a_cell_has_no_estimate_where_half_of_it_is_unknown(tmp_path):
     leave_record(tmp_path, "train", seconds=1, loading=1)
-    assert estimate(tmp_path, "not started") == (None, None)
+    assert estimate_of(tmp_path, "not started") == (None, None)
 
 
 @pytest.mark.parametrize("text", ['{"schema": 1, "sta', "[]", '{"schema": 1, "status": "finished"}'])
@@ -539,26 +544,29 @@ def test_a_damaged_record_does_not_keep_others_from_estimating(tmp_path, text):
     leave_record(tmp_path / "whole", "train", seconds=1, loading=1)
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "train.json").write_text(text)
-    assert estimate(tmp_path, "not started", name="train.json")[0] > 0
+    assert estimate_of(tmp_path, "not started", name="train.json")[0] > 0
 
 
 def test_a_speed_is_that_of_the_device_it_was_measured_on_whatever_its_price_is_called(tmp_path):
     record_of = {"gpu": "A10G"}
     path = leave_record(tmp_path, "train", seconds=1, loading=7, **record_of)
-    assert estimate(tmp_path, "not started", name="train.json") == (None, None)  # priced and measured alike
+    assert estimate_of(tmp_path, "not started", name="train.json") == (
+        None,
+        None,
+    )  # priced and measured alike
     content = json.loads(path.read_text())
-    content["cost"]["device"] = plan.processor()
+    content["cost"]["device"] = device.processor()
     path.write_text(json.dumps(content))
-    assert estimate(tmp_path, "not started", name="train.json")[0] == pytest.approx(107)
+    assert estimate_of(tmp_path, "not started", name="train.json")[0] == pytest.approx(107)
 
 
 def test_a_device_with_several_prices_has_none_and_that_is_said(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "this_gpu", lambda: "NVIDIA A10G")
+    monkeypatch.setattr(device, "gpu_name", lambda: "NVIDIA A10G")
     leave_record(tmp_path, "train", seconds=1, loading=7, gpu="NVIDIA A10G")
     words = ["--output_dir", str(tmp_path), "--epochs", "1"]
     for more, usd in (([], "?"), (["--gpu_name", "g5.4xlarge"], f"{107 * 1.624 / 3600:.6g}")):
         args = cli.parse_args("summarization", "", [*words, *more])
-        plan.say_dry_run(tmp_path / "run" / "train.json", args)
+        estimate.say_dry_run(tmp_path / "run" / "train.json", args)
         *lines, last = capsys.readouterr().out.splitlines()
         assert last == f"not started\t{tmp_path}/run\t107\t{usd}"
         said = [line for line in lines if "$1.212 (g5.2xlarge) or $1.624 (g5.4xlarge)" in line]
@@ -569,18 +577,18 @@ def test_a_device_with_several_prices_has_none_and_that_is_said(tmp_path, capsys
 def test_the_name_of_a_card_is_refused_where_there_is_none(tmp_path, monkeypatch, visible):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     args = cli.parse_args("summarization", "", ["--gpu_name", "A10G", "--price_per_hour", "1"])
-    with pytest.raises(cli.UserError, match=r"--gpu_name A10G: no GPU is in sight here; .*--price_per_hour"):
-        plan.say_dry_run(tmp_path / "train.json", args)
-    with pytest.raises(cli.UserError, match=r"--gpu_name A10G: no GPU"):
-        plan.check_gpu_name(args)
-    monkeypatch.setattr(plan, "this_gpu", lambda: "NVIDIA A10G")
-    plan.check_gpu_name(args)
+    with pytest.raises(UserError, match=r"--gpu_name A10G: no GPU is in sight here; .*--price_per_hour"):
+        estimate.say_dry_run(tmp_path / "train.json", args)
+    with pytest.raises(UserError, match=r"--gpu_name A10G: no GPU"):
+        estimate.check_gpu_name(args)
+    monkeypatch.setattr(device, "gpu_name", lambda: "NVIDIA A10G")
+    estimate.check_gpu_name(args)
 
 
 def test_an_unknown_price_leaves_the_seconds_and_no_dollars(tmp_path, capsys):
     leave_record(tmp_path, "train", seconds=1, loading=1)
     words = ["--output_dir", str(tmp_path), "--epochs", "1"]
-    plan.say_dry_run(tmp_path / "run" / "train.json", cli.parse_args("summarization", "", words))
+    estimate.say_dry_run(tmp_path / "run" / "train.json", cli.parse_args("summarization", "", words))
     assert capsys.readouterr().out.splitlines()[-1] == f"not started\t{tmp_path}/run\t101\t?"
 
 

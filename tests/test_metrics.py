@@ -15,7 +15,9 @@ import scipy.stats
 from conftest import DEMO_DATA
 from sklearn.metrics import accuracy_score, f1_score
 
-from study import cli, cost, data, metrics
+from study import cli, data, metrics
+from study.errors import UserError
+from study.records import cost
 from study.words import words
 
 LABELS = ["a", "b", "c", "d"]
@@ -214,7 +216,7 @@ def test_a_test_set_of_summaries_is_scored_in_seconds():
 def test_a_reference_without_a_word_is_refused_before_anything_is_generated(summary):
     split = data.Split("t.jsonl", [("A: hi", "fine"), ("A: hi", summary)], [1, 3])
     args = cli.parse_args("summarization", "", [])
-    with pytest.raises(cli.UserError, match=r"t\.jsonl row 3: its summary .* holds no word") as error:
+    with pytest.raises(UserError, match=r"t\.jsonl row 3: its summary .* holds no word") as error:
         data.sample_eval(split, args)
     assert "\n" not in str(error.value)
     assert data.sample_eval(split, cli.parse_args("classification", "", [])).numbers == [1, 3]

@@ -20,8 +20,9 @@ import pytest
 from conftest import MEASURED, ROOT, run_script
 
 from prompts import prompt_sha256
-from study import cli, plan, record, runs
-from study.cli import UserError
+from study import cli, device
+from study.errors import UserError
+from study.records import estimate, record, runs
 
 CLASSIFICATION = "experiments/classification-sampleFraction-1.0_epochs-5_rank-8_dropout-0.1_seed-42"
 SUMMARIZATION = "experiments/summarization-sampleFraction-1.0_epochs-1_rank-64_dropout-0.1_seed-42"
@@ -189,12 +190,13 @@ def test_the_test_file_counts_where_training_drops_its_overlap():
 ATOMIC = """
 import json, sys
 from pathlib import Path
-from study import cli, plan, record, runs
+from study.errors import UserError
+from study.records import record
 path = Path(sys.argv[1]) / "train.json"
 record.write_json(path, {"old": 1})
 try:
     record.write_json(path, {"new": "x" * 1_000_000})
-except cli.UserError as error:
+except UserError as error:
     print(json.dumps([str(error), [file.name for file in path.parent.iterdir()], path.read_text()]))
 """
 
@@ -412,7 +414,8 @@ def test_a_run_that_goes_on_is_running_and_leaves_its_record_alone(tmp_path, err
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from study import cli, record
+from study import cli
+from study.records import record
 path = Path(sys.argv[1]) / "train.json"
 args = cli.parse_args("classification", "", [])
 with record.locked(path.parent), record.recording(path, args, "qlora", ()):
@@ -453,7 +456,7 @@ def test_a_rank_without_other_processes_is_none(monkeypatch, capsys, world):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if world is not None:
         monkeypatch.setenv("WORLD_SIZE", world)
-    assert record.is_main_process()
+    assert device.is_main_process()
     cli.run_script(lambda: print("it runs"))
     assert capsys.readouterr().out == "it runs\n"
 
@@ -497,13 +500,15 @@ def test_a_clock_that_is_set_otherwise_leaves_good_times(tmp_path, jump):
 def test_no_duration_comes_from_the_wall_clock():
     calls = [
         (path.name, line.strip())
-        for path in sorted((ROOT / "study").glob("*.py"))
+        for path in sorted((ROOT / "study").rglob("*.py"))
         for line in path.read_text("utf-8").splitlines()
         if re.search(r"\btime\.time\b|from time import|datetime\.now", line)
     ]
     stamps = ["STARTED = time.time()", 'content["finished"] = utc(time.time())']
     assert [(name, line.partition("  #")[0]) for name, line in calls] == [("record.py", s) for s in stamps]
-    assert (ROOT / "study" / "record.py").read_text("utf-8").count("STARTED") == 2  # set, and the stamp
+    assert (ROOT / "study" / "records" / "record.py").read_text("utf-8").count(
+        "STARTED"
+    ) == 2  # set, and the stamp
 
 
 def test_a_lock_is_held_by_one_and_free_again_when_that_one_fails(tmp_path):
@@ -632,7 +637,7 @@ def test_inference_takes_over_the_settings_of_the_training(tmp_path, trained):
 def test_inference_takes_over_the_price_of_the_training_unless_one_is_given(
     tmp_path, words, price, monkeypatch
 ):
-    monkeypatch.setattr(plan, "this_device", lambda: "CPU")  # as the record has it
+    monkeypatch.setattr(device, "name", lambda: "CPU")  # as the record has it
     make_record(tmp_path / "train.json", "--price_per_hour", 2.5, "--gpu_name", "A10G")
     args = flags("--experiment_dir", tmp_path, *words.split())
     runs.finished_training(tmp_path, args)
@@ -709,7 +714,7 @@ def test_a_dry_run_by_experiment_dir_finds_the_evaluation_that_inference_wrote(t
 def test_a_dry_run_of_an_evaluation_says_how_its_training_stands(tmp_path, capsys, training, state):
     if training is not None:
         make_record(tmp_path / "run" / "train.json", **training)
-    plan.say_dry_run(tmp_path / "run" / "eval.json", flags("--output_dir", tmp_path / "none"))
+    estimate.say_dry_run(tmp_path / "run" / "eval.json", flags("--output_dir", tmp_path / "none"))
     assert capsys.readouterr().out.splitlines()[-1] == f"{state}\t{tmp_path / 'run'}\t?\t?"
 
 
@@ -720,14 +725,14 @@ def test_what_force_will_redo_is_not_started(tmp_path, capsys, damaged):
     if damaged:
         (tmp_path / "run" / "train.json").write_text("{")
     args = flags("--output_dir", tmp_path / "none", "--force")
-    plan.say_dry_run(tmp_path / "run" / runs.planned_eval(tmp_path / "run", args), args)
+    estimate.say_dry_run(tmp_path / "run" / runs.planned_eval(tmp_path / "run", args), args)
     assert capsys.readouterr().out.splitlines()[-1] == f"not started\t{tmp_path / 'run'}\t?\t?"
 
 
 def test_a_score_of_an_older_training_is_not_finished(tmp_path, capsys):
     make_record(tmp_path / "run" / "train.json")
     make_record(tmp_path / "run" / "eval.json", training="2024-01-01")
-    plan.say_dry_run(tmp_path / "run" / "eval.json", flags("--output_dir", tmp_path / "none"))
+    estimate.say_dry_run(tmp_path / "run" / "eval.json", flags("--output_dir", tmp_path / "none"))
     assert capsys.readouterr().out.splitlines()[-1] == f"trained\t{tmp_path / 'run'}\t?\t?"
 
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 from conftest import ROOT, error_line, write_rows
 
-from study import cli, record
-from study.cli import UserError
-from study.collect import comparable, find_runs
-from study.compare import compare
-from study.published import FIGURES
-from study.tables import all_tables
+from study import cli
+from study.errors import UserError
+from study.records import record
+from study.report.collect import comparable, find_runs
+from study.report.compare import compare
+from study.report.published import FIGURES
+from study.report.tables import all_tables
 
 GPU = "NVIDIA A10G"
 TABLE_1 = "Table 1: classification: accuracy by training share"
@@ -754,7 +755,7 @@ def test_an_output_folder_that_is_a_file_is_refused_in_one_line(study, tmp_path)
 
 
 def test_the_pareto_front_has_no_point_that_a_cheaper_one_equals():
-    from study.plots import pareto
+    from study.report.plots import pareto
 
     points = [(4, 70), (2, 40), (1, 50), (3, 60), (2, 60), (5, 65)]
     assert pareto(points) == [(1, 50), (2, 60), (4, 70)]

@@ -16,7 +16,8 @@ from conftest import DEMO_DATA, DEMO_MODEL, ROOT, error_line, run_script
 from safetensors.torch import load_file
 
 from study import training
-from study.cli import UserError, parse_args
+from study.cli import parse_args
+from study.errors import UserError
 
 SCRIPT = "llama2_classification.py"
 DATA = (

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 from bitsandbytes.functional import dequantize_4bit
 
-from study import checks, record
+from study import checks
 from study.encoding import Example
+from study.errors import is_out_of_memory
 from study.model import base_of
 from study.packing import common_beginning, learned_places, loss_sum, split_to_fit
 
@@ -43,7 +44,7 @@ def attempt(check: Callable[[], str | None]) -> str | None:
     try:
         return check()
     except Exception as error:  # whatever Triton, its compiler or the driver raise: no one list has them all
-        if record.is_out_of_memory(error):
+        if is_out_of_memory(error):
             raise
         return describe(error)
 
@@ -60,7 +61,7 @@ def with_less(check: Callable[[list], object], items: Sequence, size: Callable[[
         try:
             return check(some)
         except RuntimeError as error:
-            if not record.is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -119,7 +120,7 @@ def too_large(errors: dict[str, float], dtype: torch.dtype) -> str | None:
 def groups_of(examples: Sequence[Example], most: int, loss_on: str) -> list[list[Example]]:
     """The longest and the two shortest of `examples` in passes of at most `most` tokens, and two that share
     their beginning, if there are such and none of these passes shares one."""
-    from study.fused import shared_tokens
+    from study.fast.train import shared_tokens
 
     order = sorted(examples, key=lambda example: len(example.ids))
     chosen = [order[-1], *order[:2]] if len(order) > 2 else order
@@ -170,7 +171,7 @@ def add(total: list, loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> 
 
 def kinds_of(fast) -> list[str]:
     """What each of `fast.parameters` is."""
-    from study.fused import NAMES
+    from study.fast.train import NAMES
 
     return [f"{part} of {name}" for _ in fast.layers for names in NAMES for part in "AB" for name in names]
 
@@ -198,7 +199,7 @@ def compare(got: list, expected: list, kinds: Sequence[str]) -> dict[str, float]
 @contextlib.contextmanager
 def random_adapters(model) -> Iterator[None]:
     """A and B at random, so that neither's gradient is 0; afterwards they are as they were."""
-    from study.fused import linear_layers
+    from study.fast.train import linear_layers
 
     modules = [module for layer in base_of(model).model.layers for module in linear_layers(layer)]
     pairs = [(module.lora_A["default"].weight, module.lora_B["default"].weight) for module in modules]
@@ -263,7 +264,7 @@ class Masked(torch.nn.Module):
 @contextlib.contextmanager
 def same_dropout(model, fast, examples: Sequence[Example], loss_on: str, seed: int) -> Iterator[None]:
     """The model's own layers drop what the fused ones do in a pass over `examples`."""
-    from study.fused import linear_layers
+    from study.fast.train import linear_layers
 
     batch_rows, last_rows = rows_of(examples, loss_on)
     batch, before = fast.batch(examples, loss_on, seed), {}
@@ -286,7 +287,7 @@ def same_dropout(model, fast, examples: Sequence[Example], loss_on: str, seed: i
 def rows_of(examples: Sequence[Example], loss_on: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each token of `examples` end to end, its row in the fused layers, and in what these compute of the
     last layer, -1 where that is nothing."""
-    from study.fused import shared_tokens
+    from study.fast.train import shared_tokens
 
     shared, rows, last = shared_tokens(examples, loss_on), [], []
     own = last_count = 0
@@ -363,7 +364,7 @@ def telling(prompts: Sequence[list[int]]) -> list[list[int]]:
 
 def scoring_errors(model, found: Sequence[Witness]) -> dict[str, float]:
     """The largest error of a prompt's logits by the engine."""
-    from study.engine import Engine
+    from study.fast.decode import Engine
 
     path, errors = Engine(model, float(2**62)), []
     few, expected = path.few_rows, torch.stack([one.logits for one in found])
@@ -378,7 +379,7 @@ def scoring_errors(model, found: Sequence[Witness]) -> dict[str, float]:
 @torch.inference_mode()
 def engine_logits(path, found: Sequence[Witness], together: bool) -> torch.Tensor:
     """What the engine makes of the prompts, all at once or one after the other [prompts, 2, vocabulary]."""
-    from study.engine import GRAPH_USES, Running
+    from study.fast.decode import GRAPH_USES, Running
 
     seen: list[torch.Tensor] = []
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from study import cache, kernels, nf4
-from study.fused import counting, head_size, linear_layers, why_not_base
+from study.fast import cache, kernels, nf4
+from study.fast.train import counting, head_size, linear_layers, why_not_base
 from study.model import base_of
 from study.packing import common_beginning
 

@@ -14,10 +14,11 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from study.cells import score_cell, usd_text
-from study.collect import SCORES, Run
-from study.published import FIGURES
-from study.tables import grids, models_of, on_everything, reference, training_usd, tuned
+from study.records import cost
+from study.report.cells import score_cell
+from study.report.collect import SCORES, Run
+from study.report.published import FIGURES
+from study.report.tables import grids, models_of, on_everything, reference, training_usd, tuned
 
 STYLE = {
     "font.size": 10,
@@ -134,7 +135,7 @@ def plot_cost(task: str, group: Sequence[Run], prices: Sequence[dict]):
             axes.axhline(
                 score_cell(of, metric).value, ls=dash, color="0.45", label=f"{model}, {method}, no training"
             )
-    scale(axes, task, "training cost (USD)", usd_text)
+    scale(axes, task, "training cost (USD)", cost.usd_text)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 

@@ -19,38 +19,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from study import cost, record, runs
-from study.cells import Table, usd_text
-from study.cli import UserError, run_script, underscored
-from study.collect import Run, comparable, find_runs, read_whole
-from study.tables import all_tables
-
-
-def result_block(content: dict) -> str:
-    """What a script prints at its end, and for a run that is finished already."""
-    lines = []
-    if "train" in content:
-        part, speed = content["train"], f"{content['train']['tokens_per_second']:,.0f} tokens/s"
-        lines.append(
-            f"trained    loss {part['loss']:.4f} over the last epoch; {part['examples']:,} examples, "
-            f"{part['steps']:,} steps, {part['tokens']:,} tokens, {part['trainable_parameters']:,} trainable "
-            "parameters"
-        )
-    if "eval" in content:
-        part, speed = content["eval"], f"{content['eval']['examples_per_second']:,.1f} examples/s"
-        for name, metric in part["metrics"].items():
-            low, high = metric["ci95"]
-            lines.append(f"{name:<16}{metric['value']:6.2f} %  (95 % interval {low:.2f} to {high:.2f})")
-        lines.append(
-            f"scored     {part['examples']:,} examples, {content['method']}, {part['decoding']} decoding, "
-            f"{part['input_tokens']:,} tokens in, {part['output_tokens']:,} out"
-        )
-    lines.append(
-        f"spent      {part['wall_seconds']:,.0f} s in all, {part['seconds']:,.0f} s at {speed}, peak "
-        f"{part['peak_memory_gib']:.2f} GiB, {usd_text(content['cost']['usd'])} on "
-        f"{cost.shown(content['cost'])}"
-    )
-    return "\n".join(lines)
+from study.cli import run_script, underscored
+from study.errors import UserError
+from study.records import cost, record, runs
+from study.report.cells import Table
+from study.report.collect import Run, comparable, find_runs, read_whole
+from study.report.tables import all_tables
 
 
 def trace(tables: Sequence[Table], query: str) -> str:
@@ -86,7 +60,7 @@ def write(
     tables: Sequence[Table], groups: Sequence[tuple], prices: Sequence[dict], args: argparse.Namespace
 ) -> None:
     """report.md, and beside it each table as CSV and each plot as PNG and SVG."""
-    from study import plots
+    from study.report import plots
 
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -127,7 +101,7 @@ def main() -> None:
         "--prices",
         type=Path,
         metavar="FILE",
-        help="a price list like study/prices.json, before the records' prices",
+        help="a price list like study/records/prices.json, before the records' prices",
     )
     add("--json", action="store_true", help="print every cell as JSON, for programs")
     add(
@@ -144,7 +118,7 @@ def main() -> None:
     )
     args = parser.parse_args([underscored(word) for word in sys.argv[1:]])
     if args.compare:
-        from study.compare import compare
+        from study.report.compare import compare
 
         return print(compare(args.compare))
     prices = cost.read_prices(args.prices) if args.prices else []
@@ -154,7 +128,7 @@ def main() -> None:
     groups = comparable(found)
     tables = all_tables(groups, prices)
     if args.published:
-        from study.published import with_published
+        from study.report.published import with_published
 
         tables = with_published(tables)
     if args.trace:

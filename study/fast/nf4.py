@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from study.kernels import EXACT, power_of_2, rank_tile
+from study.fast.kernels import EXACT, power_of_2, rank_tile
 
 NF4_BLOCK = 64  # weights that share a scale
 MIXED = 128  # columns that lie in an order of their own where weights are multiplied from 4 bits

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Sequence
 from statistics import mean
 
-from study import cost
-from study.cells import Cell, Table, duration, mean_cell, percent, score_cell, usd_text
 from study.cli import DEFAULTS
-from study.collect import KNOBS, METHODS, SCORES, Run
+from study.records import cost
+from study.report.cells import Cell, Table, duration, mean_cell, percent, score_cell
+from study.report.collect import KNOBS, METHODS, SCORES, Run
 
 SHARES = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
@@ -185,9 +185,9 @@ def training_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
                     mean_cell(of, lambda run: trained(run)["tokens_per_second"], "{:,.0f}".format),
                     mean_cell(of, lambda run: trained(run)["peak_memory_gib"], "{:.1f}".format),
                     gpu,
-                    mean_cell(of, lambda run: training_usd(run, prices), usd_text),
-                    mean_cell(done, lambda run: evaluation_usd(run, prices), usd_text),
-                    mean_cell(done, lambda run: total_usd(run, prices), usd_text),
+                    mean_cell(of, lambda run: training_usd(run, prices), cost.usd_text),
+                    mean_cell(done, lambda run: evaluation_usd(run, prices), cost.usd_text),
+                    mean_cell(done, lambda run: total_usd(run, prices), cost.usd_text),
                 )
     table.note = (
         "Time is of the whole process; loading includes imports, evaluation its own loading. Cost is time by "
@@ -232,7 +232,7 @@ def inference_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
                         for name, show in SERVED.items()
                     ),
                     gpu,
-                    *(mean_cell(of, rate, usd_text) for rate in rates),
+                    *(mean_cell(of, rate, cost.usd_text) for rate in rates),
                 )
     table.note = (
         "Cost is the seconds of decoding, without loading, by the hourly price, over what was served: "

@@ -24,8 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from study import kernels, nf4
 from study.encoding import Example
+from study.fast import kernels, nf4
 from study.model import base_of
 from study.packing import common_beginning, learned_places, seed_of
 

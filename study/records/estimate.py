@@ -3,16 +3,15 @@
 import argparse
 import contextlib
 import os
-import platform
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-from study import cost
-from study.cli import UserError
-from study.collect import read_whole
-from study.record import locked, read, recording, status
+from study import device
+from study.errors import UserError
+from study.records import cost
+from study.records.record import locked, read, recording, status
+from study.report.collect import read_whole
 
 
 def say_dry_run(path: Path, args: argparse.Namespace) -> None:
@@ -36,7 +35,7 @@ def say_dry_run(path: Path, args: argparse.Namespace) -> None:
     print(f"{args.task} with {args.pretrained_ckpt} -> {path}")
     left = (0, 0)
     if state != "finished":
-        cost.say_ambiguity(args, this_device())
+        cost.say_ambiguity(args, device.name())
         left = estimate(args, path, training == "finished")
     print(state, path.parent, *("?" if number is None else f"{number:.6g}" for number in left), sep="\t")
 
@@ -68,17 +67,17 @@ def estimate(args: argparse.Namespace, path: Path, trained: bool) -> tuple[float
 
     An evaluation includes its training where that is not finished.
     """
-    device, method = this_device(), getattr(args, "prompt_type", "qlora")
+    here, method = device.name(), getattr(args, "prompt_type", "qlora")
     parts: list[tuple[float | None, int]] = []  # seconds, on so many GPUs
     if method == "qlora" and not trained:
-        before = earlier(args, device, "train", method)
+        before = earlier(args, here, "train", method)
         gpus = max((cost.gpus_of(run["train"]) for run in before), default=1)
         parts.append((training_seconds(args, before), gpus))
     if path.name != "train.json":
-        parts.append((evaluation_seconds(args, earlier(args, device, "eval", method)), 1))
+        parts.append((evaluation_seconds(args, earlier(args, here, "eval", method)), 1))
     if any(seconds is None for seconds, _ in parts):
         return None, None
-    name = args.gpu_name or device
+    name = args.gpu_name or here
     each = [
         cost.usd(cost.price(name, args.price_per_hour, gpus=gpus)["price_per_hour"], seconds)
         for seconds, gpus in parts
@@ -86,8 +85,8 @@ def estimate(args: argparse.Namespace, path: Path, trained: bool) -> tuple[float
     return sum(seconds for seconds, _ in parts), None if None in each else sum(each)
 
 
-def earlier(args: argparse.Namespace, device: str, part: str, method: str) -> list[dict]:
-    """The finished records in --output_dir of the same model, task and method, measured on `device`."""
+def earlier(args: argparse.Namespace, here: str, part: str, method: str) -> list[dict]:
+    """The finished records in --output_dir of the same model, task and method, measured `here`."""
     found = []
     for path in sorted(Path(args.output_dir).rglob(f"{part}*.json")):
         try:
@@ -96,7 +95,7 @@ def earlier(args: argparse.Namespace, device: str, part: str, method: str) -> li
             continue  # the report names it
         key = (content["status"], content["task"], content["method"], content["model"])
         same = key == ("finished", args.task, method, args.pretrained_ckpt)
-        if same and measured_on(content) == device:
+        if same and measured_on(content) == here:
             found.append(content)
     return found
 
@@ -143,30 +142,6 @@ def available(args: argparse.Namespace, records: Sequence[dict], split: str, fla
 
 def check_gpu_name(args: argparse.Namespace) -> None:
     """Raise UserError for a --gpu_name where no GPU is: a processor's seconds would have a card's price."""
-    if args.gpu_name and not this_gpu():
+    if args.gpu_name and not device.gpu_name():
         mend = "leave it out, and give this machine its price by --price_per_hour"
         raise UserError(f"--gpu_name {args.gpu_name}: no GPU is in sight here; {mend}")
-
-
-def this_device() -> str:
-    """Name of this machine's first GPU, or of its processor."""
-    return this_gpu() or processor()
-
-
-def this_gpu() -> str | None:
-    """Name of this machine's first GPU, by its driver. Asks no library that is slow to load."""
-    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
-    if os.environ.get("CUDA_VISIBLE_DEVICES", "0") not in ("", "-1"):
-        try:
-            return subprocess.run(
-                command, capture_output=True, encoding="utf-8", check=True
-            ).stdout.splitlines()[0]
-        except (OSError, subprocess.CalledProcessError, IndexError):
-            pass
-    return None
-
-
-def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"CPU, {os.cpu_count()} cores ({names[0] if names else platform.machine()})"

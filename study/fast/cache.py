@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from study.kernels import absorb, place_of, power_of_2, to_device
+from study.fast.kernels import absorb, place_of, power_of_2, to_device
 
 LOG2_E = 1.4426950408889634
 APART = 256  # shared rows from which on they are read once for many queries, apart from the own rows

@@ -4,9 +4,10 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from study import metrics, runs
-from study.cli import UserError
-from study.collect import NUMBER, SCORES, read_whole
+from study import metrics
+from study.errors import UserError
+from study.records import runs
+from study.report.collect import NUMBER, SCORES, read_whole
 
 
 def compare(paths: Sequence[Path]) -> str:

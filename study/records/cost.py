@@ -14,7 +14,7 @@ import math
 import re
 from pathlib import Path
 
-from study.cli import UserError
+from study.errors import UserError
 
 PRICES = Path(__file__).with_name("prices.json")
 ENTRY = {"gpu": str, "instance": str, "usd_per_hour": (int, float), "source": str, "date": str}
@@ -27,7 +27,7 @@ def read_prices(path: Path) -> list[dict]:
     except (OSError, ValueError) as error:
         raise UserError(f"--prices {path} is not a readable price list: {error}") from None
     if not isinstance(entries, list):
-        raise UserError(f"--prices {path} is not a list of prices like study/prices.json")
+        raise UserError(f"--prices {path} is not a list of prices like study/records/prices.json")
     for number, entry in enumerate(entries, 1):
         fits = isinstance(entry, dict) and entry.keys() == ENTRY.keys()
         if not fits or not all(isinstance(entry[name], kind) for name, kind in ENTRY.items()):
@@ -88,6 +88,13 @@ def stands_in(name: str, device: str) -> bool:
 
 def usd(price_per_hour: float | None, seconds: float) -> float | None:
     return None if price_per_hour is None else price_per_hour * seconds / 3600
+
+
+def usd_text(usd: float | None) -> str:
+    """Dollars and cents; below one cent, two digits that are not 0."""
+    if usd is None:
+        return "unknown price"
+    return f"${usd:,.{2 if usd >= 0.1 or usd == 0 else 1 - math.floor(math.log10(usd))}f}"
 
 
 def gpus_of(train: dict) -> int:

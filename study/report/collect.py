@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from study import record, runs
-from study.cli import UserError
+from study.errors import UserError
+from study.records import record, runs
 
 SCORES = {
     "classification": {"accuracy": "accuracy", "macro_f1": "macro F1", "invalid_answers": "invalid answers"},

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from prompts import prompt_sha256
 from study import checkpoint as checkpoints
-from study import cli
-from study.cli import UserError
-from study.record import read, short_hash, status
+from study import cli, device
+from study.errors import UserError
+from study.records.record import read, short_hash, status
 
 NAMED = ("train_sample_fraction", "epochs", "lora_r", "dropout", "seed")  # stand in the run's name
 READ = (  # what a model reads, in training and scoring alike
@@ -110,7 +110,7 @@ def find_finished(
     content = None if args.force else read(path)
     if not content or content["status"] != "finished" or content.get("training") != training:
         return None
-    from study.collect import check_whole  # which imports this
+    from study.report.collect import check_whole  # which imports this
 
     check_whole(content, path, "train" if path.name == "train.json" else "eval")
     check_same(content["config"], args, settings, path)
@@ -201,14 +201,14 @@ def finished_training(folder: Path, args: argparse.Namespace) -> dict:
 def other_price(content: dict, args: argparse.Namespace) -> bool:
     """Whether a training's price is not that of its evaluation: another one is given, by its figure or by the
     name of a card, or the training ran on another device, which is said."""
-    from study.plan import measured_on, this_device
+    from study.records.estimate import measured_on
 
     config = content["config"]
     if {"price_per_hour", "gpu_name"} & set(args.given):
         return True
     if not config.get("price_per_hour") and not config.get("gpu_name"):
         return False
-    there, here = measured_on(content), this_device()
+    there, here = measured_on(content), device.name()
     if there != here:
         print(
             f"price      not the training's, which ran on {there or config['gpu_name']}, and this is {here}"

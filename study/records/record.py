@@ -22,7 +22,8 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from study.cli import UserError, is_main_process
+from study.device import is_main_process
+from study.errors import UserError, is_out_of_memory
 
 SCHEMA = 1
 STARTED = time.time()  # for the record's stamp alone: this clock may be set back or forward
@@ -180,12 +181,6 @@ def recording(path: Path, args: argparse.Namespace, method: str, settings: Itera
         if isinstance(error, UserError | KeyboardInterrupt):
             raise
         raise UserError(f"{content['error']['message']}; {content['error']['advice']}") from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of the host or the GPU, by PyTorch, Triton, CUDA or cuBLAS."""
-    known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return known or any(words in str(error).lower() for words in ("out of memory", "alloc_failed"))
 
 
 def describe_error(error: BaseException) -> dict:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from statistics import mean, stdev
 
-from study.collect import Run
+from study.report.collect import Run
 
 STATES = {"running": "running", "oom": "OOM", "failed": "failed", "interrupted": "interrupted"}
 
@@ -104,13 +104,6 @@ def mean_cell(
     if not values or None in values:
         return Cell("unknown" if values else "—", runs=of)
     return Cell(show(mean(values)), mean(values), None, of)
-
-
-def usd_text(usd: float | None) -> str:
-    """Dollars and cents; below one cent, two digits that are not 0."""
-    if usd is None:
-        return "unknown price"
-    return f"${usd:,.{2 if usd >= 0.1 or usd == 0 else 1 - math.floor(math.log10(usd))}f}"
 
 
 def duration(seconds: float) -> str:

@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from study import cost
-from study.cells import Cell, Table, usd_text
+from study.records import cost
+from study.report.cells import Cell, Table
 
 FIGURES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 TOKENS = 100  # about that many in each request of the study's load test
@@ -47,7 +47,7 @@ def rows_of(table: dict) -> list[dict[str, Cell]]:
     for row in rows:
         if "requests/s served" in row:
             offered, served = (float(row[f"requests/s {rate}"].strip("> ")) for rate in ("offered", "served"))
-            row["per 1K tokens, served"] = usd_text(
+            row["per 1K tokens, served"] = cost.usd_text(
                 cost.usd(float(row["USD per hour"]), 1000 / TOKENS / served)
             )
             row["times more"] = f"{offered / served:.1f}"

@@ -1,0 +1,88 @@
+"""The machine: its name, its memory, the dtype that it computes in, and which of several processes this is.
+
+Its name is the driver's, so that estimates, which do without torch, know it as runs do. What is asked of the
+GPU's memory and abilities needs torch.
+"""
+
+import ctypes
+import os
+import platform
+import resource
+from pathlib import Path
+
+GIB = 2**30
+KERNELS = 2**28  # bytes for the code of kernels, which CUDA loads at their first use
+
+
+def name() -> str:
+    """Of this process's GPU, or of the processor where there is none."""
+    return gpu_name() or processor()
+
+
+def gpu_name() -> str | None:
+    """Name of this process's GPU, by CUDA's driver as torch has it, CUDA_VISIBLE_DEVICES heeded; None where
+    none is in sight."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    handle, found = ctypes.c_int(), ctypes.create_string_buffer(256)
+    calls = (
+        lambda: driver.cuInit(0),
+        lambda: driver.cuDeviceGet(ctypes.byref(handle), local_rank()),
+        lambda: driver.cuDeviceGetName(found, len(found), handle),
+    )
+    return None if any(call() for call in calls) else found.value.decode()  # each returns 0 if it went well
+
+
+def processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"CPU, {os.cpu_count()} cores ({names[0] if names else platform.machine()})"
+
+
+def processes() -> int:
+    """How many processes run this script together (`accelerate launch`)."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def is_main_process() -> bool:
+    """True but for the further processes of a distributed launch. A RANK that stands alone is none of it."""
+    return processes() <= 1 or int(os.environ.get("RANK") or 0) == 0
+
+
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK") or 0)
+
+
+def current():
+    """The torch.device that this process computes on."""
+    import torch
+
+    return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute_dtype():
+    """bfloat16, or float32 on GPUs before Ampere, which lack it. Never float16: it overflows on Llama-2."""
+    import torch
+
+    old_gpu = torch.cuda.is_available() and torch.cuda.get_device_capability(current()) < (8, 0)
+    return torch.float32 if old_gpu else torch.bfloat16
+
+
+def peak_memory_gib() -> float:
+    """Peak memory so far: allocated on the GPU, or without one the resident set of the process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated(current()) / GIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
+
+
+def free_memory() -> int:
+    """Bytes of the GPU that this process can still fill with tensors: what is free, without the gaps between
+    its tensors and what CUDA will take for kernels."""
+    import torch
+
+    torch.cuda.empty_cache()
+    return max(0, torch.cuda.mem_get_info(current())[0] - KERNELS)
