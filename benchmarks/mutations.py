@@ -3,9 +3,9 @@
     python -m benchmarks.mutations --output mutations.json
 
 On a small random model, in bfloat16 on CUDA; without it a tiny one in float32, under Triton's interpreter.
-Beside what the self-checks of training and of scoring (study/fast/self_check.py) said stands the largest error
-that they found, as a share of what they tolerate: below 1 they said yes. "—" where a check has nothing to do with
-what was broken.
+Beside what the self-checks of training and of scoring (study/fast/self_check.py) said stands the largest
+error that they found, as a share of what they tolerate: below 1 they said yes. "—" where a check has nothing
+to do with what was broken.
 """
 
 import contextlib
