@@ -6,12 +6,15 @@ import os
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
+from threading import Semaphore
 
 import pytest
 
-# Before torch loads: models this small gain little from a second thread and lose much where cores are shared.
-os.environ["OMP_NUM_THREADS"] = "1"
+# Before torch loads. Models this small gain little from a second thread and lose much where cores are shared;
+# no test takes a GPU or the network.
+os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = ROOT / "demo" / "model"
@@ -34,8 +37,9 @@ def real_data() -> Path:
     return Path(folder)
 
 
-# Programs of some minutes (`BESIDE` of a test module) run one at a time beside the tests, which take a core.
-QUEUE, PROGRAMS = ThreadPoolExecutor(1), {}
+# Programs of some minutes (`BESIDE` of a test module) run one at a time beside the tests, which take a core,
+# and two at a time once the tests only wait for them.
+QUEUE, CORES, PROGRAMS = ThreadPoolExecutor(2), Semaphore(1), {}
 INTERPRETED = (
     "TRITON_INTERPRET=1"  # Triton's kernels on the CPU; chosen at import, so in a process of its own
 )
@@ -44,9 +48,17 @@ INTERPRETED = (
 def pytest_collection_modifyitems(items: list) -> None:
     """Start these programs; the tests of what comes of them are the last."""
     items.sort(key=lambda item: hasattr(item.module, "BESIDE"))
-    for module in dict.fromkeys(item.module for item in items):
+    modules = dict.fromkeys(item.module for item in items)
+    for module in reversed(
+        modules
+    ):  # test_kernel_checks has the longest, so that short ones fill what is left
         for command in getattr(module, "BESIDE", ()):
             start_beside(*command)
+
+
+def pytest_sessionfinish() -> None:
+    """What no test waits for any more is not begun."""
+    QUEUE.shutdown(cancel_futures=True)
 
 
 def start_beside(*command: str) -> Future:
@@ -59,21 +71,30 @@ def run_beside(command: tuple[str, ...]) -> subprocess.CompletedProcess:
     """Python on the CPU; words like NAME=value before the program are its environment."""
     words = [word for word in command if "=" in word]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    env |= dict(word.split("=", 1) for word in words)
+    env |= {"PYTHONPATH": str(ROOT)} | dict(word.split("=", 1) for word in words)
     program = [sys.executable, *command[len(words) :]]
-    return subprocess.run(program, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    with CORES:
+        return subprocess.run(program, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def ran_beside(*command: str) -> subprocess.CompletedProcess:
     """What has come of a program that a test module names in BESIDE."""
-    return start_beside(*command).result()
+    started = start_beside(*command)
+    if not started.done():
+        lend_core()
+    return started.result()
+
+
+@cache
+def lend_core() -> None:
+    """From now on the tests only wait: their core takes programs, too."""
+    CORES.release()
 
 
 def run_script(script: str, *flags: object, **options) -> subprocess.CompletedProcess:
     """Run a script of this project as its user would, from anywhere."""
     command = [sys.executable, str(ROOT / script), *map(str, flags)]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **options.pop("env", {})}
+    env = os.environ | options.pop("env", {})
     return subprocess.run(command, capture_output=True, text=True, env=env, check=False, **options)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DEMO_DATA, DEMO_MODEL, MEASURED, ROOT, error_line, run_script, write_rows
+from preloaded import run_preloaded
 
 from prompts import prompt_sha256
 from study import checkpoint, cli
@@ -53,8 +54,8 @@ def leave_record(folder: Path, *flags: object, task: str = "classification", err
     return path
 
 
-def refusal(script: str, *flags: object, status: int = 1) -> str:
-    done = run_script(script, *flags)
+def refusal(script: str, *flags: object, status: int = 1, by=run_script) -> str:
+    done = by(script, *flags)
     assert done.returncode == status, done.stderr
     line = error_line(done)
     assert line.startswith("error: ") if status == 1 else f"{script}: error: " in line
@@ -369,7 +370,8 @@ def test_a_tracker_that_is_not_there_is_named_before_the_model_loads(tmp_path, f
     unreadable = shutil.copytree(DEMO_MODEL, tmp_path / "checkpoint")
     (unreadable / "config.json").write_text('{"model_type": "mystery"}')
     flags = (*files, "--pretrained_ckpt", unreadable, "--report_to", tracker)
-    line = refusal("llama2_classification.py", *flags, "--experiment_dir", tmp_path / "run")
+    flags += ("--experiment_dir", tmp_path / "run")
+    line = refusal("llama2_classification.py", *flags, by=run_preloaded)
     assert line.startswith(f"error: --report_to {tracker}: ")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"train.json", ".lock"}
 

@@ -2,17 +2,13 @@
 real data."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from conftest import DEMO_DATA, DEMO_MODEL, ROOT, error_line, run_script
+from preloaded import kill, run_preloaded, start_until
 from safetensors.torch import load_file, save_file
 
 MODEL = ("--pretrained_ckpt", DEMO_MODEL, "--learning_rate", "3e-3", "--price_per_hour", "0.5")
@@ -24,8 +20,8 @@ def data_flags(task: str) -> tuple:
     return "--train_file", DEMO_DATA / f"{name}_train.jsonl", "--test_file", DEMO_DATA / f"{name}_test.jsonl"
 
 
-def run(script: str, *flags) -> str:
-    done = run_script(script, *flags)
+def run(script: str, *flags, by=run_preloaded) -> str:
+    done = by(script, *flags)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -37,14 +33,16 @@ def read_eval(folder: Path, name: str = "eval.json") -> tuple[dict, list[dict]]:
 
 @pytest.fixture(scope="module", params=FILES)
 def tuned(request, tmp_path_factory) -> tuple[str, Path]:
-    """A short training of each task and its evaluation by --experiment_dir alone."""
+    """A short training of each task and its evaluation by --experiment_dir alone, as a user starts them."""
     folder = tmp_path_factory.mktemp(request.param) / "run"
-    length = (
-        ("--epochs", 3) if request.param == "classification" else ("--epochs", 2, "--max_train_samples", 160)
-    )
-    flags = (*length, "--batch_size", 8, "--experiment_dir", folder)
-    run(f"llama2_{request.param}.py", *MODEL, *data_flags(request.param), *flags)
-    run(f"llama2_{request.param}_inference.py", "--experiment_dir", folder, "--price_per_hour", "0.5")
+    length = {
+        "classification": ("--epochs", 3, "--max_train_samples", 240, "--batch_size", 4),
+        "summarization": ("--epochs", 2, "--max_train_samples", 160, "--batch_size", 8),
+    }[request.param]
+    flags = (*length, "--experiment_dir", folder)
+    run(f"llama2_{request.param}.py", *MODEL, *data_flags(request.param), *flags, by=run_script)
+    flags = ("--experiment_dir", folder, "--price_per_hour", "0.5")
+    run(f"llama2_{request.param}_inference.py", *flags, by=run_script)
     return request.param, folder
 
 
@@ -80,12 +78,12 @@ def test_a_short_training_scores_far_above_the_tenth_or_the_13_points_of_the_unt
 def test_a_finished_evaluation_is_found_and_another_setting_stands_beside_it(tuned):
     task, folder = tuned
     script = f"llama2_{task}_inference.py"
-    before = (folder / "eval.json").read_bytes()
+    before, others = (folder / "eval.json").read_bytes(), set(folder.glob("eval-*.json"))
     assert run(script, "--experiment_dir", folder).startswith("finished")
     run(script, "--experiment_dir", folder, "--max_eval_samples", 8)
     assert (folder / "eval.json").read_bytes() == before
-    [other] = {path.name for path in folder.glob("eval-*.json")}
-    content, rows = read_eval(folder, other)
+    [other] = {*folder.glob("eval-*.json")} - others
+    content, rows = read_eval(folder, other.name)
     assert content["eval"]["examples"] == len(rows) == 8
     check_rows(rows, task)
 
@@ -107,49 +105,41 @@ def test_an_adapter_that_is_not_the_trained_one_is_refused(tuned, tmp_path):
     weights = load_file(path)
     save_file(dict(list(weights.items())[:14]), path, {"format": "pt"})
     flags = ("--experiment_dir", tmp_path / "run", "--force")
-    line = error_line(run_script(f"llama2_{task}_inference.py", *flags))
+    line = error_line(run_preloaded(f"llama2_{task}_inference.py", *flags))
     assert "is not the adapter that its train.json tells of" in line
     content = json.loads((tmp_path / "run" / "train.json").read_text())
     del content["train"]["adapter_sha256"]  # as in records of earlier versions
     (tmp_path / "run" / "train.json").write_text(json.dumps(content))
-    line = error_line(run_script(f"llama2_{task}_inference.py", *flags))
+    line = error_line(run_preloaded(f"llama2_{task}_inference.py", *flags))
     assert "is damaged or not an adapter of" in line
 
 
 def test_an_evaluation_that_is_killed_goes_on_and_ends_with_the_same_answers(tuned, tmp_path):
     task, folder = tuned
     # One at a time: in bfloat16 an answer can depend on what it is batched with.
-    script, flags = f"llama2_{task}_inference.py", ("--eval_batch_size", "1", "--max_eval_samples", "40")
+    script, flags = f"llama2_{task}_inference.py", ("--eval_batch_size", "1", "--max_eval_samples", "16")
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for copy in (whole, killed):
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("eval*", "predictions*"))
     run(script, "--experiment_dir", whole, *flags)
-    command = [sys.executable, ROOT / script, "--experiment_dir", killed, *flags]
-    env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
-    while process.poll() is None:
-        if any(len(path.read_text().splitlines()) > 2 for path in killed.glob(".eval-*.answers.jsonl")):
-            process.kill()
-        time.sleep(0.05)
-    assert process.wait() == -signal.SIGKILL  # it had not ended by itself
-    assert re.search(r"resumed +[1-9]\d* of 40", run(script, "--experiment_dir", killed, *flags))
+    answers = lambda: [path.read_text().splitlines() for path in killed.glob(".eval-*.answers.jsonl")]
+    begun = lambda: any(len(lines) > 2 for lines in answers())
+    kill(start_until(begun, script, "--experiment_dir", killed, *flags))
+    assert re.search(r"resumed +[1-9]\d* of 16", run(script, "--experiment_dir", killed, *flags))
     [expected], [got] = (list(copy.glob("predictions-*.jsonl")) for copy in (whole, killed))
     assert got.read_bytes() == expected.read_bytes()
     assert not list(killed.glob(".*answers*"))
 
 
+@pytest.mark.parametrize("tuned", ["classification"], indirect=True)
 def test_constrained_answers_are_always_classes_and_the_record_says_so(tuned):
-    task, folder = tuned
-    if task != "classification":
-        line = error_line(run_script(f"llama2_{task}_inference.py", "--decoding", "constrained"))
-        assert "--decoding" in line
-        return
+    _, folder = tuned
+    others = set(folder.glob("eval-*.json"))
     flags = ("--experiment_dir", folder, "--decoding", "constrained", "--max_eval_samples", 16)
     run("llama2_classification_inference.py", *flags)
-    names = [path.name for path in folder.glob("eval-*.json")]
-    [(content, rows)] = [
-        e for e in map(lambda n: read_eval(folder, n), names) if e[0]["eval"]["decoding"] != "free"
-    ]
+    [other] = {*folder.glob("eval-*.json")} - others
+    content, rows = read_eval(folder, other.name)
+    assert content["eval"]["decoding"] == "constrained"
     assert content["eval"]["invalid_answers"] == 0
     assert {row["parsed"] for row in rows} <= set(content_labels(folder))
 
@@ -160,19 +150,10 @@ def content_labels(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("task", FILES)
 def test_few_shot_scores_the_untuned_model_where_the_design_says(tmp_path, task):
-    flags = (
-        *MODEL[:2],
-        *data_flags(task),
-        "--task_type",
-        task,
-        "--prompt_type",
-        "few-shot",
-        "--max_eval_samples",
-        6,
-    )
-    assert "examples, by 0 tokens in all" in run(
-        "llama2_baseline_inference.py", *flags, "--output_dir", tmp_path
-    )
+    flags = (*MODEL[:2], *data_flags(task), "--task_type", task, "--output_dir", tmp_path)
+    flags += ("--prompt_type", "few-shot", "--max_eval_samples", 6)
+    shown = run("llama2_baseline_inference.py", *flags, by=run_script)
+    assert "examples, by 0 tokens in all" in shown
     [path] = tmp_path.glob(f"baseline/model/{task}/few-shot_*/eval.json")
     content, rows = read_eval(path.parent)
     assert content["method"] == "few-shot"

@@ -7,12 +7,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import DEMO_DATA, DEMO_MODEL, ROOT, error_line, run_script
+from preloaded import kill, run_preloaded, start_until
 from safetensors.torch import load_file
 
 from study import training
@@ -28,51 +30,38 @@ DATA = (
 )
 
 
-def start(folder, *flags) -> subprocess.Popen:
-    command = [sys.executable, ROOT / SCRIPT, *DATA, f"--experiment_dir={folder}", *flags]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+WHOLE = ("--epochs=2", "--max_train_samples=240")
 
 
-def wait_for(done, process, seconds=120) -> None:
-    deadline = time.monotonic() + seconds
-    while not done():
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        os.sched_yield()
+def train_until(seen: Callable[[], object], folder, *flags) -> ForkServerProcess:
+    return start_until(seen, SCRIPT, *DATA, "--experiment_dir", folder, *flags)
 
 
-def kill(process) -> None:
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-
-
-def train(folder, *flags) -> dict:
-    done = run_script(SCRIPT, *DATA, "--experiment_dir", folder, *flags)
-    assert done.returncode == 0, done.stderr
+def train(folder, *flags, script: object = SCRIPT) -> dict:
+    done = run_preloaded(script, *DATA, "--experiment_dir", folder, *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
     return {"stdout": done.stdout, **json.loads((folder / "train.json").read_text())}
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> tuple:
     folder = tmp_path_factory.mktemp("whole")
-    return folder, train(folder, "--epochs=2")
+    return folder, train(folder, *WHOLE)
 
 
 def test_killed_twice_and_started_again_it_ends_with_the_same_adapter(whole, tmp_path):
     reference, record = whole
-    process = start(tmp_path, "--epochs=2")
-    wait_for(lambda: list(tmp_path.glob("checkpoints/checkpoint-*/progress.json")), process)
-    kill(process)
+    saved = lambda: set(tmp_path.glob("checkpoints/checkpoint-*"))
+    marked = lambda: list(tmp_path.glob("checkpoints/checkpoint-*/progress.json"))
+    kill(train_until(marked, tmp_path, *WHOLE))
     # The second time in the middle of a save: a folder is there and is not marked whole.
-    process = start(tmp_path, "--epochs=2")
-    seen = set(tmp_path.glob("checkpoints/checkpoint-*"))
-    wait_for(lambda: set(tmp_path.glob("checkpoints/checkpoint-*")) - seen, process)
-    kill(process)
+    seen = saved()
+    kill(train_until(lambda: saved() - seen, tmp_path, *WHOLE))
     assert not (tmp_path / "train.json").exists()
     copy = tmp_path / "checkpoints" / "checkpoint-32.bak"  # someone's own
     shutil.copytree(sorted(seen)[0], copy)
 
-    resumed = train(tmp_path, "--epochs=2")
+    resumed = train(tmp_path, *WHOLE)
     assert "resumed from checkpoint-" in resumed["stdout"]
     file = "adapter/adapter_model.safetensors"
     assert (tmp_path / file).read_bytes() == (reference / file).read_bytes()
@@ -132,23 +121,23 @@ def test_the_warm_up_begins_above_0_and_does_not_depend_on_the_number_of_epochs(
 
 
 def test_a_checkpoint_of_other_settings_is_refused_and_kept(tmp_path):
-    process = start(tmp_path, "--epochs=2")
-    wait_for(lambda: list(tmp_path.glob("checkpoints/checkpoint-*/progress.json")), process)
-    kill(process)
-    line = error_line(run_script(SCRIPT, *DATA, "--experiment_dir", tmp_path, "--epochs=3"))
+    marked = lambda: list(tmp_path.glob("checkpoints/checkpoint-*/progress.json"))
+    kill(train_until(marked, tmp_path, "--epochs=2"))
+    line = error_line(run_preloaded(SCRIPT, *DATA, "--experiment_dir", tmp_path, "--epochs=3"))
     assert "--epochs 2, not 3" in line
-    assert list(tmp_path.glob("checkpoints/checkpoint-*/progress.json"))
+    assert marked()
 
 
 def test_ctrl_c_is_recorded_as_interrupted_and_exits_130(tmp_path):
-    process = start(tmp_path, "--epochs=50")
-    wait_for(lambda: list(tmp_path.glob("checkpoints/checkpoint-*")), process)
-    process.send_signal(signal.SIGINT)
-    assert process.wait() == 130
+    saved = lambda: list(tmp_path.glob("checkpoints/checkpoint-*"))
+    process = train_until(saved, tmp_path, "--epochs=50")
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode == 130
     assert json.loads((tmp_path / "train.json").read_text())["status"] == "interrupted"
 
 
-def test_how_a_batch_is_split_changes_the_adapter_by_rounding_only(whole, tmp_path):
+def test_how_a_batch_is_split_changes_the_adapter_by_rounding_only(tmp_path):
     """Without dropout, whose masks depend on the rows; two steps, since rounding grows with every step."""
     flags = ("--epochs=1", "--dropout=0", "--max_train_samples=32", "--gradient_checkpointing=on")
     one = train(tmp_path / "one", *flags, "--max_tokens_per_batch=8192")
@@ -181,18 +170,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_two_processes_train_what_one_does(tmp_path):
-    flags = (
-        *DATA,
-        "--epochs=1",
-        "--dropout=0",
-        "--max_train_samples=36",
-        "--batch_size=5",
-    )  # a last step of one
+    flags = ("--epochs=1", "--dropout=0", "--max_train_samples=36", "--batch_size=5")  # a last step of one
     one = train(tmp_path / "one", *flags)
     (tmp_path / "script.py").write_text(ONE_SAVES.format(script=ROOT / SCRIPT))
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", tmp_path / "script.py"]
     done = subprocess.run(
-        [*launch, *flags, f"--experiment_dir={tmp_path / 'two'}"],
+        [*launch, *DATA, *flags, f"--experiment_dir={tmp_path / 'two'}"],
         capture_output=True,
         check=False,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -210,11 +193,11 @@ def test_two_processes_train_what_one_does(tmp_path):
 
 def test_the_record_says_what_was_trained_and_what_it_took(whole):
     folder, record = whole
-    rows = len((DEMO_DATA / "posts_train.jsonl").read_text().splitlines())
     train = record["train"]
     assert record["status"] == "finished"
-    assert record["data"]["train"]["rows"] == train["examples"] == rows
-    assert train["steps"] == 2 * -(-rows // 16)
+    rows = len((DEMO_DATA / "posts_train.jsonl").read_text().splitlines())
+    assert (record["data"]["train"]["rows"], record["data"]["train"]["available"]) == (240, rows)
+    assert (train["examples"], train["steps"]) == (240, 2 * 240 // 16)
     assert train["tokens_per_second"] == pytest.approx(train["tokens"] / train["seconds"])
     assert 0 < train["seconds"] < train["wall_seconds"]
     assert train["loss_history"][-1][1] < 0.5 * train["loss_history"][0][1]
@@ -274,17 +257,15 @@ def test_without_a_tracker_a_run_leaves_its_adapter_and_record_only(whole):
 
 def test_a_finished_run_is_found_and_changed_data_under_it_is_not_overlooked(whole, tmp_path):
     folder, _ = whole
-    again = run_script(SCRIPT, *DATA, "--experiment_dir", folder, "--epochs=2", "--max_tokens_per_batch=64")
-    assert again.returncode == 0
-    assert again.stdout.startswith("finished")
+    assert train(folder, *WHOLE, "--max_tokens_per_batch=64")["stdout"].startswith("finished")
     file = tmp_path / "posts.jsonl"
     file.write_text((DEMO_DATA / "posts_train.jsonl").read_text())
-    flags = (*DATA, f"--train_file={file}", f"--experiment_dir={tmp_path / 'run'}", "--epochs=1")
-    assert run_script(SCRIPT, *flags, "--max_train_samples=16").returncode == 0
+    flags = (f"--train_file={file}", "--epochs=1", "--max_train_samples=16")
+    train(tmp_path / "run", *flags)
     learned = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")  # in one step
     assert all(weight.any() for name, weight in learned.items() if "lora_B" in name)
     file.write_text(file.read_text().replace(" the ", " teh "))
-    line = error_line(run_script(SCRIPT, *flags, "--max_train_samples=16"))
+    line = error_line(run_script(SCRIPT, *DATA, *flags, "--experiment_dir", tmp_path / "run"))
     assert "--force" in line
     assert str(file) in line
 
@@ -300,7 +281,7 @@ def loss_sum(model, examples, *more):
     return plain(model, examples, *more)
 
 training.loss_sum = loss_sum
-sys.argv = sys.argv[1:]
+sys.argv[0] = "{script}"
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 # In eval mode checkpointing is off, and on the CPU weights in 4 bits are repacked.
@@ -310,29 +291,35 @@ RUN_SHORT = """if sum(len(example.ids) for example in examples) > 600:
 ALLOCATION = 'RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")'
 
 
-def train_with(first: str, folder, *flags) -> subprocess.CompletedProcess:
+def train_with(first: str, folder, *flags) -> dict:
     """Train with a loss of plain layers that does `first` before anything else."""
-    command = [sys.executable, "-c", PATCHED.format(first=first), ROOT / SCRIPT, *DATA, *flags]
-    command += ["--experiment_dir", folder]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done
+    script = folder.with_suffix(".py")
+    script.write_text(PATCHED.format(first=first, script=ROOT / SCRIPT))
+    return train(folder, *flags, script=script)
 
 
 def test_every_module_is_in_train_mode_while_it_trains(tmp_path):
-    train_with(CHECK_MODE, tmp_path, "--epochs=1", "--max_train_samples=32")
+    train_with(CHECK_MODE, tmp_path / "run", "--epochs=1", "--max_train_samples=32")
+
+
+SHORT = ("--epochs=1", "--dropout=0", "--max_train_samples=60")
+
+
+@pytest.fixture(scope="module")
+def at_once(tmp_path_factory) -> dict:
+    """A training whose steps fit the memory as they are."""
+    return train(tmp_path_factory.mktemp("at_once"), *SHORT)
 
 
 @pytest.mark.parametrize("error", ['torch.OutOfMemoryError("CUDA out of memory")', ALLOCATION])
-def test_a_step_that_exceeds_the_memory_goes_on_in_smaller_passes_and_learns_the_same(tmp_path, error):
-    flags = ("--epochs=1", "--dropout=0", "--max_train_samples=60")
-    reference = train(tmp_path / "reference", *flags)
-    done = train_with(RUN_SHORT.format(error=error), tmp_path / "short", *flags)
-    assert "out of memory: going on with" in done.stdout
-    record = json.loads((tmp_path / "short" / "train.json").read_text())
-    assert record["train"]["batching"]["max_tokens_per_batch"] <= 600
-    assert record["train"]["loss"] == pytest.approx(reference["train"]["loss"], rel=2e-3)
+def test_a_step_that_exceeds_the_memory_goes_on_in_smaller_passes_and_learns_the_same(
+    at_once, tmp_path, error
+):
+    short = train_with(RUN_SHORT.format(error=error), tmp_path / "short", *SHORT)
+    assert "out of memory: going on with" in short["stdout"]
+    sizes = [run["train"]["batching"]["max_tokens_per_batch"] for run in (short, at_once)]
+    assert sizes[0] <= 600 < sizes[1]
+    assert short["train"]["loss"] == pytest.approx(at_once["train"]["loss"], rel=2e-3)
 
 
 def test_a_name_of_no_layer_is_refused(tmp_path):
@@ -366,7 +353,7 @@ def test_the_newest_checkpoints_are_kept_though_the_clock_was_set_back(tmp_path)
 
 def test_a_loss_that_is_no_number_ends_the_run_and_names_the_learning_rate(tmp_path):
     flags = ("--epochs", "4", "--max_train_samples", "64", "--learning_rate", "1e30")
-    done = run_script(SCRIPT, *DATA, *flags, "--experiment_dir", tmp_path)
+    done = run_preloaded(SCRIPT, *DATA, *flags, "--experiment_dir", tmp_path)
     assert done.returncode == 1
     assert "--learning_rate 1e+30 is too high for these examples" in error_line(done)
     assert not (tmp_path / "adapter").exists()

@@ -1,0 +1,65 @@
+"""Scripts in processes that have the libraries already, whose loading takes longer than most of what tests
+want of a script.
+
+Each process is forked from one that has loaded the libraries and nothing of this project. In all else it is
+as one of its own: it has its arguments, its streams and its exit status, and can be killed.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARIES = "bitsandbytes peft transformers.trainer transformers.models.llama.modeling_llama"
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(LIBRARIES.split())
+
+
+def start_preloaded(
+    script: str | Path, *flags: object, stdout: str = os.devnull, stderr: str = os.devnull
+) -> ForkServerProcess:
+    """Start a script of this project, or one at a full path, that writes to the files `stdout` and `stderr`;
+    the environment is the one in which the first was started."""
+    process = FORKS.Process(target=run_here, args=([str(ROOT / script), *map(str, flags)], stdout, stderr))
+    process.start()
+    return process
+
+
+def start_until(seen: Callable[[], object], script: str | Path, *flags: object) -> ForkServerProcess:
+    """Start a script and come back as soon as `seen` says so, with the script still running."""
+    process = start_preloaded(script, *flags)
+    while not seen():
+        process.join(0.001)
+        assert process.is_alive(), "it ended before it was seen"
+    return process
+
+
+def kill(process: ForkServerProcess) -> None:
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
+
+
+def run_preloaded(script: str | Path, *flags: object) -> subprocess.CompletedProcess:
+    """Run a script to its end, as `conftest.run_script` does."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
+        process = start_preloaded(script, *flags, stdout=str(out), stderr=str(err))
+        process.join()
+        return subprocess.CompletedProcess(script, process.exitcode, out.read_text(), err.read_text())
+
+
+def run_here(words: list[str], stdout: str, stderr: str) -> None:
+    """In the new process: what `python script flags` does."""
+    for number, path in ((1, stdout), (2, stderr)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = words
+    sys.path.insert(0, str(ROOT))
+    runpy.run_path(words[0], run_name="__main__")
