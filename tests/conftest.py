@@ -40,18 +40,16 @@ def real_data() -> Path:
 # Programs of some minutes (`BESIDE` of a test module) run one at a time beside the tests, which take a core,
 # and two at a time once the tests only wait for them.
 QUEUE, CORES, PROGRAMS = ThreadPoolExecutor(2), Semaphore(1), {}
-INTERPRETED = (
-    "TRITON_INTERPRET=1"  # Triton's kernels on the CPU; chosen at import, so in a process of its own
-)
+# Triton's kernels on the CPU: chosen at import, so in a process of its own.
+INTERPRETED = "TRITON_INTERPRET=1"
 
 
 def pytest_collection_modifyitems(items: list) -> None:
     """Start these programs; the tests of what comes of them are the last."""
     items.sort(key=lambda item: hasattr(item.module, "BESIDE"))
     modules = dict.fromkeys(item.module for item in items)
-    for module in reversed(
-        modules
-    ):  # test_kernel_checks has the longest, so that short ones fill what is left
+    # Those of test_kernel_checks take longest and begin; short ones fill what is left.
+    for module in reversed(modules):
         for command in getattr(module, "BESIDE", ()):
             start_beside(*command)
 

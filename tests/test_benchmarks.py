@@ -1,6 +1,7 @@
 """The benchmarks, as far as they can be tested without a GPU: what they read, refuse, sort and draw."""
 
 import json
+import re
 import subprocess
 from itertools import pairwise
 
@@ -11,12 +12,11 @@ from benchmarks import checkpoint, curves, inference, profiling, training, worke
 from study import cli, data, encoding
 from study.errors import UserError
 
-KERNELS = {  # as an H200 names them
+KERNELS = {  # of libraries, as an H200 names them
     "products with the frozen weights": [
         "nvjet_sm90_tst_128x248_64x4_2x1_v_bz_coopA_NNT",
         "nvjet_sm90_tst_256x160_64x4_1x2_h_bz_coopA_TNT",
         "nvjet_sm90_tst_192x208_64x4_2x1_v_bz_coopB_NNT",
-        *("multiply_nf4_kernel", "add_up_kernel"),
     ],
     "adapters' products": [
         "nvjet_sm90_tst_32x128_64x10_1x2_h_bz_NNN",
@@ -26,17 +26,8 @@ KERNELS = {  # as an H200 names them
         "nvjet_sm90_tss_32x192_64x7_1x2_h_bz_NTT",
         "nvjet_sm90_tst_24x128_64x11_1x2_h_bz_TNN",
         "void cublasLt::splitKreduce_kernel<32, 16, int, __nv_bfloat16, float>(cublasSplitKParams<float>)",
-        "add_adapter_kernel",
     ],
-    "attention": [
-        *("attention_kernel", "attention_dq_kernel", "attention_dkv_kernel"),
-        *("prompts_kernel", "tokens_kernel", "shared_kernel"),
-    ],
-    "SwiGLU": ["swiglu_kernel", "swiglu_backward_kernel"],
-    "RMSNorm": ["rms_norm_kernel", "rms_norm_backward_kernel"],
-    "rotary positions": ["rotate_kernel"],
-    "unpacking NF4": ["unpack_nf4_kernel", "void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>(float*)"],
-    "dropout": ["dropout_kernel"],
+    "unpacking NF4": ["void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>(float*)"],
     "optimizer and refresh": ["void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdam>"],
     "host copies": ["Memcpy HtoD (Pageable -> Device)", "Memcpy DtoH (Device -> Pinned)"],
     "head, loss and rest": [
@@ -50,8 +41,18 @@ KERNELS = {  # as an H200 names them
 @pytest.mark.parametrize(
     ("kind", "kernel"), [(kind, name) for kind, names in KERNELS.items() for name in names]
 )
-def test_a_kernel_is_told_by_its_name(kind, kernel):
+def test_a_librarys_kernel_is_told_by_its_name(kind, kernel):
     assert profiling.kind_of(kernel) == kind
+
+
+def test_every_kernel_of_the_fast_paths_has_a_kind_and_one_of_an_adapter_is_no_frozen_product():
+    sources = [path.read_text() for path in (ROOT / "study" / "fast").glob("*.py")]
+    found = {name for text in sources for name in re.findall(r"^def (\w+_kernel)\(", text, re.MULTILINE)}
+    assert {"add_adapter_kernel", "add_up_kernel"} <= found
+    kinds = {name: profiling.kind_of(name) for name in found}
+    assert [name for name, kind in kinds.items() if kind == "head, loss and rest"] == []
+    assert kinds["add_adapter_kernel"] == "adapters' products"
+    assert kinds["add_up_kernel"] == "products with the frozen weights"
 
 
 def test_in_decoding_small_tiles_are_of_the_frozen_weights():
@@ -122,7 +123,7 @@ def test_data_too_small_for_a_step_are_refused(tokenizer):
     [
         (["--modes", "fast,quick"], "--modes quick: choose among fast, dropout, plain"),
         (["--peers", "trl,axolotl"], "--peers axolotl: choose among trl, unsloth"),
-        (["--samples", "100,0"], "--samples"),
+        (["--samples", "100,0"], "argument --samples: 0 is not 1 or more"),
     ],
 )
 def test_what_is_not_known_is_refused(capsys, words, message):
@@ -161,8 +162,8 @@ def inference_flags(*words: str):
         (["--modes", "8,quick"], "--modes quick: choose among fast, few-shot, zero-shot, constrained"),
         (["--peers", "generate,tgi"], "--peers tgi: choose among published, generate"),
         (["--task", "summarization", "--modes", "constrained"], "it goes with classification"),
-        (["--examples", "100,0"], "--examples"),
-        (["--equality", "0"], "--equality"),
+        (["--examples", "100,0"], "argument --examples: 0 is not 1 or more"),
+        (["--equality", "0"], "argument --equality: 0 is not 1 or more"),
     ],
 )
 def test_what_can_not_be_decoded_is_refused(capsys, words, message):
@@ -171,10 +172,11 @@ def test_what_can_not_be_decoded_is_refused(capsys, words, message):
     assert message in capsys.readouterr().err
 
 
-def test_answers_are_as_long_as_those_of_the_scripts():
-    assert inference_flags().max_new_tokens == 20
-    assert inference_flags("--task", "summarization").max_new_tokens == 100
-    assert inference_flags("--max_new_tokens", "7").max_new_tokens == 7
+@pytest.mark.parametrize("task", ["classification", "summarization"])
+def test_answers_are_as_long_as_those_of_the_scripts_unless_told_otherwise(task):
+    script = cli.parse_args(task, "", [])
+    assert inference_flags("--task", task).max_new_tokens == script.max_new_tokens
+    assert inference_flags("--task", task, "--max_new_tokens", "7").max_new_tokens == 7
 
 
 def test_a_sample_of_the_prompts_is_as_long_on_average():
