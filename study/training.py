@@ -27,12 +27,14 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from study import checkpoint as checkpoints_of_models
 from study import checks, device
+from study.device import Process
 from study.encoding import Example, sha256_of
 from study.errors import UserError, is_out_of_memory
 from study.fast import self_check
 from study.model import CONFIG, fingerprint
 from study.packing import choose_batching, learned_places, loss_sum, plan_steps, seed_of, split_to_fit
 from study.records import record, runs
+from study.records.schema import SCHEMA, settings_of
 
 PROGRESS = "progress.json"  # stands in a checkpoint once all of it has been written
 ENOUGH_TOKENS = 4_096  # in a row: where fewer fit, checkpointing pays
@@ -89,10 +91,10 @@ class PackedTrainer(Trainer):
     """A Trainer whose batch is one whole optimizer step, split to fit the device within `training_step`."""
 
     def __init__(
-        self, *, examples, steps, warmup, max_tokens, loss_on, padded, fast, history, progress, **options
+        self, *, examples, steps, warmup, max_tokens, loss_on, padded, fast, history, reporter, **options
     ):
-        super().__init__(train_dataset=list(range(len(steps))), callbacks=[progress], **options)
-        self.progress, self.warmup = progress, warmup
+        super().__init__(train_dataset=list(range(len(steps))), callbacks=[reporter], **options)
+        self.reporter, self.warmup = reporter, warmup
         self.examples, self.steps, self.max_tokens = examples, steps, max_tokens
         self.loss_on, self.padded, self.fast, self.history = loss_on, padded, fast, history
         self.lengths = [len(example.ids) for example in examples]
@@ -114,7 +116,7 @@ class PackedTrainer(Trainer):
         """What a tracker gets: loss and learning rate, as transformers logs them, with speed and memory."""
         if "loss" in logs:
             logs |= {
-                "tokens_per_second": self.progress.speed(self.state),
+                "tokens_per_second": self.reporter.speed(self.state),
                 "memory_gib": device.peak_memory_gib(),
             }
         super().log(logs, start_time)
@@ -170,12 +172,12 @@ class PackedTrainer(Trainer):
         return self.accelerator.reduce(total, "sum") if world > 1 else total
 
 
-class Progress(TrainerCallback):
+class Reporter(TrainerCallback):
     """Print a line now and then; save checkpoints as often as costs a twentieth of the time, and mark the
     whole ones."""
 
-    def __init__(self, run: dict, history: list, tokens: list[int], spent: dict):
-        self.run, self.history, self.tokens, self.spent = run, history, tokens, spent
+    def __init__(self, process: Process, run: dict, history: list, tokens: list[int], spent: dict):
+        self.process, self.run, self.history, self.tokens, self.spent = process, run, history, tokens, spent
         self.saving = 0.1  # seconds that a checkpoint takes: a guess until one has been written
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -218,11 +220,11 @@ class Progress(TrainerCallback):
         if state.is_world_process_zero:
             spent = {
                 "seconds": self.seconds(),
-                "wall_seconds": self.spent["wall_seconds"] + record.wall_seconds(),
+                "wall_seconds": self.spent["wall_seconds"] + self.process.seconds(),
                 "peak_memory_gib": max(self.spent["peak_memory_gib"], device.peak_memory_gib()),
             }
             history = [[step, float(loss), learned] for step, loss, learned in self.history]
-            progress = {"schema": record.SCHEMA, **self.run, "spent": spent, "history": history}
+            progress = {"schema": SCHEMA, **self.run, "spent": spent, "history": history}
             progress["plan"] = self.plan()
             folder = Path(args.output_dir)
             record.write_json(folder / f"checkpoint-{state.global_step}" / PROGRESS, progress)
@@ -254,13 +256,13 @@ def checkpoints_in(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def last_checkpoint(folder: Path, process: Process) -> Path | None:
     """The newest checkpoint that was written whole; others are removed."""
     whole = None
     for checkpoint in checkpoints_in(folder):
         if (checkpoint / PROGRESS).is_file():
             whole = checkpoint
-        elif device.is_main_process():
+        elif process.main:
             shutil.rmtree(checkpoint)
     return whole
 
@@ -286,8 +288,8 @@ def settings(folder: Path, report_to: str, **chosen) -> TrainingArguments:
         gradient_accumulation_steps=1,
         remove_unused_columns=False,
         label_names=[],
-        save_strategy="no",  # Progress decides
-        save_total_limit=None,  # it goes by the files' times, and Progress by the steps
+        save_strategy="no",  # Reporter decides
+        save_total_limit=None,  # it goes by the files' times, and Reporter by the steps
         logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False,
         disable_tqdm=not sys.stderr.isatty(),
@@ -304,6 +306,7 @@ def train(
     args,
     folder: Path,
     run: dict,
+    process: Process,
 ) -> dict:
     """Train an adapter on `model` (4-bit, frozen) and leave it in `folder`/adapter. Returns the record's
     `train`.
@@ -319,7 +322,7 @@ def train(
         "examples_sha256": sha256_of([[example.answer_start, example.ids] for example in examples]),
         "schedule": f"constant after a linear warm-up of {warmup} steps",
     }
-    checkpoint, spent, history = resume(Path(training.output_dir), run, args)
+    checkpoint, spent, history = resume(Path(training.output_dir), run, args, process)
     kept = kept_plan(checkpoint, args)
     tokens = [sum(len(examples[i].ids) for i in step) for step in steps]
     fast, slow = None, why_slow(model, args, padded, training)
@@ -340,7 +343,7 @@ def train(
     training.max_steps = len(steps)
     training._n_gpu = min(training.n_gpu, 1)  # a process drives one GPU; more take `accelerate launch`
 
-    progress = Progress(run, history, tokens, spent)
+    reporter = Reporter(process, run, history, tokens, spent)
     trainer = PackedTrainer(
         model=model,
         args=training,
@@ -353,10 +356,10 @@ def train(
         padded=padded,
         fast=fast,
         history=history,
-        progress=progress,
+        reporter=reporter,
     )
     trainer.remove_callback(PrinterCallback)
-    progress.plan = lambda: {
+    reporter.plan = lambda: {
         "fused": bool(fast),
         "tokens": trainer.max_tokens,
         "gradient_checkpointing": checkpointing,
@@ -374,9 +377,9 @@ def train(
         flush=True,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = progress.seconds()
+    seconds = reporter.seconds()
     check_finite(model, args)
-    adapter = save_adapter(model, tokenizer, folder) if device.is_main_process() else None
+    adapter = save_adapter(model, tokenizer, folder) if process.main else None
     per_epoch = len(steps) // args.epochs
     return {
         "loss": mean_loss(history[-per_epoch:]),
@@ -385,7 +388,7 @@ def train(
         "tokens": sum(tokens),
         "learned_tokens": sum(learned for _, _, learned in history),
         "seconds": seconds,
-        "wall_seconds": spent["wall_seconds"] + record.wall_seconds(),
+        "wall_seconds": spent["wall_seconds"] + process.seconds(),
         "tokens_per_second": sum(tokens) / seconds,
         "peak_memory_gib": max(spent["peak_memory_gib"], device.peak_memory_gib()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
@@ -492,17 +495,18 @@ def fused_layers(model, examples: Sequence[Example], tokens: Sequence[int], args
     return fused.FusedModel(model, plan)
 
 
-def resume(checkpoints: Path, run: dict, args) -> tuple[Path | None, dict, list]:
+def resume(checkpoints: Path, run: dict, args, process: Process) -> tuple[Path | None, dict, list]:
     """The checkpoint to go on from, what the run has spent, and its losses so far."""
     nothing = {"seconds": 0.0, "wall_seconds": 0.0, "peak_memory_gib": 0.0}
     if args.force:
-        remove_checkpoints(checkpoints)
+        remove_checkpoints(checkpoints, process)
         return None, nothing, []  # the other processes don't wait to see them gone
-    checkpoint = last_checkpoint(checkpoints)
+    checkpoint = last_checkpoint(checkpoints, process)
     if checkpoint is None:
         return None, nothing, []
     progress = read_progress(checkpoint)
-    runs.check_same(progress["config"], args, runs.training_settings(args), checkpoint)
+    settings = settings_of("qlora", "train", args.drop_overlap)
+    runs.check_same(progress["config"], args, settings, checkpoint)
     runs.check_same_data(progress["data"], run["data"], checkpoint)
     redo = "--force redoes it"
     checkpoints_of_models.check_same(progress.get("checkpoint"), run.get("checkpoint"), checkpoint, redo)
@@ -534,18 +538,18 @@ def kept_plan(checkpoint: Path | None, args) -> dict | None:
     return progress.get("plan") if same else None
 
 
-def remove_checkpoints(folder: Path) -> None:
+def remove_checkpoints(folder: Path, process: Process) -> None:
     """Remove a run's own checkpoints, and their folder if nothing else is in it."""
-    if device.is_main_process():
+    if process.main:
         for checkpoint in checkpoints_in(folder):
             shutil.rmtree(checkpoint, ignore_errors=True)
         with contextlib.suppress(OSError):
             folder.rmdir()
 
 
-def discard_checkpoints(folder: Path) -> None:
+def discard_checkpoints(folder: Path, process: Process) -> None:
     """Remove what only an unfinished run needs."""
-    remove_checkpoints(folder / "checkpoints")
+    remove_checkpoints(folder / "checkpoints", process)
 
 
 def save_adapter(model, tokenizer, folder: Path) -> str:

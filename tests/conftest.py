@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from study.device import Process
+
 # Before torch loads: models this small gain little from a second thread and lose much where cores are shared.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+PROCESS = Process("test")
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = ROOT / "demo" / "model"
 DEMO_DATA = ROOT / "demo" / "data"

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DEMO_DATA, DEMO_MODEL, ROOT, error_line, run_script
+from conftest import DEMO_DATA, DEMO_MODEL, PROCESS, ROOT, error_line, run_script
 from safetensors.torch import load_file
 
 from study import training
@@ -85,7 +85,7 @@ def test_checkpoints_of_the_run_are_told_from_copies_and_sorted_by_their_step(tm
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-9 (copy)", "checkpoint-10.bak", "checkpoint-x"):
         (tmp_path / name).mkdir()
     assert [path.name for path in training.checkpoints_in(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
-    training.remove_checkpoints(tmp_path)
+    training.remove_checkpoints(tmp_path, PROCESS)
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -96,7 +96,7 @@ def test_a_checkpoint_of_other_weights_tokens_or_schedule_is_refused(tmp_path):
     run |= {"examples_sha256": "e", "schedule": "s"}
     (tmp_path / "checkpoint-3").mkdir()
     (tmp_path / "checkpoint-3" / training.PROGRESS).write_text(json.dumps(run | {"spent": {}, "history": []}))
-    assert training.resume(tmp_path, run, args)[0]
+    assert training.resume(tmp_path, run, args, PROCESS)[0]
     for other, message in (
         (
             {"checkpoint": checkpoint | {"sha256": "b" * 64}},
@@ -106,7 +106,7 @@ def test_a_checkpoint_of_other_weights_tokens_or_schedule_is_refused(tmp_path):
         ({"schedule": "t"}, "another schedule"),
     ):
         with pytest.raises(UserError, match=message):
-            training.resume(tmp_path, run | other, args)
+            training.resume(tmp_path, run | other, args, PROCESS)
 
 
 def test_a_resumed_run_keeps_its_plan_unless_other_flags_ask_for_another(tmp_path):
@@ -346,9 +346,9 @@ def test_a_checkpoint_of_another_prompt_is_refused(tmp_path):
     (tmp_path / "checkpoint-3").mkdir()
     progress = run | {"spent": {"seconds": 1.0}, "history": [[0, 1.0, 9]]}
     (tmp_path / "checkpoint-3" / training.PROGRESS).write_text(json.dumps(progress))
-    assert training.resume(tmp_path, run, args)[1:] == ({"seconds": 1.0}, [[0, 1.0, 9]])
+    assert training.resume(tmp_path, run, args, PROCESS)[1:] == ({"seconds": 1.0}, [[0, 1.0, 9]])
     with pytest.raises(UserError, match="another prompt"):
-        training.resume(tmp_path, run | {"prompt_sha256": "b"}, args)
+        training.resume(tmp_path, run | {"prompt_sha256": "b"}, args, PROCESS)
 
 
 def test_the_newest_checkpoints_are_kept_though_the_clock_was_set_back(tmp_path):
