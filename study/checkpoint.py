@@ -17,8 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from study.errors import UserError
-from study.files import is_lfs_pointer
-from study.records.record import write_text
+from study.files import is_lfs_pointer, write_text
 
 PIECE = 2**25  # bytes that are hashed or looked through at once
 TOKENIZER = (

@@ -22,9 +22,9 @@ from study.device import Process
 from study.encoding import sha256_of
 from study.errors import UserError, is_out_of_memory
 from study.fast import self_check
+from study.files import write_text
 from study.metrics import VERSION
 from study.model import base_of, merge, should_merge
-from study.records import record
 
 AUTO_EXAMPLES = 256
 
@@ -76,7 +76,7 @@ class KeptAnswers:
                 f"resumed    no answer: the earlier attempt decoded with {head[len(same) + 1 :]}", flush=True
             )
         step = self.step(self.answers, self.seconds, self.wall_seconds)
-        record.write_text(self.path, f"{same} {how}\n{step}")
+        write_text(self.path, f"{same} {how}\n{step}")
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def step(self, answers: dict, seconds: float, wall_seconds: float) -> str:

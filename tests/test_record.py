@@ -23,6 +23,7 @@ from prompts import prompt_sha256
 from study import cli, device
 from study.device import Process
 from study.errors import UserError
+from study.files import write_text
 from study.records import estimate, record, runs
 from study.records.schema import METHODS
 
@@ -593,7 +594,7 @@ def test_a_finished_record_that_lacks_something_is_refused_in_one_line(tmp_path)
 
 def test_text_that_is_not_unicode_can_not_be_recorded_and_that_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"train\.json can't be written: .*caf\\udce9' is not Unicode"):
-        record.write_text(tmp_path / "train.json", f"{'x' * 1000}caf\udce9.jsonl")
+        write_text(tmp_path / "train.json", f"{'x' * 1000}caf\udce9.jsonl")
     assert not list(tmp_path.iterdir())
 
 

@@ -285,7 +285,7 @@ def test_a_new_method_is_shown_by_its_entry_alone(tmp_path, monkeypatch):
     )
     assert shares.columns[2:] == ["a/small, fine-tuned", "a/small, nearest example"]
     assert [cell.text for cell in shares.rows[-1]][2:] == ["70.00 ± 2.00", "40.00 ± 2.00"]
-    assert "a/small, nearest example: examples kept 9. " in shares.note
+    assert "a/small, nearest example: examples kept 9." in shares.note
     rows = [[cell.text for cell in row[:4]] for row in methods.rows]
     assert rows[-2:] == [
         ["a/small", "fine-tuned", "480", "70.00 ± 2.00"],

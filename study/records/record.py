@@ -24,6 +24,7 @@ from pathlib import Path
 
 from study.device import Process
 from study.errors import UserError, is_out_of_memory
+from study.files import write_text
 from study.records import schema
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
@@ -32,26 +33,6 @@ PACKAGES = "torch transformers peft bitsandbytes accelerate datasets rouge-score
 
 def short_hash(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds all of it or what it held before, whatever happens meanwhile."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"{path} can't be written: {error.strerror}; make room or name another --output_dir"
-        ) from None
-    except UnicodeEncodeError as error:
-        near = error.object[max(0, error.start - 40) : error.end]
-        raise UserError(f"{path} can't be written: {near!r} is not Unicode: rename it") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from study.cli import run_script, underscored
 from study.errors import UserError
+from study.files import write_text
 from study.records import cost, record, runs
 from study.report.cells import Table
 from study.report.collect import Run, comparable, find_runs
@@ -76,12 +77,12 @@ def write(
         name = "-".join(re.findall(r"\w+", place.lower()))
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(table.csv_rows())
-        record.write_text(args.output_dir / f"{number:02d}-{name}.csv", text.getvalue())
+        write_text(args.output_dir / f"{number:02d}-{name}.csv", text.getvalue())
     drawn = plots.draw(groups, prices, args.output_dir, args.published)
     intervals = __doc__.rpartition("\n\n")[2]
     about = f"# Results\n\nMade by `python -m study.report {how}`.\n\n{intervals}"
     pictures = [f"## {title}\n\n![{title}]({name}.png)\n" for name, title in drawn]
-    record.write_text(
+    write_text(
         args.output_dir / "report.md", "\n".join([about, *(table.markdown() for table in tables), *pictures])
     )
 
