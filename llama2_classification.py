@@ -48,7 +48,7 @@ def main(process: device.Process) -> None:
             from peft import LoraConfig
             from transformers import BitsAndBytesConfig
 
-            from study import encoding, model, packing, training
+            from study import encoding, model, packing, resuming, training
 
             quantization = BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -91,13 +91,14 @@ def main(process: device.Process) -> None:
             )
             content.update(model.as_loaded(base, tokenizer))
             model.check_length(base, tokenizer, args)
-            run = {name: content[name] for name in ("config", "data", "prompt_sha256", "checkpoint")}
+            known = ("method", "config", "data", "prompt_sha256", "checkpoint")
+            run = {name: content[name] for name in known}
             content["train"] = training.train(
                 base, tokenizer, lora, schedule, examples, args, folder, run, process
             )
             spent, gpus = content["train"]["wall_seconds"], cost.gpus_of(content["train"])
             content["cost"] = cost.of_run(args, device.name(), spent, gpus)
-        training.discard_checkpoints(folder, process)
+        resuming.discard_checkpoints(folder, process)
         print(summary.result_block(content))
 
 

@@ -128,7 +128,7 @@ def generate(
     checks.refuse_unknown_tokens(base_of(model), tokenizer, [ends[:1], *prompts, *(allowed or [])])
     allowed = allowed and with_all_ends(allowed, ends)
     checks.prove_attention(base_of(model))
-    slow = why_slow(model)
+    slow = why_generate(model)
     witnesses = [] if slow or not prompts else self_check.witnesses(model, prompts)
     merged = should_merge(model, merging)
     if merged:
@@ -180,7 +180,7 @@ def describe(answers: Answers, process: Process, metrics: dict, decoding: str) -
     }
 
 
-def why_slow(model) -> str | None:
+def why_generate(model) -> str | None:
     """The reason why decoding can't take the fast path, or None."""
     if not torch.cuda.is_available():
         return "no CUDA"
