@@ -84,7 +84,7 @@ def flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--profile", action="store_true", help="show where the time of a step goes, for each mode")
     add("--lora_r", type=int, default=8, help="rank (%(default)s)")
     add("--output", type=Path, metavar="FILE", help="write the table as JSON here, too")
-    add("--worker", help=argparse.SUPPRESS)
+    add("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     check_flags(parser, args, MODES, PEERS)
     return args
@@ -439,9 +439,7 @@ def show_samples(rows: Sequence[dict]) -> str:
 def main() -> None:
     args = flags()
     if args.worker:
-        mode, tokens, length = args.worker.split("/")
-        row = WORKERS.get(mode, ours)(args, mode, int(tokens), int(length))
-        return print(json.dumps(row))
+        return print(json.dumps(WORKERS.get(args.worker["mode"], ours)(args, **args.worker)))
     if args.samples:
         table, jobs = show_samples, product(["samples"], args.tokens, args.lengths)
     else:
@@ -450,8 +448,8 @@ def main() -> None:
         table, jobs = show, [*ceilings, *product(modes, args.tokens, args.lengths)]
     rows = []
     for mode, tokens, length in jobs:
-        row = {"mode": mode, "tokens": tokens, "length": length}
-        rows.append(row | measure("benchmarks.training", f"{mode}/{tokens}/{length}"))
+        job = {"mode": mode, "tokens": tokens, "length": length}
+        rows.append(job | measure("benchmarks.training", job))
         print(*table(rows[-1:]).splitlines()[2:], sep="\n", file=sys.stderr, flush=True)
     result = provenance() | {"rows": rows}
     print(f"{headline(result)}\n\n{table(rows)}\n")

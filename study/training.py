@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
+from peft import get_peft_model
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -298,8 +299,6 @@ def warmup_steps(share: float, examples: int, batch_size: int) -> int:
 def with_adapter(model, lora, args):
     """`model` with new adapters by the seed, in train mode, once: nothing here evaluates. Raises UserError
     where PEFT can't give it some."""
-    from peft import get_peft_model
-
     torch.manual_seed(args.seed)
     try:
         model = get_peft_model(model, lora).train()

@@ -9,7 +9,7 @@ from study.errors import UserError
 from study.records import record, runs
 from study.records.schema import METHODS, PARTS, SCORES, SCORING, Method, lookup, part_of
 
-# Settings that neither name a cell of a table nor show in the test data: they tell variants of a cell apart.
+# Settings that name a cell of a table, or show in the test data. All others tell variants of a cell apart.
 ELSEWHERE = {
     *("pretrained_ckpt", "test_file", "validation_file", "split", "max_eval_samples"),
     *("task", "prompt_type", "train_sample_fraction", "seed"),
