@@ -285,6 +285,7 @@ def test_fingerprint_differs_for_every_template_and_follows_its_wording(monkeypa
     assert changed == {("classification", "zero-shot")}
     monkeypatch.setitem(prompts.BLOCKS, "summarization", prompts.BLOCKS["summarization"] + " ")
     changed |= {key for key, value in fingerprints().items() if value != before[key]}
+    kinds = prompts.TEMPLATES["summarization"]
     assert changed == {("classification", "zero-shot"), *(("summarization", kind) for kind in kinds)}
 
 
