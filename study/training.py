@@ -268,13 +268,11 @@ def train(
     seconds = reporter.seconds()
     check_finite(model, args)
     adapter = save_adapter(model, tokenizer, folder) if process.main else None
-    per_epoch = len(steps) // args.epochs
     return {
-        "loss": mean_loss(history[-per_epoch:]),
+        **losses(history, len(steps) // args.epochs),
         "examples": len(examples),
         "steps": len(steps),
         "tokens": sum(tokens),
-        "learned_tokens": sum(learned for _, _, learned in history),
         "seconds": seconds,
         "wall_seconds": spent["wall_seconds"] + process.seconds(),
         "tokens_per_second": sum(tokens) / seconds,
@@ -286,6 +284,14 @@ def train(
         "examples_sha256": run["examples_sha256"],
         "adapter_sha256": adapter,
         "adapter_config_sha256": adapter and fingerprint(folder / "adapter", CONFIG),
+    }
+
+
+def losses(history: Sequence[Sequence], per_epoch: int) -> dict:
+    """What the record says of all steps ([step, loss, learned tokens]): the mean loss of the last epoch."""
+    return {
+        "loss": mean_loss(history[-per_epoch:]),
+        "learned_tokens": sum(learned for _, _, learned in history),
         "loss_history": thin([[step + 1, float(loss)] for step, loss, _ in history]),
     }
 

@@ -147,20 +147,24 @@ def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
             if groups[key]:
                 result.append((task, why, groups[key]))
     for _, _, group in result:
-        for run in group:
-            run.name = name_of(run.content["model"], {other.content["model"] for other in group})
-            told = [f"{name} {run.config[name]}" for name in varying(run, group)]
-            same = [
-                other for other in group if other.scored and other.content["model"] == run.content["model"]
-            ]
-            if run in same and len({other.weights() for other in same}) > 1:
-                told.append(f"weights {run.weights()}")
-            run.variant = ", ".join(told)
-        trained = {(run.name, run.method.title) for run in group if run.method.trains}
-        several = {name for name, count in Counter(name for name, _ in trained).items() if count > 1}
-        for run in group:
-            run.label = f"{run.model}, {run.method.title}" if run.name in several else run.model
+        name_runs(group)
     return result
+
+
+def name_runs(group: Sequence[Run]) -> None:
+    """Give each run of a group its `name`, `variant` and `label`: as much as tells it from the others."""
+    models = {run.content["model"] for run in group}
+    for run in group:
+        run.name = name_of(run.content["model"], models)
+        told = [f"{name} {run.config[name]}" for name in varying(run, group)]
+        same = [other for other in group if other.scored and other.content["model"] == run.content["model"]]
+        if run in same and len({other.weights() for other in same}) > 1:
+            told.append(f"weights {run.weights()}")
+        run.variant = ", ".join(told)
+    trained = {(run.name, run.method.title) for run in group if run.method.trains}
+    several = {name for name, count in Counter(name for name, _ in trained).items() if count > 1}
+    for run in group:
+        run.label = f"{run.model}, {run.method.title}" if run.name in several else run.model
 
 
 def name_of(model: str, others: set[str]) -> str:
