@@ -11,12 +11,13 @@ from study import checkpoint, cli, data, device
 from study.records import cost, estimate, record, runs, summary
 
 
-def main() -> None:
+def main(process: device.Process) -> None:
     args = cli.parse_args(None, __doc__)
-    folder = runs.baseline_dir(args)
+    method = args.prompt_type
+    folder = runs.folder_of(args, method)
     path = folder / "eval.json"
     if args.dry_run:
-        return estimate.say_dry_run(path, args)
+        return estimate.say_dry_run(path, args, method, process)
 
     estimate.check_gpu_name(args)
     needs_train = args.task == "classification" or args.prompt_type == "few-shot"
@@ -30,8 +31,8 @@ def main() -> None:
         )
         described["train"] = train.describe()
     labels = data.labels_of(splits["train"]) if args.task == "classification" else []
-    with record.locked(folder):
-        content = runs.find_finished(path, args, runs.BASELINE, described)
+    with record.locked(folder, process):
+        content = runs.find_finished(path, args, method, described)
         if content:
             return print(f"finished   {path}\n{summary.result_block(content)}")
 
@@ -40,9 +41,9 @@ def main() -> None:
             f"model      {args.pretrained_ckpt}, {args.prompt_type}, {args.decoding} decoding"
         )
         print(data.say_split(args.split, splits[args.split], test), flush=True)
-        with record.recording(path, args, args.prompt_type, runs.BASELINE) as content:
-            content |= {"data": described, "labels": labels}
-            content["checkpoint"] = checkpoint.identify(args.pretrained_ckpt, fetch=True)
+        with record.recording(path, args, method, process) as content:
+            here = checkpoint.identify(args.pretrained_ckpt, fetch=True)
+            content |= {"data": described, "labels": labels, "checkpoint": here}
 
             # The libraries load here, so that --help, bad input and a finished run answer at once.
             from transformers import BitsAndBytesConfig
@@ -70,11 +71,13 @@ def main() -> None:
                 shots = args.shots or cli.SHOTS[args.task]
                 examples = encoding.choose_shots(train.examples, args.task, shots, args.seed)
             prompts, cut = encoding.encode_baseline(tokenizer, texts, labels, examples, context, args)
-            described[args.split]["truncated"] = cut["texts"]
-            content["few_shot"] = {
-                "examples": len(examples),
-                "shortened": cut["examples"],
-                "tokens_cut": cut["example_tokens"],
+            content |= {
+                "data": described | {args.split: described[args.split] | {"truncated": cut["texts"]}},
+                "few_shot": {
+                    "examples": len(examples),
+                    "shortened": cut["examples"],
+                    "tokens_cut": cut["example_tokens"],
+                },
             }
             print(
                 f"prompts    up to {max(map(len, prompts)):,} of {context:,} tokens; shortened: "
@@ -82,7 +85,7 @@ def main() -> None:
                 f"by {cut['example_tokens']:,} tokens in all",
                 flush=True,
             )
-            progress = generation.Progress(path, runs.identity(content), args.force)
+            kept = generation.KeptAnswers(process, path, runs.identity(content), args.force)
             answers = generation.generate(
                 base,
                 tokenizer,
@@ -91,19 +94,19 @@ def main() -> None:
                 args.eval_batch_size,
                 allowed=allowed,
                 merging=args.merge,
-                progress=progress,
+                kept=kept,
             )
             references = [answer for _, answer in test.examples]
             scores, rows = metrics.score(
                 args.task, answers.texts, references, labels, test.numbers, test.places
             )
             content |= {
-                "eval": generation.describe(answers, scores, args.decoding),
+                "eval": generation.describe(answers, process, scores, args.decoding),
                 "prompt_sha256": prompt_sha256(args.task, args.prompt_type),
             }
             content["cost"] = cost.of_run(args, device.name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)
-        progress.discard()
+        kept.discard()
         print(summary.result_block(content))
 
 

@@ -12,23 +12,22 @@ from prompts import prompt_sha256
 from study import checkpoint, cli, data, device
 from study.records import cost, estimate, record, runs, summary
 
-TASK = "classification"
+TASK, METHOD = "classification", "qlora"
 
 
-def main() -> None:
+def main(process: device.Process) -> None:
     args = cli.parse_args(TASK, __doc__)
-    folder = runs.experiment_dir(args)
+    folder = runs.folder_of(args, METHOD)
     path = folder / "train.json"
     if args.dry_run:
-        return estimate.say_dry_run(path, args)
+        return estimate.say_dry_run(path, args, METHOD, process)
 
     estimate.check_gpu_name(args)
     splits = data.load(args, ["train"], optional=["test"])
     train = data.sample_train(splits["train"], args)
     described = {"train": train.describe()}
-    settings = runs.training_settings(args)
-    with record.locked(folder):
-        content = runs.find_finished(path, args, settings, described)
+    with record.locked(folder, process):
+        content = runs.find_finished(path, args, METHOD, described)
         if content:
             return print(f"finished   {path}\n{summary.result_block(content)}")
 
@@ -39,7 +38,7 @@ def main() -> None:
         print(data.say_split("train", splits["train"], train), flush=True)
         if "test" not in splits and not args.validation_file:
             print("test       none named: scoring will need --test_file", flush=True)
-        with record.recording(path, args, "qlora", settings) as content:
+        with record.recording(path, args, METHOD, process) as content:
             content |= {"data": described, "prompt_sha256": prompt_sha256(TASK, "instruction")}
             content["checkpoint"] = checkpoint.identify(args.pretrained_ckpt, fetch=True)
             content["labels"] = data.labels_of(splits["train"])
@@ -49,7 +48,7 @@ def main() -> None:
             from peft import LoraConfig
             from transformers import BitsAndBytesConfig
 
-            from study import encoding, model, packing, training
+            from study import encoding, model, packing, resuming, training
 
             quantization = BitsAndBytesConfig(
                 load_in_4bit=True,
@@ -82,7 +81,7 @@ def main() -> None:
 
             tokenizer = model.load_tokenizer(args.pretrained_ckpt)
             examples, shortened = encoding.encode_examples(tokenizer, TASK, train.examples, args)
-            described["train"]["truncated"] = shortened
+            content["data"] = {"train": described["train"] | {"truncated": shortened}}
             print(
                 f"{'':11}{shortened:,} texts shortened to fit --max_seq_length {args.max_seq_length}",
                 flush=True,
@@ -92,11 +91,14 @@ def main() -> None:
             )
             content.update(model.as_loaded(base, tokenizer))
             model.check_length(base, tokenizer, args)
-            run = {name: content[name] for name in ("config", "data", "prompt_sha256", "checkpoint")}
-            content["train"] = training.train(base, tokenizer, lora, schedule, examples, args, folder, run)
+            known = ("method", "config", "data", "prompt_sha256", "checkpoint")
+            run = {name: content[name] for name in known}
+            content["train"] = training.train(
+                base, tokenizer, lora, schedule, examples, args, folder, run, process
+            )
             spent, gpus = content["train"]["wall_seconds"], cost.gpus_of(content["train"])
             content["cost"] = cost.of_run(args, device.name(), spent, gpus)
-        training.discard_checkpoints(folder)
+        resuming.discard_checkpoints(folder, process)
         print(summary.result_block(content))
 
 

@@ -10,24 +10,26 @@ place. It leaves eval.json and predictions.jsonl beside the adapter.
 from study import checkpoint, cli, data, device
 from study.records import cost, estimate, record, runs, summary
 
-TASK = "classification"
+TASK, METHOD = "classification", "qlora"
 
 
-def main() -> None:
+def main(process: device.Process) -> None:
     args = cli.parse_args(TASK, __doc__)
-    folder = runs.experiment_dir(args)
+    folder = runs.folder_of(args, METHOD)
     if args.dry_run:
-        return estimate.say_dry_run(folder / runs.planned_eval(folder, args), args)
+        args, path = runs.planned_eval(folder, args)
+        return estimate.say_dry_run(path, args, METHOD, process)
 
     trained = runs.finished_training(folder, args)
+    args = runs.with_settings_of(trained, args)
     estimate.check_gpu_name(args)
     path = folder / runs.eval_name(args, trained["config"])
     splits = data.load(args, [args.split])
     test = data.sample_eval(splits[args.split], args)
     described = {args.split: test.describe()}
     data.check_labels(test, trained["labels"])
-    with record.locked(folder):
-        content = runs.find_finished(path, args, runs.SCORED, described, trained["finished"])
+    with record.locked(folder, process):
+        content = runs.find_finished(path, args, METHOD, described, trained)
         if content:
             return print(f"finished   {path}\n{summary.result_block(content)}")
 
@@ -36,26 +38,21 @@ def main() -> None:
             f"model      {args.pretrained_ckpt} with its adapter, {args.decoding} decoding"
         )
         print(data.say_split(args.split, splits[args.split], test), flush=True)
-        with record.recording(path, args, "qlora", runs.SCORED) as content:
+        with record.recording(path, args, METHOD, process) as content:
             here = checkpoint.identify(args.pretrained_ckpt, fetch=True)
             checkpoint.check_same(
                 trained.get("checkpoint"), here, folder / "adapter", "name the one it was trained on"
             )
-            content |= {
-                "data": described,
-                "checkpoint": here,
-                "training": trained["finished"],
-                "prompt_sha256": trained["prompt_sha256"],
-            }
+            content.update(runs.scored_adapter(trained))
+            content.update(data=described, checkpoint=here, prompt_sha256=trained["prompt_sha256"])
 
             # The libraries load here, so that --help, bad input and a finished run answer at once.
             from study import encoding, generation, metrics, model
 
             tokenizer = model.load_tokenizer(args.pretrained_ckpt)
             texts = [text for text, _ in test.examples]
-            prompts, described[args.split]["truncated"] = encoding.encode_prompts(
-                tokenizer, TASK, texts, args
-            )
+            prompts, shortened = encoding.encode_prompts(tokenizer, TASK, texts, args)
+            content["data"] = {args.split: described[args.split] | {"truncated": shortened}}
             labels = trained["labels"]
             classes = encoding.label_answers(tokenizer, labels, args.max_new_tokens)
             allowed = classes if args.decoding == "constrained" else None
@@ -64,7 +61,7 @@ def main() -> None:
             content.update(model.as_loaded(base, tokenizer))
             hashes = (trained["train"].get(name) for name in ("adapter_sha256", "adapter_config_sha256"))
             tuned = model.load_adapter(base, folder / "adapter", *hashes)
-            progress = generation.Progress(path, runs.identity(content), args.force)
+            kept = generation.KeptAnswers(process, path, runs.identity(content), args.force)
             answers = generation.generate(
                 tuned,
                 tokenizer,
@@ -73,14 +70,14 @@ def main() -> None:
                 args.eval_batch_size,
                 allowed=allowed,
                 merging=args.merge,
-                progress=progress,
+                kept=kept,
             )
             references = [label for _, label in test.examples]
             scores, rows = metrics.score(TASK, answers.texts, references, labels, test.numbers, test.places)
-            content["eval"] = generation.describe(answers, scores, args.decoding)
+            content["eval"] = generation.describe(answers, process, scores, args.decoding)
             content["cost"] = cost.of_run(args, device.name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)
-        progress.discard()
+        kept.discard()
         print(summary.result_block(content))
 
 

@@ -11,15 +11,12 @@ import string
 import unicodedata
 from collections.abc import Sequence
 
-TASKS = ("classification", "summarization")
-PROMPT_TYPES = ("instruction", "zero-shot", "few-shot")  # "instruction" is the prompt of fine-tuned models
-
 BLOCKS = {
     "classification": "### Text:\n{fence}\n{text}\n{fence}\n\n### Class:",
     "summarization": "### Dialogue:\n{fence}\n{text}\n{fence}\n\n### Summary:",
 }
 
-TEMPLATES = {
+TEMPLATES = {  # by task and type of prompt; "instruction" is that of fine-tuned models
     "classification": {
         "instruction": "Name the class of the text between the fences.\n\n{query}",
         "zero-shot": (

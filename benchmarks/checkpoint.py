@@ -68,4 +68,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.run_script(main))
+    sys.exit(cli.run_script(lambda _: main()))

@@ -80,7 +80,7 @@ def flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--profile", action="store_true", help="show where the time of reading and of a step goes")
     add("--equality", type=cli.positive_int, metavar="N", help="compare N answers with those of generate")
     add("--output", type=Path, metavar="FILE", help="write the tables as JSON here, too")
-    add("--worker", help=argparse.SUPPRESS)
+    add("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     check_flags(parser, args, MODES, PEERS)
     if args.task == "summarization" and "constrained" in args.modes:
@@ -492,20 +492,20 @@ def show_equality(rows: Sequence[dict]) -> str:
 def main() -> None:
     args = flags()
     if args.worker:
-        mode, count = args.worker.split("/")
-        kind, _, weights = mode.partition("=")
-        work = equality if kind == "equality" else WORKERS.get(mode, ours)
-        return print(json.dumps(work(args, weights or mode, int(count))))
+        mode, count = args.worker["mode"], args.worker["examples"]
+        work = equality if args.worker.get("equality") else WORKERS.get(mode, ours)
+        return print(json.dumps(work(args, mode, count)))
     counts = args.examples or [0]  # 0: all
     jobs = [*product(args.modes, counts), *product(installed(args.peers, PEERS), counts[-1:])]
     jobs[:0] = [("ceiling", counts[-1])] if jobs else []
     rows = []
     for mode, count in jobs:
-        row = {"mode": mode, "examples": count}
-        rows.append(row | measure("benchmarks.inference", f"{mode}/{count}"))
+        job = {"mode": mode, "examples": count}
+        rows.append(job | measure("benchmarks.inference", job))
         print(*show(rows[-1:]).splitlines()[2:], sep="\n", file=sys.stderr, flush=True)
     same = [
-        {"mode": mode} | measure("benchmarks.inference", f"equality={mode}/{args.equality}")
+        {"mode": mode}
+        | measure("benchmarks.inference", {"mode": mode, "examples": args.equality, "equality": True})
         for mode in (("fast", "unmerged") if args.equality else ())
     ]
     result = provenance() | {"rows": rows, "equality": same}

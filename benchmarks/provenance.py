@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from study import device
+from study.records import record
 
 PACKAGES = (
     *("torch", "transformers", "peft", "bitsandbytes", "triton"),
@@ -16,8 +17,8 @@ PACKAGES = (
 
 
 def provenance() -> dict:
-    """Device, versions of the packages that are installed, date in UTC, and the command line, where absolute
-    paths are cut to their last part."""
+    """Device, commit, versions of the packages that are installed, date in UTC, and the command line, where
+    absolute paths are cut to their last part."""
     words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
     versions = {}
     for name in PACKAGES:
@@ -25,6 +26,7 @@ def provenance() -> dict:
             versions[name] = importlib.metadata.version(name)
     return {
         "device": device.name(),
+        "commit": record.commit(),
         "versions": versions,
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words]),
@@ -34,4 +36,5 @@ def provenance() -> dict:
 def headline(about: dict) -> str:
     """One line of Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
-    return f"{about['device']}; {versions}; {about['date']}; `{about['command']}`"
+    commit = f"commit {(about['commit'] or 'unknown')[:8]}"
+    return f"{about['device']}; {commit}; {versions}; {about['date']}; `{about['command']}`"

@@ -84,7 +84,7 @@ def flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--profile", action="store_true", help="show where the time of a step goes, for each mode")
     add("--lora_r", type=int, default=8, help="rank (%(default)s)")
     add("--output", type=Path, metavar="FILE", help="write the table as JSON here, too")
-    add("--worker", help=argparse.SUPPRESS)
+    add("--worker", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     check_flags(parser, args, MODES, PEERS)
     return args
@@ -217,7 +217,7 @@ def load(args: argparse.Namespace, mode: str) -> tuple:
 
 
 def trainer(tuned, mode: str, tokens: int, length: int, steps: Sequence) -> tuple[Callable, str]:
-    """What trains on one of the steps, and how it goes about it."""
+    """What trains on one of the steps, by the scripts' own paths, and how it goes about it."""
     import torch
 
     from study import packing
@@ -225,54 +225,35 @@ def trainer(tuned, mode: str, tokens: int, length: int, steps: Sequence) -> tupl
     parameters = [p for p in tuned.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=2e-4, weight_decay=0.0, fused=True)
     learned = max(sum(len(packing.learned_places(example, "answer")) for example in step) for step in steps)
-    losses, how = (
-        plain_losses(tuned) if mode == "plain" else fused_losses(tuned, mode, length, (tokens, learned))
-    )
+    path = path_for(tuned, mode, tokens, length, learned)
 
     def run(step: Sequence) -> None:
-        for loss in losses(step):
-            (loss / learned).backward()
+        path.begin(len(step))
+        lengths = [len(example.ids) for example in step]
+        for group in packing.split_to_fit(range(len(step)), lengths, path.max_tokens, path.padded):
+            (path.loss_sum([step[i] for i in group]) / learned).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.3)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return run, how
+    return run, f"{path.max_tokens:,} at once, {path.describe()}"
 
 
-def plain_losses(tuned) -> tuple[Callable, str]:
+def path_for(tuned, mode: str, tokens: int, length: int, learned: int):
+    """The plain path, or the fast one within `mode` GiB or in what is free."""
     import torch
 
-    from study import packing
-
-    device = torch.device("cuda")
-    padded = packing.choose_batching(tuned.get_base_model(), "auto", device)
-    tuned.train()  # the choice was made without dropout
-
-    def losses(step: Sequence) -> list:
-        with torch.autocast("cuda", torch.bfloat16):
-            return [packing.loss_sum(tuned, step, "answer", padded, device)]
-
-    return losses, "plain layers"
-
-
-def fused_losses(tuned, mode: str, length: int, step: tuple[int, int]) -> tuple[Callable, str]:
-    """Losses are computed one by one, since the memory is for one at a time."""
-    import torch
-
-    from study import packing
+    from study import packing, paths
     from study.fast import train as fused
 
+    if mode == "plain":
+        padded = packing.choose_batching(tuned.get_base_model(), "auto", torch.device("cuda"))
+        tuned.train()  # the choice was made without dropout
+        return paths.PlainPath(tuned, "answer", padded, "as asked for", tokens, False)
     free = 0.92 * torch.cuda.mem_get_info()[0]
     if mode.isdigit():
         free = (int(mode) - MARGIN) * GIB - torch.cuda.memory_allocated()
-    path = fused.FusedModel(tuned, fused.choose_plan(tuned, free, length, step))
-
-    def losses(step: Sequence) -> Iterator:
-        lengths = [len(example.ids) for example in step]
-        for group in packing.split_to_fit(range(len(step)), lengths, path.plan.tokens, False):
-            yield path.loss_sum([step[i] for i in group], "answer", group[0])
-
-    return losses, f"{path.plan.tokens:,} at once, {path.plan}; what examples begin with alike once"
+    return paths.FastPath(tuned, "answer", fused.choose_plan(tuned, free, length, (tokens, learned)))
 
 
 def ceiling(args: argparse.Namespace, mode: str, tokens: int, length: int, seconds: float = 5) -> dict:
@@ -458,9 +439,7 @@ def show_samples(rows: Sequence[dict]) -> str:
 def main() -> None:
     args = flags()
     if args.worker:
-        mode, tokens, length = args.worker.split("/")
-        row = WORKERS.get(mode, ours)(args, mode, int(tokens), int(length))
-        return print(json.dumps(row))
+        return print(json.dumps(WORKERS.get(args.worker["mode"], ours)(args, **args.worker)))
     if args.samples:
         table, jobs = show_samples, product(["samples"], args.tokens, args.lengths)
     else:
@@ -469,8 +448,8 @@ def main() -> None:
         table, jobs = show, [*ceilings, *product(modes, args.tokens, args.lengths)]
     rows = []
     for mode, tokens, length in jobs:
-        row = {"mode": mode, "tokens": tokens, "length": length}
-        rows.append(row | measure("benchmarks.training", f"{mode}/{tokens}/{length}"))
+        job = {"mode": mode, "tokens": tokens, "length": length}
+        rows.append(job | measure("benchmarks.training", job))
         print(*table(rows[-1:]).splitlines()[2:], sep="\n", file=sys.stderr, flush=True)
     result = provenance() | {"rows": rows}
     print(f"{headline(result)}\n\n{table(rows)}\n")

@@ -48,10 +48,10 @@ def installed(peers: Sequence[str], needs: Mapping[str, Sequence[str]]) -> list[
     return found
 
 
-def measure(module: str, worker: str) -> dict:
-    """Run a benchmark's `worker` with the flags of this command in a fresh process. The row that it prints
-    last, or {"failed": why there is none}."""
-    words = [sys.executable, "-m", module, *sys.argv[1:], "--worker", worker]
+def measure(module: str, job: dict) -> dict:
+    """Do a benchmark's `job` with the flags of this command in a fresh process, which takes it as JSON. The
+    row that this prints last, or {"failed": why there is none}."""
+    words = [sys.executable, "-m", module, *sys.argv[1:], "--worker", json.dumps(job)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     try:
         return json.loads(done.stdout.splitlines()[-1])

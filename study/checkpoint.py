@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from study.errors import UserError
-from study.files import is_lfs_pointer
+from study.files import is_lfs_pointer, write_text
 
 PIECE = 2**25  # bytes that are hashed or looked through at once
 TOKENIZER = (
@@ -286,8 +286,6 @@ def remembered() -> dict[str, list[str]]:
 
 def remember(path: str, entry: list[str]) -> None:
     """Where nothing can be written, nothing is remembered."""
-    from study.records.record import write_text
-
     try:
         memory().parent.mkdir(parents=True, exist_ok=True)
         write_text(memory(), json.dumps(remembered() | {path: entry}))

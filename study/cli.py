@@ -12,8 +12,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from study import device
+from study.device import Process, launched
 from study.errors import UserError
 
 DEFAULTS = {  # by task; the other defaults are the same for both and stand at their flag
@@ -331,23 +332,24 @@ def probability(word: str) -> float:
     return number
 
 
-def run_script(main: Callable[[], None], distributed: bool = False) -> None:
+def run_script(main: Callable[[Process], None], distributed: bool = False) -> None:
     """Run `main` and exit: 0 done; 1 with one line on stderr for a UserError; 130 interrupted (Ctrl-C or
     SIGTERM).
 
     Of several processes (`accelerate launch`) only the first speaks, and unless `distributed` only the first
     runs.
     """
+    process = Process(Path(sys.argv[0]).name)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on optional CPU kernels
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for what it can't
-    if not device.is_main_process():
+    if not process.main:
         if not distributed:
             return
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     try:
-        main()
+        main(process)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
@@ -358,7 +360,7 @@ def run_script(main: Callable[[], None], distributed: bool = False) -> None:
         then = "started again with --force it begins anew" if forced else "start it again and it goes on"
         print(f"interrupted: {then}", file=sys.stderr)
         sys.exit(130)
-    if device.processes() > 1:
+    if launched() > 1:
         atexit._run_exitfuncs()
         sys.stdout.flush()
         os._exit(0)  # with gloo's threads, leaving the process group may hang and the interpreter's end abort

@@ -315,7 +315,7 @@ def sample_eval(split: Split, args: argparse.Namespace) -> Split:
 
 
 def check_summaries(split: Split) -> None:
-    from study.words import words
+    from study.words import words  # which loads NLTK
 
     for (_, summary), number in zip(split.examples, split.numbers, strict=True):
         if not words(summary):

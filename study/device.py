@@ -8,6 +8,9 @@ import ctypes
 import os
 import platform
 import resource
+import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 GIB = 2**30
@@ -15,8 +18,9 @@ KERNELS = 2**28  # bytes for the code of kernels, which CUDA loads at their firs
 
 
 def name() -> str:
-    """Of this process's GPU, or of the processor where there is none."""
-    return gpu_name() or processor()
+    """Of this process's GPU, or of the processor where there is none or torch was built for none."""
+    torch = sys.modules.get("torch")
+    return processor() if torch and not torch.cuda.is_available() else gpu_name() or processor()
 
 
 def gpu_name() -> str | None:
@@ -41,18 +45,28 @@ def processor() -> str:
     return f"CPU, {os.cpu_count()} cores ({names[0] if names else platform.machine()})"
 
 
-def processes() -> int:
+def local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK") or 0)
+
+
+def launched() -> int:
     """How many processes run this script together (`accelerate launch`)."""
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def is_main_process() -> bool:
-    """True but for the further processes of a distributed launch. A RANK that stands alone is none of it."""
-    return processes() <= 1 or int(os.environ.get("RANK") or 0) == 0
+@dataclass(frozen=True)
+class Process:
+    """This process: its script, when that began, and whether of several processes it is the one that speaks
+    and writes. A RANK that stands alone is none of a distributed launch."""
 
+    script: str
+    main: bool = field(default_factory=lambda: launched() <= 1 or int(os.environ.get("RANK") or 0) == 0)
+    started: float = field(default_factory=time.time)  # for stamps: this clock may be set back or forward
+    began: float = field(default_factory=time.monotonic)
 
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK") or 0)
+    def seconds(self) -> float:
+        """Since the script began: imports and loading count, since the machine is paid for them."""
+        return time.monotonic() - self.began
 
 
 def current():

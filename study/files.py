@@ -1,4 +1,5 @@
-"""A local file or a hub data set -> rows, of which only the needed columns are held to anything.
+"""Files: a local one or a hub data set -> rows, of which only the needed columns are held to anything; and a
+text written whole or not at all.
 
 `columns` here names the needed ones, {flag: column}: {"--text_column": "text", "--label_column": "label"}.
 """
@@ -7,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections import Counter
@@ -243,3 +245,26 @@ def read_hub(name: str, split: str, columns: Columns | None = None) -> Iterator[
 def named_label(names: Sequence[str], number: int | None) -> str | None:
     """The class that a hub data set has as a number; -1 stands for none."""
     return None if number is None or number < 0 else names[number]
+
+
+# Writing
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that `path` holds all of it or what it held before, whatever happens meanwhile."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(
+            f"{path} can't be written: {error.strerror}; make room or name another --output_dir"
+        ) from None
+    except UnicodeEncodeError as error:
+        near = error.object[max(0, error.start - 40) : error.end]
+        raise UserError(f"{path} can't be written: {near!r} is not Unicode: rename it") from None
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -18,12 +18,13 @@ import torch
 from transformers import GenerationConfig
 
 from study import checks, device
+from study.device import Process
 from study.encoding import sha256_of
 from study.errors import UserError, is_out_of_memory
 from study.fast import self_check
+from study.files import write_text
 from study.metrics import VERSION
 from study.model import base_of, merge, should_merge
-from study.records import record
 
 AUTO_EXAMPLES = 256
 
@@ -42,12 +43,14 @@ class Answers:
     ends: list[int]
 
 
-class Progress:
+class KeptAnswers:
     """The answers of an evaluation so far, in a file beside its record to be until that is written."""
 
-    def __init__(self, path: Path | None = None, run: dict | None = None, force: bool = False):
+    def __init__(
+        self, process: Process, path: Path | None = None, run: dict | None = None, force: bool = False
+    ):
         self.path = path and path.with_name(f".{path.stem}.answers.jsonl")
-        self.run, self.answers, self.file = run, {}, None
+        self.process, self.run, self.answers, self.file = process, run, {}, None
         self.seconds = self.wall_seconds = 0.0
         self.began = time.monotonic()
         if self.path and force:
@@ -73,7 +76,7 @@ class Progress:
                 f"resumed    no answer: the earlier attempt decoded with {head[len(same) + 1 :]}", flush=True
             )
         step = self.step(self.answers, self.seconds, self.wall_seconds)
-        record.write_text(self.path, f"{same} {how}\n{step}")
+        write_text(self.path, f"{same} {how}\n{step}")
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def step(self, answers: dict, seconds: float, wall_seconds: float) -> str:
@@ -87,7 +90,7 @@ class Progress:
     def add(self, index: int, ids: list[int]) -> None:
         self.answers[index] = ids
         if self.file:
-            wall_seconds = self.wall_seconds + record.wall_seconds()
+            wall_seconds = self.wall_seconds + self.process.seconds()
             self.file.write(self.step({index: ids}, self.spent(), wall_seconds))
 
     def discard(self) -> None:
@@ -106,7 +109,7 @@ def generate(
     batch_size: int | str = "auto",
     allowed: Sequence[list[int]] | None = None,
     merging: str = "off",
-    progress: Progress | None = None,
+    kept: KeptAnswers | None = None,
 ) -> Answers:
     """Continue every prompt (token ids) greedily up to its EOS or `max_new_tokens`.
 
@@ -120,12 +123,12 @@ def generate(
         raise UserError(
             f"--max_new_tokens {max_new_tokens} cuts class names: the longest has {longest} tokens"
         )
-    progress = progress or Progress()
+    kept = kept or KeptAnswers(Process("generate"))
     ends = stop_tokens(model, tokenizer)
     checks.refuse_unknown_tokens(base_of(model), tokenizer, [ends[:1], *prompts, *(allowed or [])])
     allowed = allowed and with_all_ends(allowed, ends)
     checks.prove_attention(base_of(model))
-    slow = why_slow(model)
+    slow = why_generate(model)
     witnesses = [] if slow or not prompts else self_check.witnesses(model, prompts)
     merged = should_merge(model, merging)
     if merged:
@@ -135,26 +138,26 @@ def generate(
     how = f"plain generate ({slow})" if slow else "fused layers"
     how += f", weights dense in {dtype}" if merged else ", weights in 4 bits"
     print(f"decoding   {how}", flush=True)
-    progress.resume(prompts, how)
+    kept.resume(prompts, how)
     answer = fast_answers if slow is None else plain_answers
-    left = {i: prompt for i, prompt in enumerate(prompts) if i not in progress.answers}
+    left = {i: prompt for i, prompt in enumerate(prompts) if i not in kept.answers}
     most = None if batch_size == "auto" else batch_size
     for index, ids in answer(model.eval(), left, max_new_tokens, ends, allowed, most) if left else ():
-        progress.add(index, ids)
-    answers = [progress.answers[i] for i in range(len(prompts))]
+        kept.add(index, ids)
+    answers = [kept.answers[i] for i in range(len(prompts))]
     return Answers(
         texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids in answers],
         input_tokens=sum(map(len, prompts)),
         output_tokens=sum(map(len, answers)),
-        seconds=progress.spent(),
-        earlier_seconds=progress.wall_seconds,
+        seconds=kept.spent(),
+        earlier_seconds=kept.wall_seconds,
         how=how,
         prompts_sha256=sha256_of(prompts),
         ends=ends,
     )
 
 
-def describe(answers: Answers, metrics: dict, decoding: str) -> dict:
+def describe(answers: Answers, process: Process, metrics: dict, decoding: str) -> dict:
     """The `eval` of a record."""
     examples = len(answers.texts)
     invalid = metrics.get("invalid_answers")
@@ -162,7 +165,7 @@ def describe(answers: Answers, metrics: dict, decoding: str) -> dict:
     return {
         "examples": examples,
         "seconds": answers.seconds,
-        "wall_seconds": answers.earlier_seconds + record.wall_seconds(),
+        "wall_seconds": answers.earlier_seconds + process.seconds(),
         "examples_per_second": examples / answers.seconds,
         "invalid_answers": None if invalid is None else round(invalid["value"] * examples / 100),
         "peak_memory_gib": device.peak_memory_gib(),
@@ -177,7 +180,7 @@ def describe(answers: Answers, metrics: dict, decoding: str) -> dict:
     }
 
 
-def why_slow(model) -> str | None:
+def why_generate(model) -> str | None:
     """The reason why decoding can't take the fast path, or None."""
     if not torch.cuda.is_available():
         return "no CUDA"

@@ -7,11 +7,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from bitsandbytes.functional import dequantize_4bit
+from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedTokenizerFast,
 )
@@ -197,8 +200,6 @@ def keep_unpacked(model) -> None:
 
 def quantization_from(recorded: dict):
     """The 4-bit settings that a training recorded."""
-    from transformers import BitsAndBytesConfig
-
     return BitsAndBytesConfig.from_dict(recorded)
 
 
@@ -211,8 +212,6 @@ def fingerprint(folder: Path, name: str = ADAPTER) -> str:
 def load_adapter(model, folder: Path, sha256: str | None = None, config_sha256: str | None = None):
     """`model` with a trained adapter for inference, its weights in the dtype that training multiplied them
     in. Raises UserError for one that is not whole, does not fit, or has another fingerprint than `sha256`."""
-    from peft import PeftModel
-
     if not (folder / ADAPTER).is_file():
         raise UserError(f"{folder} holds no {ADAPTER}: train the run again with --force")
     checkpoints.refuse_pointer(folder / ADAPTER, str(folder))
@@ -272,8 +271,6 @@ def merge(model):
 
     Raises ValueError where bitsandbytes has repacked the weights: on the CPU, in eval mode, at first use.
     """
-    from bitsandbytes.functional import dequantize_4bit
-
     base = base_of(model)
     for name, module in four_bit_layers(base).items():
         layer = getattr(module, "base_layer", module)

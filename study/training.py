@@ -1,4 +1,5 @@
-"""Fine-tune an adapter with transformers' Trainer, so that a killed run goes on and ends as it would have.
+"""Fine-tune an adapter with transformers' Trainer, by a fast or a plain path (paths.py), so that a killed run
+goes on (resuming.py) and ends as it would have.
 
 An optimizer step sees `batch_size` examples, in an order that depends on the seed alone. They are split into
 rows of at most `max_tokens_per_batch` tokens; the loss of the step is the sum over its learned tokens divided
@@ -6,11 +7,8 @@ by their count, however it is split.
 """
 
 import contextlib
-import importlib.util
-import json
 import math
 import os
-import re
 import shutil
 import sys
 import time
@@ -19,82 +17,31 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast
+from peft import get_peft_model
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from study import checkpoint as checkpoints_of_models
-from study import checks, device
+from study import checks, device, paths, resuming
+from study.device import Process
 from study.encoding import Example, sha256_of
 from study.errors import UserError, is_out_of_memory
-from study.fast import self_check
 from study.model import CONFIG, fingerprint
-from study.packing import choose_batching, learned_places, loss_sum, plan_steps, seed_of, split_to_fit
-from study.records import record, runs
-
-PROGRESS = "progress.json"  # stands in a checkpoint once all of it has been written
-ENOUGH_TOKENS = 4_096  # in a row: where fewer fit, checkpointing pays
-MOST_TOKENS = 16_384  # full speed on the largest cards; more only costs memory
-
-
-def fit_memory(model, examples: Sequence[Example], args, padded: bool, device) -> tuple[int, bool]:
-    """Tokens per forward pass and whether to checkpoint: the flags', and for "auto" what the device's memory
-    allows.
-
-    On CUDA the memory of a token is measured, without checkpointing and, where less than a few examples would
-    fit, with.
-    """
-    tokens, checkpointing = args.max_tokens_per_batch, args.gradient_checkpointing
-    longest = max(len(example.ids) for example in examples)
-    if device.type != "cuda" or (tokens != "auto" and checkpointing != "auto"):
-        return (4096 if tokens == "auto" else tokens), checkpointing == "on"
-    enough = max(longest, min(ENOUGH_TOKENS, args.batch_size * longest)) if tokens == "auto" else tokens
-    for on in [checkpointing == "on"] if checkpointing != "auto" else [False, True]:
-        room = tokens_that_fit(model, examples, args, padded, on, device)
-        if room >= enough:
-            break
-    return (max(longest, min(MOST_TOKENS, room)) if tokens == "auto" else tokens), on
-
-
-def tokens_that_fit(model, examples, args, padded, checkpointing, device) -> int:
-    """How many tokens one forward and backward pass can take, from the memory that a small one takes."""
-    group = sorted(examples, key=lambda example: len(example.ids))[-4:]
-    count = sum(len(example.ids) for example in group)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    torch.cuda.synchronize(device)
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    try:
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.compute_dtype() == torch.bfloat16):
-            loss_sum(model, group, args.loss_on, padded, device).backward()
-        used = torch.cuda.max_memory_allocated(device) - before
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        used = math.inf
-    model.zero_grad(set_to_none=True)
-    if checkpointing:
-        model.gradient_checkpointing_disable()
-    torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info(device)[0] - trainable * 12  # gradients and two AdamW moments in float32
-    torch.cuda.reset_peak_memory_stats(device)
-    return int(0.85 * free / (used / count))
+from study.packing import choose_batching, learned_places, plan_steps, seed_of, split_to_fit
+from study.records import record
+from study.records.schema import SCHEMA
 
 
 class PackedTrainer(Trainer):
-    """A Trainer whose batch is one whole optimizer step, split to fit the device within `training_step`."""
+    """A Trainer whose batch is one whole optimizer step, split by `path` to fit the device within
+    `training_step`."""
 
-    def __init__(
-        self, *, examples, steps, warmup, max_tokens, loss_on, padded, fast, history, progress, **options
-    ):
-        super().__init__(train_dataset=list(range(len(steps))), callbacks=[progress], **options)
-        self.progress, self.warmup = progress, warmup
-        self.examples, self.steps, self.max_tokens = examples, steps, max_tokens
-        self.loss_on, self.padded, self.fast, self.history = loss_on, padded, fast, history
+    def __init__(self, *, path, examples, steps, warmup, history, reporter, **options):
+        super().__init__(train_dataset=list(range(len(steps))), callbacks=[reporter], **options)
+        self.path, self.reporter, self.warmup = path, reporter, warmup
+        self.examples, self.steps, self.history = examples, steps, history
         self.lengths = [len(example.ids) for example in examples]
 
     def get_train_dataloader(self) -> DataLoader:
@@ -114,7 +61,7 @@ class PackedTrainer(Trainer):
         """What a tracker gets: loss and learning rate, as transformers logs them, with speed and memory."""
         if "loss" in logs:
             logs |= {
-                "tokens_per_second": self.progress.speed(self.state),
+                "tokens_per_second": self.reporter.speed(self.state),
                 "memory_gib": device.peak_memory_gib(),
             }
         super().log(logs, start_time)
@@ -125,21 +72,22 @@ class PackedTrainer(Trainer):
         A step that exceeds the memory is begun again with half as many tokens at once.
         """
         [number] = inputs
-        indices = self.steps[number]
-        learned = sum(len(learned_places(self.examples[i], self.loss_on)) for i in indices)
+        path, indices = self.path, self.steps[number]
+        path.through(model)
+        learned = sum(len(learned_places(self.examples[i], path.loss_on)) for i in indices)
         while True:
             try:
                 total = self.pass_by_pass(model, number, indices, learned)
                 break
             except RuntimeError as error:
                 longest = max(self.lengths[i] for i in indices)
-                given_up = self.max_tokens <= longest or self.args.world_size > 1
+                given_up = path.max_tokens <= longest or self.args.world_size > 1
                 if given_up or not is_out_of_memory(error):
                     raise
                 model.zero_grad(set_to_none=True)
-                self.max_tokens = max(longest, self.max_tokens // 2)
+                path.max_tokens = max(longest, path.max_tokens // 2)
             torch.cuda.empty_cache()
-            tqdm.write(f"out of memory: going on with {self.max_tokens:,} tokens at once")
+            tqdm.write(f"out of memory: going on with {path.max_tokens:,} tokens at once")
         self.history.append([number, total, learned])
         return total
 
@@ -148,34 +96,26 @@ class PackedTrainer(Trainer):
         # A process without an example repeats the first one with weight 0, since all must take part in the
         # exchange.
         mine, weight = (indices[rank::world], 1) if rank < len(indices) else (indices[:1], 0)
-        groups = split_to_fit(mine, self.lengths, self.max_tokens, self.padded)
-        # The dropout of a step depends on seed and step only, so a resumed run draws what the first one would
-        # have.
-        seed = seed_of(self.args.seed, number, rank)
-        torch.manual_seed(seed)
+        groups = split_to_fit(mine, self.lengths, self.path.max_tokens, self.path.padded)
+        # Of seed and step only, so a resumed run draws what the first one would have.
+        self.path.begin(seed_of(self.args.seed, number, rank))
         total = torch.zeros((), device=self.args.device)
         for i, group in enumerate(groups):
             last = i == len(groups) - 1
-            with (
-                contextlib.nullcontext() if last else self.accelerator.no_sync(model),
-                self.compute_loss_context_manager(),
-            ):
-                examples = [self.examples[j] for j in group]
-                if self.fast:
-                    loss = self.fast.loss_sum(examples, self.loss_on, (seed + i) % 2**31)
-                else:
-                    loss = loss_sum(model, examples, self.loss_on, self.padded, self.args.device)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                loss = self.path.loss_sum([self.examples[j] for j in group])
             self.accelerator.backward(weight * world * loss / learned)  # the exchange averages over processes
             total += weight * loss.detach() / learned
         return self.accelerator.reduce(total, "sum") if world > 1 else total
 
 
-class Progress(TrainerCallback):
+class Reporter(TrainerCallback):
     """Print a line now and then; save checkpoints as often as costs a twentieth of the time, and mark the
     whole ones."""
 
-    def __init__(self, run: dict, history: list, tokens: list[int], spent: dict):
-        self.run, self.history, self.tokens, self.spent = run, history, tokens, spent
+    def __init__(self, process: Process, path, run: dict, history: list, tokens: list[int], spent: dict):
+        self.process, self.path, self.run = process, path, run
+        self.history, self.tokens, self.spent = history, tokens, spent
         self.saving = 0.1  # seconds that a checkpoint takes: a guess until one has been written
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -218,22 +158,16 @@ class Progress(TrainerCallback):
         if state.is_world_process_zero:
             spent = {
                 "seconds": self.seconds(),
-                "wall_seconds": self.spent["wall_seconds"] + record.wall_seconds(),
+                "wall_seconds": self.spent["wall_seconds"] + self.process.seconds(),
                 "peak_memory_gib": max(self.spent["peak_memory_gib"], device.peak_memory_gib()),
             }
             history = [[step, float(loss), learned] for step, loss, learned in self.history]
-            progress = {"schema": record.SCHEMA, **self.run, "spent": spent, "history": history}
-            progress["plan"] = self.plan()
+            progress = {"schema": SCHEMA, **self.run, "spent": spent, "history": history}
+            progress["plan"] = self.path.plan()
             folder = Path(args.output_dir)
-            record.write_json(folder / f"checkpoint-{state.global_step}" / PROGRESS, progress)
-            discard_older(folder)
+            record.write_json(folder / f"checkpoint-{state.global_step}" / resuming.PROGRESS, progress)
+            resuming.discard_older(folder)
         self.saving, self.saved = time.monotonic() - self.saved, time.monotonic()
-
-
-def discard_older(folder: Path) -> None:
-    """Keep the two newest checkpoints, by their steps: a clock that was set back makes new files old."""
-    for old in checkpoints_in(folder)[:-2]:
-        shutil.rmtree(old)
 
 
 def check_finite(model, args) -> None:
@@ -245,24 +179,6 @@ def check_finite(model, args) -> None:
 def diverged(what: str, args) -> UserError:
     rate = f"--learning_rate {args.learning_rate:g}"
     return UserError(f"{what}: {rate} is too high for these examples; give a lower one")
-
-
-def checkpoints_in(folder: Path) -> list[Path]:
-    """The checkpoints that training has left, oldest first; copies that someone made of them are not ours."""
-    ours = re.compile(r"checkpoint-[1-9][0-9]*")
-    found = [path for path in folder.glob("checkpoint-*") if ours.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint that was written whole; others are removed."""
-    whole = None
-    for checkpoint in checkpoints_in(folder):
-        if (checkpoint / PROGRESS).is_file():
-            whole = checkpoint
-        elif device.is_main_process():
-            shutil.rmtree(checkpoint)
-    return whole
 
 
 def settings(folder: Path, report_to: str, **chosen) -> TrainingArguments:
@@ -286,8 +202,8 @@ def settings(folder: Path, report_to: str, **chosen) -> TrainingArguments:
         gradient_accumulation_steps=1,
         remove_unused_columns=False,
         label_names=[],
-        save_strategy="no",  # Progress decides
-        save_total_limit=None,  # it goes by the files' times, and Progress by the steps
+        save_strategy="no",  # Reporter decides
+        save_total_limit=None,  # it goes by the files' times, and Reporter by the steps
         logging_nan_inf_filter=False,
         ddp_find_unused_parameters=False,
         disable_tqdm=not sys.stderr.isatty(),
@@ -304,12 +220,13 @@ def train(
     args,
     folder: Path,
     run: dict,
+    process: Process,
 ) -> dict:
     """Train an adapter on `model` (4-bit, frozen) and leave it in `folder`/adapter. Returns the record's
     `train`.
 
-    `run` says what is being trained ({"config", "data", "prompt_sha256", "checkpoint"}); a checkpoint of the
-    same run is resumed, one of another refused."""
+    `run` says what is being trained ({"method", "config", "data", "prompt_sha256", "checkpoint"}); a
+    checkpoint of the same run is resumed, one of another refused."""
     checks.refuse_unknown_tokens(model, tokenizer, [example.ids for example in examples])
     padded = choose_batching(model, args.attn_implementation, training.device)
     model = with_adapter(model, lora, args)
@@ -319,90 +236,62 @@ def train(
         "examples_sha256": sha256_of([[example.answer_start, example.ids] for example in examples]),
         "schedule": f"constant after a linear warm-up of {warmup} steps",
     }
-    checkpoint, spent, history = resume(Path(training.output_dir), run, args)
-    kept = kept_plan(checkpoint, args)
+    checkpoint, spent, history = resuming.resume(Path(training.output_dir), run, args, process)
     tokens = [sum(len(examples[i].ids) for i in step) for step in steps]
-    fast, slow = None, why_slow(model, args, padded, training)
-    if kept and not kept["fused"]:
-        slow = slow or "as before it was stopped"
-    if slow is None:
-        fast, slow = fast_path(model, examples, tokens, args, kept)
-    if slow and kept and kept["fused"]:
-        print("resumed    by other layers than it began with: its adapter will be another one by rounding")
-    if fast:
-        max_tokens, checkpointing = fast.plan.tokens, False
-    elif kept and not kept["fused"]:
-        max_tokens, checkpointing = kept["tokens"], kept["gradient_checkpointing"]
-    else:
-        max_tokens, checkpointing = fit_memory(model, examples, args, padded, training.device)
-    training.gradient_checkpointing = checkpointing
+    kept = resuming.kept_plan(checkpoint, args)
+    path = paths.choose(model, examples, tokens, args, padded, kept, training)
+    training.gradient_checkpointing = path.checkpointing
     training.gradient_checkpointing_kwargs = {"use_reentrant": False}
     training.max_steps = len(steps)
     training._n_gpu = min(training.n_gpu, 1)  # a process drives one GPU; more take `accelerate launch`
 
-    progress = Progress(run, history, tokens, spent)
+    reporter = Reporter(process, path, run, history, tokens, spent)
     trainer = PackedTrainer(
         model=model,
         args=training,
         processing_class=tokenizer,
+        path=path,
         examples=examples,
         steps=steps,
         warmup=warmup,
-        max_tokens=max_tokens,
-        loss_on=args.loss_on,
-        padded=padded,
-        fast=fast,
         history=history,
-        progress=progress,
+        reporter=reporter,
     )
     trainer.remove_callback(PrinterCallback)
-    progress.plan = lambda: {
-        "fused": bool(fast),
-        "tokens": trainer.max_tokens,
-        "gradient_checkpointing": checkpointing,
-        **({"keep": fast.plan.keep, "on_host": fast.plan.on_host} if fast else {}),
-    }
-    plain = (
-        f"plain layers ({slow}), {'padded' if padded else 'packed'}, {model.config._attn_implementation} "
-        f"attention, checkpointing {'on' if checkpointing else 'off'}"
-    )
     print(
         f"training   {len(examples):,} examples, {len(steps):,} steps, {sum(tokens):,} tokens, at most "
-        f"{max_tokens:,} at once; "
-        + (f"fused layers, {fast.plan}" if fast else plain)
+        f"{path.max_tokens:,} at once; {path.describe()}"
         + (f"; resumed from {checkpoint.name}" if checkpoint else ""),
         flush=True,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = progress.seconds()
+    seconds = reporter.seconds()
     check_finite(model, args)
-    adapter = save_adapter(model, tokenizer, folder) if device.is_main_process() else None
-    per_epoch = len(steps) // args.epochs
+    adapter = save_adapter(model, tokenizer, folder) if process.main else None
     return {
-        "loss": mean_loss(history[-per_epoch:]),
+        **losses(history, len(steps) // args.epochs),
         "examples": len(examples),
         "steps": len(steps),
         "tokens": sum(tokens),
-        "learned_tokens": sum(learned for _, _, learned in history),
         "seconds": seconds,
-        "wall_seconds": spent["wall_seconds"] + record.wall_seconds(),
+        "wall_seconds": spent["wall_seconds"] + process.seconds(),
         "tokens_per_second": sum(tokens) / seconds,
         "peak_memory_gib": max(spent["peak_memory_gib"], device.peak_memory_gib()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "batching": {
-            "padded": padded,
-            "attention": "fused" if fast else model.config._attn_implementation,
-            "max_tokens_per_batch": trainer.max_tokens,
-            "gradient_checkpointing": fast.plan.keep != "all" if fast else checkpointing,
-            "plan": str(fast.plan) if fast else None,
-            "not_fused": slow,
-            "processes": training.world_size,
-        },
+        "batching": path.batching() | {"processes": training.world_size},
         "without_adapter": checks.without_adapter(model) if args.target_modules == ["all-linear"] else None,
         "schedule": run["schedule"],
         "examples_sha256": run["examples_sha256"],
         "adapter_sha256": adapter,
         "adapter_config_sha256": adapter and fingerprint(folder / "adapter", CONFIG),
+    }
+
+
+def losses(history: Sequence[Sequence], per_epoch: int) -> dict:
+    """What the record says of all steps ([step, loss, learned tokens]): the mean loss of the last epoch."""
+    return {
+        "loss": mean_loss(history[-per_epoch:]),
+        "learned_tokens": sum(learned for _, _, learned in history),
         "loss_history": thin([[step + 1, float(loss)] for step, loss, _ in history]),
     }
 
@@ -416,8 +305,6 @@ def warmup_steps(share: float, examples: int, batch_size: int) -> int:
 def with_adapter(model, lora, args):
     """`model` with new adapters by the seed, in train mode, once: nothing here evaluates. Raises UserError
     where PEFT can't give it some."""
-    from peft import get_peft_model
-
     torch.manual_seed(args.seed)
     try:
         model = get_peft_model(model, lora).train()
@@ -440,112 +327,6 @@ def check_targets(model, names: Sequence[str]) -> None:
     for name in names:
         if name != "all-linear" and not any(layer.endswith(f".{name}") for layer in adapted):
             raise UserError(f"--target_modules {name}: the model has no such layer")
-
-
-def why_slow(model, args, padded: bool, training: TrainingArguments) -> str | None:
-    """The reason why training can't take the fast path, or None."""
-    if training.device.type != "cuda":
-        return "no CUDA"
-    if device.compute_dtype() != torch.bfloat16 or not importlib.util.find_spec("triton"):
-        return "no bfloat16 or no triton here"
-    if training.world_size > 1:
-        return "several processes"
-    if padded:
-        return "padded"
-    if args.attn_implementation != "auto":
-        return f"--attn_implementation {args.attn_implementation}"
-
-    def eligible() -> str | None:
-        from study.fast import train as fused
-
-        return fused.why_not(model)
-
-    return self_check.attempt(eligible)
-
-
-def fast_path(
-    model, examples: Sequence[Example], tokens: Sequence[int], args, kept: dict | None = None
-) -> tuple:
-    """The model's fused layers, with the plan that was `kept` or that fits the device's free memory, and
-    None; or None and the reason why they can't be used."""
-    made = []
-    slow = self_check.attempt(lambda: made.append(fused_layers(model, examples, tokens, args, kept)))
-    slow = slow or self_check.training(model, made[0], examples, args.loss_on)
-    return (None, slow) if slow else (made[0], None)
-
-
-def fused_layers(model, examples: Sequence[Example], tokens: Sequence[int], args, kept: dict | None):
-    from study.fast import train as fused
-
-    if kept:
-        plan = fused.Plan(kept["tokens"], kept["keep"], kept["on_host"])
-        return fused.FusedModel(model, plan)
-    longest = max(len(example.ids) for example in examples)
-    given = args.max_tokens_per_batch
-    wanted = None if given == "auto" else max(longest, min(given, max(tokens)))
-    torch.cuda.empty_cache()
-    free = int(0.92 * torch.cuda.mem_get_info()[0])
-    learned = args.batch_size * max(len(learned_places(example, args.loss_on)) for example in examples)
-    step = min(MOST_TOKENS, max(tokens)), learned
-    shared = fused.shared_tokens(examples, args.loss_on)
-    plan = fused.choose_plan(model, free, longest, step, wanted, args.gradient_checkpointing, shared)
-    return fused.FusedModel(model, plan)
-
-
-def resume(checkpoints: Path, run: dict, args) -> tuple[Path | None, dict, list]:
-    """The checkpoint to go on from, what the run has spent, and its losses so far."""
-    nothing = {"seconds": 0.0, "wall_seconds": 0.0, "peak_memory_gib": 0.0}
-    if args.force:
-        remove_checkpoints(checkpoints)
-        return None, nothing, []  # the other processes don't wait to see them gone
-    checkpoint = last_checkpoint(checkpoints)
-    if checkpoint is None:
-        return None, nothing, []
-    progress = read_progress(checkpoint)
-    runs.check_same(progress["config"], args, runs.training_settings(args), checkpoint)
-    runs.check_same_data(progress["data"], run["data"], checkpoint)
-    redo = "--force redoes it"
-    checkpoints_of_models.check_same(progress.get("checkpoint"), run.get("checkpoint"), checkpoint, redo)
-    for name, what in {
-        "prompt_sha256": "another prompt than prompts.py has now",
-        "examples_sha256": "other tokens than the examples have now",
-        "schedule": "another schedule of learning rates",
-    }.items():
-        before = progress.get(name, None if name == "schedule" else run.get(name))
-        if name in run and before != run[name]:
-            raise UserError(f"{checkpoint} was made with {what}: {redo}")
-    return checkpoint, progress["spent"], progress["history"]
-
-
-def read_progress(checkpoint: Path) -> dict:
-    path = checkpoint / PROGRESS
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}): remove {checkpoint} and start again") from None
-
-
-def kept_plan(checkpoint: Path | None, args) -> dict | None:
-    """How the run computed before it was stopped, which also decides what dropout draws; None where its flags
-    now ask for something else."""
-    progress = read_progress(checkpoint) if checkpoint else {}
-    asked = ("max_tokens_per_batch", "gradient_checkpointing", "attn_implementation")
-    same = all(progress["config"].get(name) == getattr(args, name) for name in asked if progress)
-    return progress.get("plan") if same else None
-
-
-def remove_checkpoints(folder: Path) -> None:
-    """Remove a run's own checkpoints, and their folder if nothing else is in it."""
-    if device.is_main_process():
-        for checkpoint in checkpoints_in(folder):
-            shutil.rmtree(checkpoint, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            folder.rmdir()
-
-
-def discard_checkpoints(folder: Path) -> None:
-    """Remove what only an unfinished run needs."""
-    remove_checkpoints(folder / "checkpoints")
 
 
 def save_adapter(model, tokenizer, folder: Path) -> str:

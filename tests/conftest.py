@@ -12,10 +12,13 @@ from threading import Semaphore
 
 import pytest
 
+from study.device import Process
+
 # Before torch loads. Models this small gain little from a second thread and lose much where cores are shared;
 # no test takes a GPU or the network.
 os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
 
+PROCESS = Process("test")
 ROOT = Path(__file__).resolve().parent.parent
 DEMO_MODEL = ROOT / "demo" / "model"
 DEMO_DATA = ROOT / "demo" / "data"

@@ -10,26 +10,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from prompts import prompt_sha256
 from study import cli
+from study.device import Process
 from study.records import record, runs
-from study.report import collect
+from study.records.schema import PARTS, SCORES
 
 
 def leave(script: str, words: list[str]) -> None:
     task = None if "baseline" in script else Path(script).stem.split("_")[1]
     args = cli.parse_args(task, "", words)
     method = getattr(args, "prompt_type", "qlora")
-    folder = runs.experiment_dir(args) if task else runs.baseline_dir(args)
+    folder, process = runs.folder_of(args, method), Process(script)
     trained = runs.finished_training(folder, args) if "_inference" in script and task else None
+    args = runs.with_settings_of(trained, args) if trained else args
     part = "train" if task and not trained else "eval"
     path = folder / (runs.eval_name(args, trained["config"]) if trained else f"{part}.json")
-    measured = {name.partition(".")[2]: 1 for name in collect.NEEDED[part] if name.startswith(f"{part}.")}
-    metrics = {name: {"value": 1, "ci95": [0, 2]} for name in collect.SCORES[args.task]}
+    measured = {name.partition(".")[2]: 1 for name in PARTS[part].holds if name.startswith(f"{part}.")}
+    metrics = {name: {"value": 1, "ci95": [0, 2]} for name in SCORES[args.task]}
     split = {"source": "s", "rows": 1, "available": 1, "sha256": "5"}
-    with record.locked(folder), record.recording(path, args, method, ()) as content:
+    with record.locked(folder, process), record.recording(path, args, method, process) as content:
         content["prompt_sha256"] = prompt_sha256(args.task, "instruction" if task else method)
         content["data"] = {"train" if part == "train" else args.split: split}
         content["cost"] = {"device": "another", "gpu": "another", "price_per_hour": None}  # no estimate
-        content |= {"quantization": {}, "labels": [], "training": trained and trained["finished"]}
+        content.update(runs.scored_adapter(trained) if trained else {}, quantization={}, labels=[])
         content[part] = measured | {"loss_history": [], "metrics": metrics}
 
 

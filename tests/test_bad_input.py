@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import DEMO_DATA, DEMO_MODEL, MEASURED, ROOT, error_line, run_script, write_rows
+from conftest import DEMO_DATA, DEMO_MODEL, MEASURED, PROCESS, ROOT, error_line, run_script, write_rows
 from preloaded import run_preloaded
 
 from prompts import prompt_sha256
 from study import checkpoint, cli
 from study.errors import UserError
-from study.records import record, runs
+from study.records import record
 
 TRAINING = ["llama2_classification.py", "llama2_summarization.py"]
 INFERENCE = ["llama2_classification_inference.py", "llama2_summarization_inference.py"]
@@ -43,7 +43,7 @@ def leave_record(folder: Path, *flags: object, task: str = "classification", err
     args = cli.parse_args(task, "", list(map(str, flags)))
     path = folder / "train.json"
     try:
-        with record.recording(path, args, "qlora", runs.training_settings(args)) as content:
+        with record.recording(path, args, "qlora", PROCESS) as content:
             content |= {"labels": ["a", "b"], "data": {"train": {"sha256": "0"}}, "quantization": {}}
             content |= {"prompt_sha256": prompt_sha256(task, "instruction"), "train": MEASURED}
             content["cost"] = {"gpu": "CPU", "price_per_hour": None}
@@ -242,7 +242,9 @@ def test_help_lists_every_flag_and_loads_no_library(script):
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_an_interrupted_script_says_so_with_status_130(name):
-    code = f"import signal; from study import cli; cli.run_script(lambda: signal.raise_signal(signal.{name}))"
+    code = (
+        f"import signal; from study import cli; cli.run_script(lambda _: signal.raise_signal(signal.{name}))"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "interrupted: start it again and it goes on\n")
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import DEMO_DATA, DEMO_MODEL
+from conftest import DEMO_DATA, DEMO_MODEL, PROCESS
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
@@ -167,7 +167,7 @@ def test_the_ends_of_sequence_a_checkpoint_adds_are_kept_and_recorded(tmp_path, 
     assert base.generation_config.to_diff_dict().keys() <= {"eos_token_id", "transformers_version"}
     answers = generation.generate(base, tokenizer, prompts[:2], 4)
     assert answers.ends == [2, 311]
-    assert generation.describe(answers, {}, "free")["ends"] == [2, 311]
+    assert generation.describe(answers, PROCESS, {}, "free")["ends"] == [2, 311]
 
 
 def test_what_the_model_read_is_fingerprinted(model, tokenizer, prompts):
@@ -211,11 +211,11 @@ def test_merging_changes_no_answer(model, tokenizer, prompts):
 def test_every_answer_is_kept_at_once_for_those_decoded_alike(tmp_path, capsys):
     prompts, kept = [[1], [2], [3]], []
     for how in ("dense", "dense", "in 4 bits"):
-        progress = generation.Progress(tmp_path / "eval.json", {"config_hash": "a"})
-        progress.resume(prompts, how)
-        kept.append(dict(progress.answers))
+        answers = generation.KeptAnswers(PROCESS, tmp_path / "eval.json", {"config_hash": "a"})
+        answers.resume(prompts, how)
+        kept.append(dict(answers.answers))
         for i in (0, 2):
-            progress.add(i, [i])
+            answers.add(i, [i])
     assert kept == [{}, {0: [0], 2: [2]}, {}]
     shown = capsys.readouterr().out
     assert "2 of 3 answers are there" in shown
@@ -240,9 +240,9 @@ def test_a_killed_evaluation_goes_on_with_the_answers_it_has(
 
         asked.clear()
         monkeypatch.setattr(generation, "continue_batch", answer)
-        progress = generation.Progress(path, run, force)
-        texts = generation.generate(model, tokenizer, prompts, 16, 2, progress=progress).texts
-        progress.discard()
+        kept = generation.KeptAnswers(PROCESS, path, run, force)
+        texts = generation.generate(model, tokenizer, prompts, 16, 2, kept=kept).texts
+        kept.discard()
         return texts
 
     with pytest.raises(Stopped):

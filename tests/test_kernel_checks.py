@@ -15,7 +15,7 @@ from conftest import INTERPRETED, ROOT, ran_beside
 from study import device
 
 pytest.importorskip("triton")
-from study import generation, training
+from study import generation, paths
 from study.encoding import Example
 from study.fast import decode, self_check
 from study.fast import train as fused
@@ -139,7 +139,7 @@ def test_training_whose_kernels_can_not_be_launched_goes_on_with_the_plain_layer
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**30))
     args = Namespace(max_tokens_per_batch=64, gradient_checkpointing="auto", batch_size=2, loss_on="answer")
     before = [parameter.clone() for parameter in tuned.parameters()]
-    fast, slow = training.fast_path(tuned, EXAMPLES, [16, 8], args)
+    fast, slow = paths.fast_path(tuned, EXAMPLES, [16, 8], args)
     assert fast is None
     assert "driver" in slow
     assert "\n" not in slow
@@ -155,7 +155,7 @@ def test_scoring_whose_kernels_can_not_be_launched_goes_on_with_generate(tuned, 
             module.p = 0.0
     monkeypatch.setattr(model, "eval", lambda: model)  # bitsandbytes would repack its weights on the CPU
     expected = generation.generate(model, tokenizer, prompts, 3)
-    monkeypatch.setattr(generation, "why_slow", lambda model: None)
+    monkeypatch.setattr(generation, "why_generate", lambda model: None)
     got = generation.generate(model, tokenizer, prompts, 3)
     assert got.texts == expected.texts
     assert "plain generate (" in got.how
@@ -170,12 +170,12 @@ def test_what_breaks_before_the_check_is_a_reason_too(tuned, monkeypatch):
     monkeypatch.setattr(device, "compute_dtype", lambda: torch.bfloat16)
     monkeypatch.setattr(fused, "why_not", broken)
     settings = Namespace(device=torch.device("cuda"), world_size=1)
-    slow = training.why_slow(tuned, Namespace(attn_implementation="auto"), False, settings)
+    slow = paths.why_plain(tuned, Namespace(attn_implementation="auto"), False, settings)
     assert slow == "ImportError: libcuda.so.1: cannot open shared object file"
     monkeypatch.setattr(device, "compute_dtype", lambda: torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(decode, "why_not", broken)
-    assert generation.why_slow(tuned) == slow
+    assert generation.why_generate(tuned) == slow
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, write_rows
+from conftest import PROCESS, ROOT, write_rows
 
 from prompts import prompt_sha256
 from study import cli, data, device, metrics
 from study.errors import UserError
 from study.records import estimate, record, runs
-from study.report import collect
+from study.records.schema import PARTS
 
 TRAIN, SCORE = (str(ROOT / f"llama2_classification{part}.py") for part in ("", "_inference"))
 ONE_CELL = {"RANKS": "4", "EPOCHS": "2", "DROPOUTS": "0.1"}
@@ -91,7 +91,7 @@ def leave_record(
     plain = {"task": "summarization", "method": "qlora", "model": config["pretrained_ckpt"]}
     plain["gpu"] = device.processor()
     about = plain | other
-    spent = {name.partition(".")[2]: 0 for name in collect.NEEDED[part] if name.startswith(f"{part}.")}
+    spent = {name.partition(".")[2]: 0 for name in PARTS[part].holds if name.startswith(f"{part}.")}
     spent |= {
         "loss_history": [],
         "metrics": PERFECT,
@@ -171,7 +171,7 @@ def test_baseline_inference_lists_models_tasks_and_prompts(tmp_path, env, models
 def test_baseline_inference_draws_few_shot_examples_by_every_seed_and_zero_shot_once(tmp_path):
     cells = [("zero-shot", "42"), ("few-shot", "42"), ("few-shot", "7"), ("few-shot", "8")]
     names = [
-        str(runs.baseline_dir(cli.parse_args(None, "", ["--prompt_type", prompt, "--seed", seed])))
+        str(runs.folder_of(cli.parse_args(None, "", ["--prompt_type", prompt, "--seed", seed]), prompt))
         for prompt, seed in cells
     ]
     env = {"MODELS": "NousResearch/Llama-2-7b-hf", "TASKS": "classification", "SEEDS": "42 7 8"}
@@ -253,10 +253,10 @@ def finish_cell(folder: Path, rank: int, files: tuple) -> Path:
     words = map(str, ("--lora_r", rank, "--epochs", 2, "--dropout", 0.1, "--output_dir", folder, *files))
     args = cli.parse_args("classification", "", list(words))
     splits = {name: split.describe() for name, split in data.load(args, ["train", "test"]).items()}
-    path = runs.experiment_dir(args) / "train.json"
+    path = runs.folder_of(args, "qlora") / "train.json"
     path.parent.mkdir(parents=True)
     spent = {"examples": 4, "seconds": 1.0, "wall_seconds": 2.0, "peak_memory_gib": 0.5}
-    with record.recording(path, args, "qlora", runs.training_settings(args)) as trained:
+    with record.recording(path, args, "qlora", PROCESS) as trained:
         trained |= {
             "data": {"train": splits["train"]},
             "labels": ["a", "b"],
@@ -270,9 +270,10 @@ def finish_cell(folder: Path, rank: int, files: tuple) -> Path:
         "classification", "", ["--experiment_dir", str(path.parent), "--output_dir", str(folder)]
     )
     trained = runs.finished_training(path.parent, args)
-    with record.recording(path.parent / "eval.json", args, "qlora", runs.SCORED) as scored:
+    args = runs.with_settings_of(trained, args)
+    with record.recording(path.parent / "eval.json", args, "qlora", PROCESS) as scored:
         scored |= {name: trained[name] for name in ("prompt_sha256", "cost")}
-        scored |= {"data": {"test": splits["test"]}, "training": trained["finished"]}
+        scored |= {"data": {"test": splits["test"]}, **runs.scored_adapter(trained)}
         scores, _ = metrics.score("classification", ["a", "b", "b", "b"], ["a", "b", "a", "b"], ["a", "b"])
         read = {"examples_per_second": 4.0, "input_tokens": 9, "output_tokens": 9, "decoding": "free"}
         scored["eval"] = spent | read | {"metrics": scores}
@@ -440,9 +441,9 @@ def test_a_damaged_record_fails_its_own_cell_only(tmp_path, files):
 def estimate_of(folder: Path, state: str, *words: object, name: str = "eval.json", task="summarization"):
     """Seconds and USD, at a cent a second, of a run by the records in `folder`."""
     words = (*PRICED, "--output_dir", folder, *words)
-    return estimate.estimate(
-        cli.parse_args(task, "", list(map(str, words))), folder / "run" / name, state == "trained"
-    )
+    args = cli.parse_args(task, "", list(map(str, words)))
+    method = getattr(args, "prompt_type", "qlora")
+    return estimate.estimate(args, method, folder / "run" / name, state == "trained")
 
 
 def leave_three(folder: Path, part: str) -> None:
@@ -491,7 +492,7 @@ def test_an_evaluation_takes_its_training_too_where_that_is_not_finished(tmp_pat
 
 
 def test_a_training_on_two_gpus_costs_twice_and_its_evaluation_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(device, "gpu_name", lambda: "NVIDIA A10G")
+    monkeypatch.setattr(device, "name", lambda: "NVIDIA A10G")
     path = leave_record(tmp_path, "train", seconds=1, loading=7, gpu="NVIDIA A10G")
     content = json.loads(path.read_text())
     content["train"]["batching"] = {"processes": 2}
@@ -499,7 +500,7 @@ def test_a_training_on_two_gpus_costs_twice_and_its_evaluation_once(tmp_path, mo
     leave_record(tmp_path, "eval", seconds=1, loading=3, gpu="NVIDIA A10G")
     words = ("--gpu_name", "g5.2xlarge", "--epochs", "1", "--output_dir", str(tmp_path))
     seconds, usd = estimate.estimate(
-        cli.parse_args("summarization", "", words), tmp_path / "eval.json", False
+        cli.parse_args("summarization", "", words), "qlora", tmp_path / "eval.json", False
     )
     assert seconds == pytest.approx(107 + 23)
     assert usd == pytest.approx((2 * 107 + 23) * 1.212 / 3600)
@@ -562,11 +563,12 @@ def test_a_speed_is_that_of_the_device_it_was_measured_on_whatever_its_price_is_
 
 def test_a_device_with_several_prices_has_none_and_that_is_said(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(device, "gpu_name", lambda: "NVIDIA A10G")
+    monkeypatch.setattr(device, "name", device.gpu_name)
     leave_record(tmp_path, "train", seconds=1, loading=7, gpu="NVIDIA A10G")
     words = ["--output_dir", str(tmp_path), "--epochs", "1"]
     for more, usd in (([], "?"), (["--gpu_name", "g5.4xlarge"], f"{107 * 1.624 / 3600:.6g}")):
         args = cli.parse_args("summarization", "", [*words, *more])
-        estimate.say_dry_run(tmp_path / "run" / "train.json", args)
+        estimate.say_dry_run(tmp_path / "run" / "train.json", args, "qlora", PROCESS)
         *lines, last = capsys.readouterr().out.splitlines()
         assert last == f"not started\t{tmp_path}/run\t107\t{usd}"
         said = [line for line in lines if "$1.212 (g5.2xlarge) or $1.624 (g5.4xlarge)" in line]
@@ -578,7 +580,7 @@ def test_the_name_of_a_card_is_refused_where_there_is_none(tmp_path, monkeypatch
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     args = cli.parse_args("summarization", "", ["--gpu_name", "A10G", "--price_per_hour", "1"])
     with pytest.raises(UserError, match=r"--gpu_name A10G: no GPU is in sight here; .*--price_per_hour"):
-        estimate.say_dry_run(tmp_path / "train.json", args)
+        estimate.say_dry_run(tmp_path / "train.json", args, "qlora", PROCESS)
     with pytest.raises(UserError, match=r"--gpu_name A10G: no GPU"):
         estimate.check_gpu_name(args)
     monkeypatch.setattr(device, "gpu_name", lambda: "NVIDIA A10G")
@@ -588,7 +590,9 @@ def test_the_name_of_a_card_is_refused_where_there_is_none(tmp_path, monkeypatch
 def test_an_unknown_price_leaves_the_seconds_and_no_dollars(tmp_path, capsys):
     leave_record(tmp_path, "train", seconds=1, loading=1)
     words = ["--output_dir", str(tmp_path), "--epochs", "1"]
-    estimate.say_dry_run(tmp_path / "run" / "train.json", cli.parse_args("summarization", "", words))
+    estimate.say_dry_run(
+        tmp_path / "run" / "train.json", cli.parse_args("summarization", "", words), "qlora", PROCESS
+    )
     assert capsys.readouterr().out.splitlines()[-1] == f"not started\t{tmp_path}/run\t101\t?"
 
 

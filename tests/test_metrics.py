@@ -12,7 +12,7 @@ import unicodedata
 import numpy as np
 import pytest
 import scipy.stats
-from conftest import DEMO_DATA
+from conftest import DEMO_DATA, PROCESS
 from sklearn.metrics import accuracy_score, f1_score
 
 from study import cli, data, metrics
@@ -227,7 +227,9 @@ def test_the_version_of_a_metric_is_that_of_its_task():
 
     answers = Answers(["x"], 1, 1, 1.0, 0.0, "", "", [2])
     versions = {
-        task: describe(answers, metrics.score(task, ["x"], ["x"], labels)[0], "free")["metrics_version"]
+        task: describe(answers, PROCESS, metrics.score(task, ["x"], ["x"], labels)[0], "free")[
+            "metrics_version"
+        ]
         for task, labels in (("classification", ["x", "y"]), ("summarization", []))
     }
     assert {task: text.partition(",")[0] for task, text in versions.items()} == {

@@ -17,12 +17,15 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from conftest import MEASURED, ROOT, run_script
+from conftest import MEASURED, PROCESS, ROOT, run_script
 
 from prompts import prompt_sha256
 from study import cli, device
+from study.device import Process
 from study.errors import UserError
+from study.files import write_text
 from study.records import estimate, record, runs
+from study.records.schema import METHODS
 
 CLASSIFICATION = "experiments/classification-sampleFraction-1.0_epochs-5_rank-8_dropout-0.1_seed-42"
 SUMMARIZATION = "experiments/summarization-sampleFraction-1.0_epochs-1_rank-64_dropout-0.1_seed-42"
@@ -34,7 +37,12 @@ def flags(*words: object, task: str | None = "classification"):
 
 
 def run_name(*words: object, task: str = "classification") -> str:
-    return str(runs.experiment_dir(flags(*words, task=task)))
+    return str(runs.folder_of(flags(*words, task=task), "qlora"))
+
+
+def baseline_dir(*words: object) -> Path:
+    args = flags(*words, task=None)
+    return runs.folder_of(args, args.prompt_type)
 
 
 def make_record(
@@ -44,7 +52,7 @@ def make_record(
     args = flags(*words, task=task)
     path.parent.mkdir(exist_ok=True)
     try:
-        with record.recording(path, args, "qlora", runs.training_settings(args)) as content:
+        with record.recording(path, args, "qlora", PROCESS) as content:
             prompt = prompt_sha256(task, "instruction")
             parts = {"labels": ["a", "b"], "prompt_sha256": prompt, "quantization": {}}
             parts |= {
@@ -98,7 +106,7 @@ def test_a_run_is_named_as_published(task, words, name):
     ],
 )
 def test_a_baseline_is_named_by_model_task_and_prompt(words, folder):
-    assert str(runs.baseline_dir(flags(*words, task=None))) == f"experiments/baseline/{folder}"
+    assert str(baseline_dir(*words)) == f"experiments/baseline/{folder}"
 
 
 @pytest.mark.parametrize(
@@ -106,13 +114,13 @@ def test_a_baseline_is_named_by_model_task_and_prompt(words, folder):
     ["--shots 3", "--chat_template auto", "--max_eval_samples 5", "--seed 1", "--decoding constrained"],
 )
 def test_a_baseline_with_other_settings_gets_a_short_hash(words):
-    name = runs.baseline_dir(flags("--prompt_type", "few-shot", *words.split(), task=None)).name
+    name = baseline_dir("--prompt_type", "few-shot", *words.split()).name
     assert re.fullmatch("few-shot_[0-9a-f]{8}", name)
 
 
 @pytest.mark.parametrize("words", ["--shots 3", "--prompt_type few-shot --shots 1"])
 def test_shots_that_change_nothing_name_no_other_run(words):
-    assert "_" not in runs.baseline_dir(flags(*words.split(), task=None)).name
+    assert "_" not in baseline_dir(*words.split()).name
 
 
 SETTINGS = [  # every flag that changes what a training learns
@@ -165,8 +173,8 @@ def test_a_flag_that_changes_speed_or_score_only_leaves_the_name(words):
 
 
 def test_every_flag_is_known_to_change_the_result_or_not():
-    named = {f"--{name}" for name in (*runs.NAMED, "output_dir", "experiment_dir", "help")}
-    known = named | {words.split()[0] for words in SETTINGS + SPEED}
+    named = {f"--{name}" for name in (*METHODS["qlora"].spelled, "output_dir", "experiment_dir", "help")}
+    known = named - {"--task"} | {words.split()[0] for words in SETTINGS + SPEED}
     parser = cli.build_parser("classification", "")
     assert {action.option_strings[-1] for action in parser._actions} == known
 
@@ -286,11 +294,11 @@ def test_no_file_is_no_record(tmp_path):
 
 
 def test_a_record_says_what_ran_with_what_and_when(tmp_path):
-    content = make_record(tmp_path / "train.json", "--batch_size", 4, train={"loss": 1.5})
+    content = make_record(tmp_path / "train.json", "--batch_size", 4, train=MEASURED | {"loss": 1.5})
     assert (content["schema"], content["status"], content["task"]) == (1, "finished", "classification")
     assert (content["method"], content["model"]) == ("qlora", "NousResearch/Llama-2-7b-hf")
     assert content["config"] == {k: v for k, v in vars(flags("--batch_size", 4)).items() if k != "given"}
-    assert content["train"] == {"loss": 1.5}
+    assert content["train"] == MEASURED | {"loss": 1.5}
     started, finished = (datetime.fromisoformat(content[name]) for name in ("started", "finished"))
     assert started <= finished
     assert started.utcoffset().total_seconds() == 0
@@ -301,7 +309,7 @@ def test_a_record_says_what_ran_with_what_and_when(tmp_path):
 def test_the_config_hash_follows_the_settings_of_the_result_only(tmp_path):
     words = [[], ["--price_per_hour", 3], ["--seed", 1], ["--lora_alpha", 32], ["--max_tokens_per_batch", 9]]
     plain, price, seed, alpha, tokens = (
-        make_record(tmp_path / f"{i}.json", *more)["config_hash"] for i, more in enumerate(words)
+        make_record(tmp_path / str(i) / "train.json", *more)["config_hash"] for i, more in enumerate(words)
     )
     assert plain == price == tokens
     assert len({plain, seed, alpha}) == 3
@@ -331,7 +339,10 @@ def test_a_failure_is_recorded_as_what_it_was(tmp_path, error, status, kind):
 
 @pytest.mark.parametrize("error", [OutOfMemoryError("CUDA"), RuntimeError("CUDA error: out of memory")])
 def test_out_of_memory_names_the_flags_that_mend_it(tmp_path, error):
-    with pytest.raises(UserError) as shown, record.recording(tmp_path / "train.json", flags(), "qlora", ()):
+    with (
+        pytest.raises(UserError) as shown,
+        record.recording(tmp_path / "train.json", flags(), "qlora", PROCESS),
+    ):
         raise error
     assert "smaller --max_tokens_per_batch" in str(shown.value)
     assert "--gradient_checkpointing on" in str(shown.value)
@@ -340,7 +351,7 @@ def test_out_of_memory_names_the_flags_that_mend_it(tmp_path, error):
 
 def test_an_unforeseen_error_is_shown_as_one_line_and_its_traceback_kept(tmp_path):
     path = tmp_path / "train.json"
-    with pytest.raises(UserError) as shown, record.recording(path, flags(), "qlora", ()):
+    with pytest.raises(UserError) as shown, record.recording(path, flags(), "qlora", PROCESS):
         json.loads("first\nsecond")
     assert str(shown.value).startswith("JSONDecodeError: Expecting value")
     assert "\n" not in str(shown.value)
@@ -349,7 +360,7 @@ def test_an_unforeseen_error_is_shown_as_one_line_and_its_traceback_kept(tmp_pat
 
 def test_a_result_that_is_no_number_is_a_failure_in_one_line(tmp_path):
     path = tmp_path / "train.json"
-    with pytest.raises(UserError) as shown, record.recording(path, flags(), "qlora", ()) as content:
+    with pytest.raises(UserError) as shown, record.recording(path, flags(), "qlora", PROCESS) as content:
         content["train"] = {"loss": math.nan}
     assert "\n" not in str(shown.value)
     assert record.read(path)["status"] == "failed"
@@ -357,17 +368,20 @@ def test_a_result_that_is_no_number_is_a_failure_in_one_line(tmp_path):
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), UserError("--flag: mend it")])
 def test_an_interruption_and_a_known_error_pass_through_as_they_are(tmp_path, error):
-    with pytest.raises(type(error)) as shown, record.recording(tmp_path / "t.json", flags(), "qlora", ()):
+    with (
+        pytest.raises(type(error)) as shown,
+        record.recording(tmp_path / "train.json", flags(), "qlora", PROCESS),
+    ):
         raise error
     assert shown.value is error
     state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
-    assert record.read(tmp_path / "t.json")["status"] == state
+    assert record.read(tmp_path / "train.json")["status"] == state
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), MemoryError(), UserError("x")])
 def test_a_failure_never_replaces_a_finished_record(tmp_path, error):
     path = tmp_path / "train.json"
-    make_record(path, train={"loss": 1.0})
+    make_record(path, train=MEASURED | {"loss": 1.0})
     before = path.read_bytes()
     make_record(path, error=error)
     assert path.read_bytes() == before
@@ -378,7 +392,7 @@ def test_a_finished_record_replaces_a_failure_an_older_one_and_a_damaged_one(tmp
     make_record(path, error=ValueError("x"))
     for damaged, loss in ((False, 1.0), (False, 2.0), (True, 3.0)):
         path.write_text("{") if damaged else None
-        assert make_record(path, train={"loss": loss})["train"] == {"loss": loss}
+        assert make_record(path, train=MEASURED | {"loss": loss})["train"]["loss"] == loss
     path.write_text("{")
     assert make_record(path, error=ValueError("x"))["status"] == "failed"
 
@@ -396,9 +410,9 @@ def test_a_run_that_goes_on_is_running_and_leaves_its_record_alone(tmp_path, err
     if earlier:
         make_record(path, error=earlier)
     with (
-        record.locked(path.parent),
+        record.locked(path.parent, PROCESS),
         contextlib.suppress(UserError, KeyboardInterrupt),
-        record.recording(path, flags("--seed", 7), "qlora", ()),
+        record.recording(path, flags("--seed", 7), "qlora", PROCESS),
     ):
         meanwhile = record.status(path), record.read(record.beside(path)), record.read(path)
         if error:
@@ -415,10 +429,11 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from study import cli
+from study.device import Process
 from study.records import record
 path = Path(sys.argv[1]) / "train.json"
-args = cli.parse_args("classification", "", [])
-with record.locked(path.parent), record.recording(path, args, "qlora", ()):
+args, process = cli.parse_args("classification", "", []), Process("script")
+with record.locked(path.parent, process), record.recording(path, args, "qlora", process):
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -436,16 +451,25 @@ def test_a_killed_run_is_unfinished_until_another_one_ends(tmp_path):
 
 def test_a_finished_run_stays_finished_while_it_is_redone(tmp_path):
     path = tmp_path / "train.json"
-    before = make_record(path, train={"loss": 1.0})
-    with record.locked(tmp_path), record.recording(path, flags("--force"), "qlora", ()):
+    before = make_record(path, train=MEASURED | {"loss": 1.0})
+    with (
+        record.locked(tmp_path, PROCESS),
+        record.recording(path, flags("--force"), "qlora", PROCESS) as content,
+    ):
         meanwhile = record.status(path), record.read(path)
+        content |= {name: before[name] for name in before.keys() - content.keys()}
     assert meanwhile == ("finished", before)
 
 
 def test_further_processes_of_a_launch_leave_record_and_lock_to_the_first(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with record.locked(tmp_path / "run"), record.recording(tmp_path / "t.json", flags(), "qlora", ()):
+    process = Process("script")
+    assert not process.main
+    with (
+        record.locked(tmp_path / "run", process),
+        record.recording(tmp_path / "train.json", flags(), "qlora", process),
+    ):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -456,8 +480,8 @@ def test_a_rank_without_other_processes_is_none(monkeypatch, capsys, world):
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     if world is not None:
         monkeypatch.setenv("WORLD_SIZE", world)
-    assert device.is_main_process()
-    cli.run_script(lambda: print("it runs"))
+    assert Process("script").main
+    cli.run_script(lambda process: print("it runs"))
     assert capsys.readouterr().out == "it runs\n"
 
 
@@ -467,7 +491,7 @@ def test_a_file_system_without_locks_is_said_and_the_run_goes_on(tmp_path, monke
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with record.locked(tmp_path / "run"):
+    with record.locked(tmp_path / "run", PROCESS):
         [line] = capsys.readouterr().out.splitlines()
     assert f"{tmp_path}/run lies where files can't be locked; start no second run in it" in line
 
@@ -477,7 +501,10 @@ def test_a_lock_that_fails_otherwise_is_one_line(tmp_path, monkeypatch):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(UserError, match="can't be locked: Input/output error"), record.locked(tmp_path):
+    with (
+        pytest.raises(UserError, match="can't be locked: Input/output error"),
+        record.locked(tmp_path, PROCESS),
+    ):
         pass
 
 
@@ -492,8 +519,8 @@ def jump(request, monkeypatch):
 
 
 def test_a_clock_that_is_set_otherwise_leaves_good_times(tmp_path, jump):
-    assert 0 <= record.wall_seconds() < 10_000
-    content = make_record(tmp_path / "train.json", train={**MEASURED, "wall_seconds": record.wall_seconds()})
+    assert 0 <= PROCESS.seconds() < 10_000
+    content = make_record(tmp_path / "train.json", train={**MEASURED, "wall_seconds": PROCESS.seconds()})
     assert find(tmp_path / "train.json") == content
 
 
@@ -504,17 +531,19 @@ def test_no_duration_comes_from_the_wall_clock():
         for line in path.read_text("utf-8").splitlines()
         if re.search(r"\btime\.time\b|from time import|datetime\.now", line)
     ]
-    stamps = ["STARTED = time.time()", 'content["finished"] = utc(time.time())']
-    assert [(name, line.partition("  #")[0]) for name, line in calls] == [("record.py", s) for s in stamps]
-    assert (ROOT / "study" / "records" / "record.py").read_text("utf-8").count(
-        "STARTED"
-    ) == 2  # set, and the stamp
+    stamps = [
+        ("device.py", "started: float = field(default_factory=time.time)"),
+        ("record.py", 'content["finished"] = utc(time.time())'),
+    ]
+    assert [(name, line.partition("  #")[0]) for name, line in calls] == stamps
+    sources = [path.read_text("utf-8") for path in (ROOT / "study").rglob("*.py")]
+    assert sum(len(re.findall(r"\.started\b", source)) for source in sources) == 1  # the record's stamp
 
 
 def test_a_lock_is_held_by_one_and_free_again_when_that_one_fails(tmp_path):
     def take_and_fail():
-        with record.locked(tmp_path):
-            with pytest.raises(UserError, match="in use by another run"), record.locked(tmp_path):
+        with record.locked(tmp_path, PROCESS):
+            with pytest.raises(UserError, match="in use by another run"), record.locked(tmp_path, PROCESS):
                 pass
             raise ZeroDivisionError
 
@@ -541,9 +570,8 @@ def test_the_command_of_a_record_has_the_flags_it_was_made_with(task, words):
 # Finding finished runs
 
 
-def find(path: Path, *words: object, data: dict = DATA, training: str | None = None):
-    args = flags(*words)
-    return runs.find_finished(path, args, runs.training_settings(args), data, training)
+def find(path: Path, *words: object, data: dict = DATA, trained: dict | None = None):
+    return runs.find_finished(path, flags(*words), "qlora", data, trained)
 
 
 def test_a_finished_run_is_found_and_force_redoes_it(tmp_path):
@@ -561,12 +589,12 @@ def test_a_finished_record_that_lacks_something_is_refused_in_one_line(tmp_path)
     content = make_record(tmp_path / "eval.json", training="x")
     record.write_json(tmp_path / "eval.json", {name: content[name] for name in content if name != "cost"})
     with pytest.raises(UserError, match=r"lacks cost\.gpu"):
-        find(tmp_path / "eval.json", training="x")
+        find(tmp_path / "eval.json", trained={"finished": "x"})
 
 
 def test_text_that_is_not_unicode_can_not_be_recorded_and_that_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"train\.json can't be written: .*caf\\udce9' is not Unicode"):
-        record.write_text(tmp_path / "train.json", f"{'x' * 1000}caf\udce9.jsonl")
+        write_text(tmp_path / "train.json", f"{'x' * 1000}caf\udce9.jsonl")
     assert not list(tmp_path.iterdir())
 
 
@@ -592,10 +620,22 @@ def test_a_finished_run_on_other_data_is_refused(tmp_path):
         find(tmp_path / "train.json", data=other)
 
 
-def test_a_score_of_an_older_training_is_not_found(tmp_path):
-    content = make_record(tmp_path / "eval.json", training="2024-01-01")
-    assert find(tmp_path / "eval.json", training="2024-01-01") == content
-    assert find(tmp_path / "eval.json", training="2024-01-02") is None
+def test_a_score_of_another_adapter_is_not_found_and_of_the_same_one_is_whenever_it_was_trained(tmp_path):
+    trainings = {
+        name: {"finished": name, "train": {"adapter_sha256": name[:1]}} for name in ("a1", "a2", "b")
+    }
+    content = make_record(tmp_path / "eval.json", **runs.scored_adapter(trainings["a1"]))
+    assert content["adapter_sha256"] == "a"
+    assert find(tmp_path / "eval.json", trained=trainings["a1"]) == content
+    assert find(tmp_path / "eval.json", trained=trainings["a2"]) == content
+    assert find(tmp_path / "eval.json", trained=trainings["b"]) is None
+
+
+def test_a_score_of_a_training_without_a_fingerprint_is_told_by_when_that_ended(tmp_path):
+    old, newer = ({"finished": stamp, "train": {}} for stamp in ("2024-01-01", "2024-01-02"))
+    content = make_record(tmp_path / "eval.json", **runs.scored_adapter(old))
+    assert find(tmp_path / "eval.json", trained=old) == content
+    assert find(tmp_path / "eval.json", trained=newer) is None
 
 
 # Inference
@@ -620,10 +660,18 @@ def test_an_adapter_of_another_prompt_is_not_scored(tmp_path, trained, monkeypat
         runs.finished_training(tmp_path / "run", flags("--experiment_dir", tmp_path / "run"))
 
 
+def settings_for(folder: Path, *words: object):
+    """The flags of an evaluation of the training in `folder`."""
+    args = flags("--experiment_dir", folder, *words)
+    before = dict(vars(args))
+    taken = runs.with_settings_of(runs.finished_training(folder, args), args)
+    assert vars(args) == before  # a look-up changes nothing
+    return taken
+
+
 def test_inference_takes_over_the_settings_of_the_training(tmp_path, trained):
-    args = flags(
-        "--experiment_dir", tmp_path / "run", "--test_file", "c.jsonl", "--pretrained_ckpt", "moved/small"
-    )
+    words = ("--test_file", "c.jsonl", "--pretrained_ckpt", "moved/small")
+    args = settings_for(tmp_path / "run", *words)
     assert runs.finished_training(tmp_path / "run", args) == trained
     assert (args.train_file, args.lora_r, args.max_seq_length) == ("a.jsonl", 2, 99)
     assert (args.test_file, args.pretrained_ckpt) == ("c.jsonl", "moved/small")
@@ -639,15 +687,13 @@ def test_inference_takes_over_the_price_of_the_training_unless_one_is_given(
 ):
     monkeypatch.setattr(device, "name", lambda: "CPU")  # as the record has it
     make_record(tmp_path / "train.json", "--price_per_hour", 2.5, "--gpu_name", "A10G")
-    args = flags("--experiment_dir", tmp_path, *words.split())
-    runs.finished_training(tmp_path, args)
+    args = settings_for(tmp_path, *words.split())
     assert (args.price_per_hour, args.gpu_name) == price
 
 
 def test_inference_on_another_device_than_the_trainings_leaves_its_price_and_says_so(tmp_path, capsys):
     make_record(tmp_path / "train.json", "--price_per_hour", 2.5, "--gpu_name", "A10G")
-    args = flags("--experiment_dir", tmp_path)
-    runs.finished_training(tmp_path, args)
+    args = settings_for(tmp_path)
     assert (args.price_per_hour, args.gpu_name) == (None, None)
     assert "price      not the training's, which ran on CPU, and this is " in capsys.readouterr().out
 
@@ -698,9 +744,8 @@ def test_an_evaluation_with_other_settings_has_a_name_and_predictions_of_its_own
 
 def test_a_dry_run_by_experiment_dir_finds_the_evaluation_that_inference_wrote(tmp_path, trained):
     args = flags("--experiment_dir", tmp_path / "run")
-    content = runs.finished_training(tmp_path / "run", args)
-    name = runs.eval_name(args, content["config"])
-    make_record(tmp_path / "run" / name, training=content["finished"])
+    args, path = runs.planned_eval(tmp_path / "run", args)
+    make_record(path, **runs.scored_adapter(trained))
     words = ("--experiment_dir", tmp_path / "run", "--price_per_hour", 2)
     done = run_script("llama2_classification_inference.py", *words, "--dry_run")
     assert done.stdout.splitlines()[-1] == f"finished\t{tmp_path / 'run'}\t0\t0"
@@ -714,7 +759,9 @@ def test_a_dry_run_by_experiment_dir_finds_the_evaluation_that_inference_wrote(t
 def test_a_dry_run_of_an_evaluation_says_how_its_training_stands(tmp_path, capsys, training, state):
     if training is not None:
         make_record(tmp_path / "run" / "train.json", **training)
-    estimate.say_dry_run(tmp_path / "run" / "eval.json", flags("--output_dir", tmp_path / "none"))
+    estimate.say_dry_run(
+        tmp_path / "run" / "eval.json", flags("--output_dir", tmp_path / "none"), "qlora", PROCESS
+    )
     assert capsys.readouterr().out.splitlines()[-1] == f"{state}\t{tmp_path / 'run'}\t?\t?"
 
 
@@ -725,14 +772,17 @@ def test_what_force_will_redo_is_not_started(tmp_path, capsys, damaged):
     if damaged:
         (tmp_path / "run" / "train.json").write_text("{")
     args = flags("--output_dir", tmp_path / "none", "--force")
-    estimate.say_dry_run(tmp_path / "run" / runs.planned_eval(tmp_path / "run", args), args)
+    args, path = runs.planned_eval(tmp_path / "run", args)
+    estimate.say_dry_run(path, args, "qlora", PROCESS)
     assert capsys.readouterr().out.splitlines()[-1] == f"not started\t{tmp_path / 'run'}\t?\t?"
 
 
 def test_a_score_of_an_older_training_is_not_finished(tmp_path, capsys):
     make_record(tmp_path / "run" / "train.json")
     make_record(tmp_path / "run" / "eval.json", training="2024-01-01")
-    estimate.say_dry_run(tmp_path / "run" / "eval.json", flags("--output_dir", tmp_path / "none"))
+    estimate.say_dry_run(
+        tmp_path / "run" / "eval.json", flags("--output_dir", tmp_path / "none"), "qlora", PROCESS
+    )
     assert capsys.readouterr().out.splitlines()[-1] == f"trained\t{tmp_path / 'run'}\t?\t?"
 
 

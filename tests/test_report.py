@@ -9,11 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, error_line, write_rows
+from conftest import PROCESS, ROOT, error_line, write_rows
+from matplotlib.text import Text
 
 from study import cli
 from study.errors import UserError
-from study.records import record
+from study.records import record, runs, schema
+from study.report import plots
 from study.report.collect import comparable, find_runs
 from study.report.compare import compare
 from study.report.published import FIGURES
@@ -236,6 +238,76 @@ def test_a_cell_of_a_grid_may_have_several_seeds_and_dropouts_make_rows(tmp_path
     ]
 
 
+# Methods
+
+NEAREST = schema.Method(
+    title="nearest example",
+    folder="{task}-nearest-{max_train_samples}_seed-{seed}",
+    settings=("pretrained_ckpt", "train_file", "max_train_samples", "train_sample_fraction", "seed"),
+    knobs={"max_train_samples": "examples kept"},
+    trains=True,
+    prompted=False,
+)
+
+
+def leave_nearest(root: Path, value: float) -> None:
+    """The records of a training and a scoring by a method that only its entry in METHODS tells of."""
+    args = flags(f"--max_train_samples 9 --output_dir {root}")
+    folder = runs.folder_of(args, "nearest")
+    for part, what in (
+        ("train", {"train": LEAN}),
+        ("eval", {"eval": evaluation(value), "training": "whenever"}),
+    ):
+        split = {"source": "s.jsonl", "rows": 1000, "sha256": "5" * 64}
+        path = folder / f"{part}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with record.recording(path, args, "nearest", PROCESS) as content:
+            content.update(what, data={"train" if part == "train" else "test": split}, cost=COST)
+        if part == "train":
+            record.write_json(path, record.read(path) | {"finished": "whenever"})
+
+
+LEAN = {
+    **{"examples": 9, "seconds": 1.0, "wall_seconds": 2.0, "peak_memory_gib": 0.1},
+    **{"tokens_per_second": None, "loss_history": []},
+}
+
+
+def test_a_new_method_is_shown_by_its_entry_alone(tmp_path, monkeypatch):
+    monkeypatch.setitem(schema.METHODS, "nearest", NEAREST)
+    tuned(tmp_path / "tuned", 70)
+    leave_nearest(tmp_path, 40)
+    assert len(list(tmp_path.glob("classification-nearest-9_seed-42_*/eval.json"))) == 1
+    found = tables(tmp_path)
+    shares, methods = (
+        found[title]
+        for title in (TABLE_1, f"Table 2: classification: {', '.join(TITLES)} and nearest example")
+    )
+    assert shares.columns[2:] == ["a/small, fine-tuned", "a/small, nearest example"]
+    assert [cell.text for cell in shares.rows[-1]][2:] == ["70.00 ± 2.00", "40.00 ± 2.00"]
+    assert "a/small, nearest example: examples kept 9." in shares.note
+    rows = [[cell.text for cell in row[:4]] for row in methods.rows]
+    assert rows[-2:] == [
+        ["a/small", "fine-tuned", "480", "70.00 ± 2.00"],
+        ["a/small", "nearest example", "9", "40.00 ± 2.00"],
+    ]
+    [row] = [row for row in found[SERVING].rows if row[2].text == "nearest example"]
+    assert row[0].text == "a/small"
+    [row] = [row for row in found[TRAINING].rows if row[0].text.endswith("nearest example")]
+    assert row[9].text == "unknown"  # it learns no tokens
+    drawn = {name for name, _, _ in plots.figures(comparable(find_runs([tmp_path])[0]), [], published=False)}
+    assert "classification-score-by-number-of-training-examples" in drawn
+
+
+TITLES = ("zero-shot", "few-shot", "fine-tuned")
+
+
+def test_a_record_of_a_method_that_nobody_knows_is_left_out_by_name(tmp_path):
+    save(tmp_path / "run", "train", "classification", "", "qlora", train=LEAN, method="guessed")
+    [problem] = find_runs([tmp_path])[1]
+    assert "train.json is of the method 'guessed', and study/records/schema.py knows zero-shot, " in problem
+
+
 # States
 
 
@@ -246,8 +318,10 @@ def test_a_run_without_a_score_shows_how_it_stands_and_no_number(tmp_path):
     leave_unfinished(tuned(tmp_path / "eval", None), "", MemoryError(), "eval")
     tuned(tmp_path / "good", 70, "--seed 1")
     path, args = tmp_path / "now" / "train.json", flags("--train_sample_fraction 0.5")
-    with record.locked(path.parent), record.recording(path, args, "qlora", ()):
+    with record.locked(path.parent, PROCESS), record.recording(path, args, "qlora", PROCESS) as content:
         column = tables(tmp_path)[TABLE_1].rows
+        whole = record.read(tmp_path / "good" / "train.json")
+        content.update({name: whole[name] for name in whole.keys() - content.keys()})
     states = [(text, None) for text in ("failed", "OOM", "interrupted", "not scored", "running")]
     assert [(row[2].text, row[2].value) for row in column] == [*states, ("70.00 ± 2.00; 1 OOM", 70)]
 
@@ -259,7 +333,7 @@ def flags(words: str):
 def leave_unfinished(folder: Path, words: str, error: BaseException, part: str = "train") -> None:
     folder.mkdir(exist_ok=True)
     path, known = folder / f"{part}.json", (UserError, KeyboardInterrupt)
-    with pytest.raises(known), record.recording(path, flags(words), "qlora", ()):
+    with pytest.raises(known), record.recording(path, flags(words), "qlora", PROCESS):
         raise error
 
 
@@ -711,13 +785,18 @@ PLOTS = {
 }
 
 
-def test_every_plot_is_drawn_with_its_axes_named_and_shown_in_the_report(written):
-    assert {path.stem for path in written.glob("*.svg")} == set(PLOTS)
+def test_every_plot_is_drawn_with_its_axes_named_and_shown_in_the_report(study, written):
+    assert {path.stem for path in written.glob("*.png")} == set(PLOTS)
+    groups = comparable(find_runs([study])[0])
+    texts = {
+        name: {text.get_text() for text in figure.findobj(Text)}
+        for name, _, figure in plots.figures(groups, [], published=True)
+    }
+    assert texts.keys() == PLOTS.keys()
     for name, labels in PLOTS.items():
         assert (written / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert (written / f"{name}.png").stat().st_size > 10_000
-        drawn = (written / f"{name}.svg").read_text()
-        assert all(f"<!-- {label} -->" in drawn for label in labels), name
+        assert texts[name] >= set(labels), name
         assert f"({name}.png)" in (written / "report.md").read_text()
 
 
@@ -727,13 +806,13 @@ def test_plots_with_long_titles_have_files_of_their_own_and_no_loss_is_no_plot(t
             words = f"--lora_r {rank} --text_column {column * 120} --label_column {column * 120}"
             tuned(tmp_path / f"{column} {rank}", 60, words, train={"loss_history": []})
     assert report(tmp_path, "--output_dir", tmp_path / "out").returncode == 0
-    assert len(list(tmp_path.glob("out/classification-lora-grid*.svg"))) == 2
+    assert len(list(tmp_path.glob("out/classification-lora-grid*.png"))) == 2
     assert not list(tmp_path.glob("out/*loss*"))
 
 
 def test_the_same_records_give_the_same_files(study, written, tmp_path):
     assert report(study, "--published", "--output_dir", tmp_path).returncode == 0
-    names = [path.name for path in written.iterdir() if path.suffix in {".svg", ".csv"}]
+    names = [path.name for path in written.iterdir() if path.suffix in {".png", ".csv"}]
     assert [name for name in names if (written / name).read_bytes() != (tmp_path / name).read_bytes()] == []
 
 

@@ -13,11 +13,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DEMO_DATA, DEMO_MODEL, ROOT, error_line, run_script
+from conftest import DEMO_DATA, DEMO_MODEL, PROCESS, ROOT, error_line, run_script
 from preloaded import kill, run_preloaded, start_until
 from safetensors.torch import load_file
 
-from study import training
+from study import resuming, training
 from study.cli import parse_args
 from study.errors import UserError
 
@@ -73,19 +73,25 @@ def test_killed_twice_and_started_again_it_ends_with_the_same_adapter(whole, tmp
 def test_checkpoints_of_the_run_are_told_from_copies_and_sorted_by_their_step(tmp_path):
     for name in ("checkpoint-9", "checkpoint-10", "checkpoint-9 (copy)", "checkpoint-10.bak", "checkpoint-x"):
         (tmp_path / name).mkdir()
-    assert [path.name for path in training.checkpoints_in(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
-    training.remove_checkpoints(tmp_path)
+    assert [path.name for path in resuming.checkpoints_in(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    resuming.remove_checkpoints(tmp_path, PROCESS)
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_checkpoint_of_other_weights_tokens_or_schedule_is_refused(tmp_path):
     args = parse_args("classification", "", [])
     checkpoint = {"sha256": "a" * 64, "eos_token_id": []}
-    run = {"config": vars(args), "data": {}, "prompt_sha256": "p", "checkpoint": checkpoint}
+    run = {
+        "method": "qlora",
+        "config": vars(args),
+        "data": {},
+        "prompt_sha256": "p",
+        "checkpoint": checkpoint,
+    }
     run |= {"examples_sha256": "e", "schedule": "s"}
     (tmp_path / "checkpoint-3").mkdir()
-    (tmp_path / "checkpoint-3" / training.PROGRESS).write_text(json.dumps(run | {"spent": {}, "history": []}))
-    assert training.resume(tmp_path, run, args)[0]
+    (tmp_path / "checkpoint-3" / resuming.PROGRESS).write_text(json.dumps(run | {"spent": {}, "history": []}))
+    assert resuming.resume(tmp_path, run, args, PROCESS)[0]
     for other, message in (
         (
             {"checkpoint": checkpoint | {"sha256": "b" * 64}},
@@ -95,17 +101,17 @@ def test_a_checkpoint_of_other_weights_tokens_or_schedule_is_refused(tmp_path):
         ({"schedule": "t"}, "another schedule"),
     ):
         with pytest.raises(UserError, match=message):
-            training.resume(tmp_path, run | other, args)
+            resuming.resume(tmp_path, run | other, args, PROCESS)
 
 
 def test_a_resumed_run_keeps_its_plan_unless_other_flags_ask_for_another(tmp_path):
     args = parse_args("classification", "", [])
     plan = {"fused": False, "tokens": 300, "gradient_checkpointing": True}
-    (tmp_path / training.PROGRESS).write_text(json.dumps({"config": vars(args), "plan": plan}))
-    assert training.kept_plan(tmp_path, args) == plan
-    assert training.kept_plan(None, args) is None
+    (tmp_path / resuming.PROGRESS).write_text(json.dumps({"config": vars(args), "plan": plan}))
+    assert resuming.kept_plan(tmp_path, args) == plan
+    assert resuming.kept_plan(None, args) is None
     for flags in (["--max_tokens_per_batch", "64"], ["--gradient_checkpointing", "on"]):
-        assert training.kept_plan(tmp_path, parse_args("classification", "", flags)) is None
+        assert resuming.kept_plan(tmp_path, parse_args("classification", "", flags)) is None
 
 
 def test_the_warm_up_begins_above_0_and_does_not_depend_on_the_number_of_epochs():
@@ -272,16 +278,17 @@ def test_a_finished_run_is_found_and_changed_data_under_it_is_not_overlooked(who
 
 PATCHED = """
 import runpy, sys, torch
-from study import training
+from study import paths
 
-plain = training.loss_sum
+plain = paths.loss_sum
 
 def loss_sum(model, examples, *more):
     {first}
     return plain(model, examples, *more)
 
-training.loss_sum = loss_sum
-sys.argv[0] = "{script}"
+paths.loss_sum = loss_sum
+sys.argv = sys.argv[1:]
+from preloaded import kill, run_preloaded, start_until
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 # In eval mode checkpointing is off, and on the CPU weights in 4 bits are repacked.
@@ -329,23 +336,21 @@ def test_a_name_of_no_layer_is_refused(tmp_path):
 
 def test_a_checkpoint_of_another_prompt_is_refused(tmp_path):
     args = parse_args("classification", "", [])
-    run = {"config": vars(args), "data": {}, "prompt_sha256": "a"}
+    run = {"method": "qlora", "config": vars(args), "data": {}, "prompt_sha256": "a"}
     (tmp_path / "checkpoint-3").mkdir()
     progress = run | {"spent": {"seconds": 1.0}, "history": [[0, 1.0, 9]]}
-    (tmp_path / "checkpoint-3" / training.PROGRESS).write_text(json.dumps(progress))
-    assert training.resume(tmp_path, run, args)[1:] == ({"seconds": 1.0}, [[0, 1.0, 9]])
+    (tmp_path / "checkpoint-3" / resuming.PROGRESS).write_text(json.dumps(progress))
+    assert resuming.resume(tmp_path, run, args, PROCESS)[1:] == ({"seconds": 1.0}, [[0, 1.0, 9]])
     with pytest.raises(UserError, match="another prompt"):
-        training.resume(tmp_path, run | {"prompt_sha256": "b"}, args)
+        resuming.resume(tmp_path, run | {"prompt_sha256": "b"}, args, PROCESS)
 
 
 def test_the_newest_checkpoints_are_kept_though_the_clock_was_set_back(tmp_path):
-    from study import training
-
     for step, written in ((8, 4000), (9, 5000), (10, 1000), (11, 2000)):
         (tmp_path / f"checkpoint-{step}").mkdir()
         os.utime(tmp_path / f"checkpoint-{step}", (written, written))
     (tmp_path / "checkpoint-8.bak").mkdir()
-    training.discard_older(tmp_path)
+    resuming.discard_older(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"checkpoint-10", "checkpoint-11", "checkpoint-8.bak"}
     assert training.settings(tmp_path, "none").save_total_limit is None

@@ -107,6 +107,13 @@ def device_of(cost: dict) -> str:
     return cost.get("device", cost["gpu"])
 
 
+def measured_on(content: dict) -> str | None:
+    """The device of a record; None for an older one of a processor that --gpu_name called a card."""
+    name, environment = device_of(content["cost"]), content.get("environment", {})
+    renamed = "device" not in content["cost"] and environment.get("gpu", name) is None
+    return None if renamed and not name.startswith("CPU") else name
+
+
 def shown(cost: dict) -> str:
     """A record's device, with what it is priced as where that has another name."""
     device, gpu = device_of(cost), cost["gpu"]

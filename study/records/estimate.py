@@ -8,45 +8,49 @@ from pathlib import Path
 from statistics import median
 
 from study import device
+from study.device import Process
 from study.errors import UserError
-from study.records import cost
-from study.records.record import locked, read, recording, status
-from study.report.collect import read_whole
+from study.records import cost, runs
+from study.records.record import locked, read, read_whole, recording, status
+from study.records.schema import METHODS, PARTS, part_of
 
 
-def say_dry_run(path: Path, args: argparse.Namespace) -> None:
+def say_dry_run(path: Path, args: argparse.Namespace, method: str, process: Process) -> None:
     """What --dry_run prints: the record, then for programs "status<TAB>folder<TAB>seconds<TAB>USD" with an
     estimate of what is left to spend, or "?".
 
-    An evaluation that has not been made, or of an earlier training, is "trained" where its training is
-    finished, and else says how that stands. With CELL_FAILED, in which a loop says how a script ended, it
-    leaves the record of that failure instead.
+    An evaluation that has not been made, or of another adapter, is "trained" where its training is finished,
+    and else says how that stands. With CELL_FAILED, in which a loop says how a script ended, it leaves the
+    record of that failure instead.
     """
     if os.environ.get("CELL_FAILED"):
-        return leave_failure(path, args, os.environ["CELL_FAILED"])
+        return leave_failure(path, args, method, process, os.environ["CELL_FAILED"])
     check_gpu_name(args)
     trained = path.parent / "train.json"
     state, training = stands(path, args.force), stands(trained, args.force)
     scores = path != trained
     if scores and state not in ("finished", "running", training):
         state = "trained" if training == "finished" else training
-    if scores and state == training == "finished" and read(path).get("training") != read(trained)["finished"]:
+    if scores and state == training == "finished" and not runs.has_scored(read(path), read(trained)):
         state = "trained"
     print(f"{args.task} with {args.pretrained_ckpt} -> {path}")
     left = (0, 0)
     if state != "finished":
         cost.say_ambiguity(args, device.name())
-        left = estimate(args, path, training == "finished")
+        left = estimate(args, method, path, training == "finished")
     print(state, path.parent, *("?" if number is None else f"{number:.6g}" for number in left), sep="\t")
 
 
-def leave_failure(path: Path, args: argparse.Namespace, how: str) -> None:
+def leave_failure(path: Path, args: argparse.Namespace, method: str, process: Process, how: str) -> None:
     """Record a run as failed whose script ended before it began a record, so that tables show it, and print
     its folder."""
     if status(path) == "not started":
-        args.dry_run = False
-        method = getattr(args, "prompt_type", "qlora")
-        with contextlib.suppress(UserError), locked(path.parent), recording(path, args, method, ()):
+        args = argparse.Namespace(**vars(args) | {"dry_run": False})
+        with (
+            contextlib.suppress(UserError),
+            locked(path.parent, process),
+            recording(path, args, method, process),
+        ):
             raise UserError(f"it ended before it began ({how}): its output says why")
     print(path.parent)
 
@@ -62,18 +66,20 @@ def stands(path: Path, force: bool) -> str:
     return "not started" if force and state == "finished" else state
 
 
-def estimate(args: argparse.Namespace, path: Path, trained: bool) -> tuple[float | None, float | None]:
+def estimate(
+    args: argparse.Namespace, method: str, path: Path, trained: bool
+) -> tuple[float | None, float | None]:
     """Seconds and USD that the run of the record `path` takes; None where nothing tells.
 
     An evaluation includes its training where that is not finished.
     """
-    here, method = device.name(), getattr(args, "prompt_type", "qlora")
+    here = device.name()
     parts: list[tuple[float | None, int]] = []  # seconds, on so many GPUs
-    if method == "qlora" and not trained:
+    if METHODS[method].trains and not trained:
         before = earlier(args, here, "train", method)
         gpus = max((cost.gpus_of(run["train"]) for run in before), default=1)
         parts.append((training_seconds(args, before), gpus))
-    if path.name != "train.json":
+    if part_of(path) == "eval":
         parts.append((evaluation_seconds(args, earlier(args, here, "eval", method)), 1))
     if any(seconds is None for seconds, _ in parts):
         return None, None
@@ -88,23 +94,16 @@ def estimate(args: argparse.Namespace, path: Path, trained: bool) -> tuple[float
 def earlier(args: argparse.Namespace, here: str, part: str, method: str) -> list[dict]:
     """The finished records in --output_dir of the same model, task and method, measured `here`."""
     found = []
-    for path in sorted(Path(args.output_dir).rglob(f"{part}*.json")):
+    for path in sorted(Path(args.output_dir).rglob(PARTS[part].files)):
         try:
-            content = read_whole(path, part)
+            content = read_whole(path)
         except UserError:
             continue  # the report names it
         key = (content["status"], content["task"], content["method"], content["model"])
         same = key == ("finished", args.task, method, args.pretrained_ckpt)
-        if same and measured_on(content) == here:
+        if same and cost.measured_on(content) == here:
             found.append(content)
     return found
-
-
-def measured_on(content: dict) -> str | None:
-    """The device of a record; None for an older one of a processor that --gpu_name called a card."""
-    name, environment = cost.device_of(content["cost"]), content.get("environment", {})
-    renamed = "device" not in content["cost"] and environment.get("gpu", name) is None
-    return None if renamed and not name.startswith("CPU") else name
 
 
 def training_seconds(args: argparse.Namespace, records: Sequence[dict]) -> float | None:
@@ -112,22 +111,24 @@ def training_seconds(args: argparse.Namespace, records: Sequence[dict]) -> float
     if rows is None:
         return None
     passes = min(rows, args.max_train_samples or rows) * args.train_sample_fraction * args.epochs
-    each = middle(
+    each = median_of(
         records, lambda run: run["train"]["seconds"] / run["train"]["examples"] / run["config"]["epochs"]
     )
-    return passes * each + middle(records, lambda run: run["train"]["wall_seconds"] - run["train"]["seconds"])
+    return passes * each + median_of(
+        records, lambda run: run["train"]["wall_seconds"] - run["train"]["seconds"]
+    )
 
 
 def evaluation_seconds(args: argparse.Namespace, records: Sequence[dict]) -> float | None:
     rows = available(args, records, args.split, f"{args.split}_file")
     if rows is None:
         return None
-    each = middle(records, lambda run: run["eval"]["seconds"] / run["eval"]["examples"])
-    loading = middle(records, lambda run: run["eval"]["wall_seconds"] - run["eval"]["seconds"])
+    each = median_of(records, lambda run: run["eval"]["seconds"] / run["eval"]["examples"])
+    loading = median_of(records, lambda run: run["eval"]["wall_seconds"] - run["eval"]["seconds"])
     return min(rows, args.max_eval_samples or rows) * each + loading
 
 
-def middle(records: Sequence[dict], measure: Callable[[dict], float]) -> float:
+def median_of(records: Sequence[dict], measure: Callable[[dict], float]) -> float:
     return median(map(measure, records))
 
 

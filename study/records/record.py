@@ -22,38 +22,17 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from study.device import is_main_process
+from study.device import Process
 from study.errors import UserError, is_out_of_memory
+from study.files import write_text
+from study.records import schema
 
-SCHEMA = 1
-STARTED = time.time()  # for the record's stamp alone: this clock may be set back or forward
-BEGAN = time.monotonic()
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 PACKAGES = "torch transformers peft bitsandbytes accelerate datasets rouge-score numpy flash-attn"
 
 
 def short_hash(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds all of it or what it held before, whatever happens meanwhile."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(
-            f"{path} can't be written: {error.strerror}; make room or name another --output_dir"
-        ) from None
-    except UnicodeEncodeError as error:
-        near = error.object[max(0, error.start - 40) : error.end]
-        raise UserError(f"{path} can't be written: {near!r} is not Unicode: rename it") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -75,11 +54,11 @@ def read(path: Path) -> dict | None:
         raise UserError(f"{path} is not a readable record ({error}): --force redoes the run") from None
     if (
         not isinstance(content, dict)
-        or content.get("schema") != SCHEMA
+        or content.get("schema") != schema.SCHEMA
         or not isinstance(content.get("status"), str)
     ):
-        raise UserError(f"{path} is not a record of schema {SCHEMA}: --force redoes the run")
-    for part in (content[name] for name in ("train", "eval") if name in content):
+        raise UserError(f"{path} is not a record of schema {schema.SCHEMA}: --force redoes the run")
+    for part in (content[name] for name in schema.PARTS if name in content):
         times = (
             [part]
             if not isinstance(part, dict)
@@ -87,6 +66,16 @@ def read(path: Path) -> dict | None:
         )
         if not all(isinstance(value, int | float) and value >= 0 for value in times):
             raise UserError(f"{path} has a time that is negative or no number: --force redoes the run")
+    return content
+
+
+def read_whole(path: Path) -> dict | None:
+    """A record, of a run that goes on what there is. Raises UserError for one that lacks what tables need."""
+    content = read(path)
+    if content is None or content["status"] != "finished":
+        content = read(beside(path)) or content
+    if content is not None:
+        schema.check(content, path)
     return content
 
 
@@ -114,10 +103,10 @@ def status(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold `folder` for this process alone, until it ends however it ends; on a file system without locks say
-    so and go on. Raises UserError if another one holds it."""
-    if not is_main_process():
+def locked(folder: Path, process: Process) -> Iterator[None]:
+    """Hold `folder` for `process` alone, until it ends however it ends; on a file system without locks say so
+    and go on. Raises UserError if another one holds it."""
+    if not process.main:
         yield
         return
     try:
@@ -151,33 +140,37 @@ def is_locked(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def recording(path: Path, args: argparse.Namespace, method: str, settings: Iterable[str]) -> Iterator[dict]:
-    """Yield the record to fill; write it at the end, as finished, failed, oom or interrupted.
+def recording(path: Path, args: argparse.Namespace, method: str, process: Process) -> Iterator[dict]:
+    """Yield the record to fill, of a part of a run by `method`; write it at the end, as finished, failed, oom
+    or interrupted.
 
     Out of the block come only UserError and KeyboardInterrupt.
     """
+    settings = schema.settings_of(method, schema.part_of(path), getattr(args, "drop_overlap", False))
     content = {
-        "schema": SCHEMA,
+        "schema": schema.SCHEMA,
         "status": "running",
-        "script": Path(sys.argv[0]).name,
+        "script": process.script,
         "task": args.task,
         "method": method,
         "model": args.pretrained_ckpt,
         "config": {name: value for name, value in vars(args).items() if name != "given"},
         "config_hash": short_hash({name: getattr(args, name, None) for name in settings}),
-        "started": utc(STARTED),
+        "started": utc(process.started),
     }
     try:
-        if is_main_process():
+        if process.main:
             write_json(beside(path), content)
         yield content
-        close(path, content | {"status": "finished"})
+        if process.main:
+            close(path, content | {"status": "finished"})
     except (Exception, KeyboardInterrupt) as error:
-        for results in ("train", "eval"):
-            content.pop(results, None)
+        for part in schema.PARTS:
+            content.pop(part, None)
         content.update(describe_error(error))
-        with contextlib.suppress(UserError):  # the error at hand says more than that it can't be recorded
-            close(path, content)
+        if process.main:
+            with contextlib.suppress(UserError):  # the error at hand says more than that it can't be recorded
+                close(path, content)
         if isinstance(error, UserError | KeyboardInterrupt):
             raise
         raise UserError(f"{content['error']['message']}; {content['error']['advice']}") from error
@@ -201,11 +194,11 @@ def describe_error(error: BaseException) -> dict:
 
 
 def close(path: Path, content: dict) -> None:
-    """Write a record, but no failure over a finished one."""
-    if not is_main_process():
-        return
+    """Write a record, but no failure over a finished one, and none as finished that readers would refuse."""
     content["environment"] = environment(content["config"].get("seed"))
     content["finished"] = utc(time.time())
+    if content["status"] == "finished":
+        schema.check(content, path)
     earlier = None
     with contextlib.suppress(UserError):
         earlier = read(path)
@@ -218,11 +211,6 @@ def utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
 
 
-def wall_seconds() -> float:
-    """Seconds since this script began: imports and loading count, since the machine is paid for them."""
-    return time.monotonic() - BEGAN
-
-
 def environment(seed: int | None) -> dict:
     """Versions, device, commit and seeds, as a record keeps them."""
     versions = {"python": platform.python_version()}
@@ -231,11 +219,16 @@ def environment(seed: int | None) -> dict:
             versions[package] = importlib.metadata.version(package)
     torch = sys.modules.get("torch")
     gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
+    seeds = {"run": seed, "bootstrap": 0}
+    return {"versions": versions, "gpu": gpu, "cpus": os.cpu_count(), "git_commit": commit(), "seeds": seeds}
+
+
+def commit() -> str | None:
+    """That this code is of, with "-dirty" behind it where it was changed since; outside a checkout what the
+    variable GIT_COMMIT says."""
     here = str(Path(__file__).resolve().parent)
     command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        commit = subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        commit = None
-    seeds = {"run": seed, "bootstrap": 0}
-    return {"versions": versions, "gpu": gpu, "cpus": os.cpu_count(), "git_commit": commit, "seeds": seeds}
+        return os.environ.get("GIT_COMMIT")

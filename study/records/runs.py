@@ -12,18 +12,9 @@ from prompts import prompt_sha256
 from study import checkpoint as checkpoints
 from study import cli, device
 from study.errors import UserError
+from study.records import cost
 from study.records.record import read, short_hash, status
-
-NAMED = ("train_sample_fraction", "epochs", "lora_r", "dropout", "seed")  # stand in the run's name
-READ = (  # what a model reads, in training and scoring alike
-    *("pretrained_ckpt", "dataset", "train_file", "text_column", "label_column", "dialogue_column"),
-    *("summary_column", "drop_overlap", "max_train_samples", "max_seq_length", "max_new_tokens"),
-)
-# With these a training is what it is; all other flags change its speed, its scoring or its place.
-TRAINED = (*READ, "lora_alpha", "target_modules", "learning_rate", "batch_size", "loss_on")
-# With these, beside the training, an evaluation is what it is.
-SCORED = (*READ, "test_file", "validation_file", "max_eval_samples", "split", "decoding")
-BASELINE = (*SCORED, "task", "prompt_type", "shots", "chat_template", "seed")
+from study.records.schema import METHODS, SCORING, check, lookup, part_of, settings_of
 
 
 def changed(args: argparse.Namespace, names: Iterable[str], plain: dict) -> dict:
@@ -35,35 +26,19 @@ def changed(args: argparse.Namespace, names: Iterable[str], plain: dict) -> dict
     }
 
 
-def training_settings(args: argparse.Namespace) -> tuple[str, ...]:
-    """The flags that a training's result depends on."""
-    return (*NAMED, *TRAINED, "test_file") if args.drop_overlap else (*NAMED, *TRAINED)
-
-
-def experiment_dir(args: argparse.Namespace) -> Path:
-    """Folder of a fine-tuning run: --experiment_dir, or a name built from its settings within --output_dir.
+def folder_of(args: argparse.Namespace, method: str) -> Path:
+    """Folder of a run: --experiment_dir, or a name built from the settings of its method, in --output_dir.
 
     Settings that the name does not spell out and that differ from their defaults add a short hash of
     themselves.
     """
     if args.experiment_dir:
         return Path(args.experiment_dir)
-    name = (
-        f"{args.task}-sampleFraction-{args.train_sample_fraction}_epochs-{args.epochs}_rank-{args.lora_r}"
-        f"_dropout-{args.dropout}_seed-{args.seed}"
-    )
-    others = [setting for setting in training_settings(args) if setting not in NAMED]
-    return Path(args.output_dir) / (name + suffix(changed(args, others, defaults(args.task)), "_"))
-
-
-def baseline_dir(args: argparse.Namespace) -> Path:
-    """Folder of a baseline's evaluation, named like `experiment_dir`."""
-    if args.experiment_dir:
-        return Path(args.experiment_dir)
-    others = changed(args, BASELINE, {**defaults(None), **cli.DEFAULTS[args.task]})
-    folder = Path(args.output_dir) / "baseline" / model_name(args.pretrained_ckpt) / args.task
-    known = ("pretrained_ckpt", "prompt_type")
-    return folder / (args.prompt_type + suffix({k: v for k, v in others.items() if k not in known}, "_"))
+    about, part = METHODS[method], "train" if METHODS[method].trains else "eval"
+    name = about.folder.format(**vars(args) | {"pretrained_ckpt": model_name(args.pretrained_ckpt)})
+    settings = settings_of(method, part, args.drop_overlap)
+    others = [setting for setting in settings if setting not in about.spelled]
+    return Path(args.output_dir) / (name + suffix(changed(args, others, defaults(args)), "_"))
 
 
 def model_name(checkpoint: str) -> str:
@@ -75,14 +50,17 @@ def model_name(checkpoint: str) -> str:
 def eval_name(args: argparse.Namespace, trained: dict) -> str:
     """The name eval.json, with a short hash if the settings differ from those of the training and the
     defaults."""
-    plain = {**defaults(args.task), **trained, "max_eval_samples": None, "split": "test", "decoding": "free"}
-    return f"eval{suffix(changed(args, SCORED, plain), '-')}.json"
+    plain = {**defaults(args), **trained, "max_eval_samples": None, "split": "test", "decoding": "free"}
+    return f"eval{suffix(changed(args, SCORING, plain), '-')}.json"
 
 
-def planned_eval(folder: Path, args: argparse.Namespace) -> str:
-    """`eval_name` for --dry_run, where the training may be unfinished."""
-    finished = not args.force and status(folder / "train.json") == "finished"
-    return eval_name(args, finished_training(folder, args)["config"] if finished else vars(args))
+def planned_eval(folder: Path, args: argparse.Namespace) -> tuple[argparse.Namespace, Path]:
+    """The flags and the record of an evaluation for --dry_run, where the training may be unfinished."""
+    if args.force or status(folder / "train.json") != "finished":
+        return args, folder / eval_name(args, vars(args))
+    trained = finished_training(folder, args)
+    args = with_settings_of(trained, args)
+    return args, folder / eval_name(args, trained["config"])
 
 
 def predictions_beside(path: Path) -> Path:
@@ -90,8 +68,10 @@ def predictions_beside(path: Path) -> Path:
     return path.with_name(path.name.replace("eval", "predictions", 1) + "l")
 
 
-def defaults(task: str | None) -> dict:
-    return vars(cli.build_parser(task, "").parse_args([]))
+def defaults(args: argparse.Namespace) -> dict:
+    """The flags of the same script as nobody has changed them."""
+    task = None if hasattr(args, "prompt_type") else args.task
+    return {**vars(cli.build_parser(task, "").parse_args([])), **cli.DEFAULTS[args.task]}
 
 
 def suffix(settings: dict, mark: str) -> str:
@@ -99,30 +79,42 @@ def suffix(settings: dict, mark: str) -> str:
 
 
 def find_finished(
-    path: Path, args: argparse.Namespace, settings: Iterable[str], data: dict, training: str | None = None
+    path: Path, args: argparse.Namespace, method: str, data: dict, trained: dict | None = None
 ) -> dict | None:
-    """The finished record at `path` if there is one and --force is not given; None too if it scored an older
-    `training`.
+    """The finished record at `path` if there is one and --force is not given; None too if it scored another
+    adapter than that of the record `trained`.
 
-    Raises UserError where it lacks something, was made with other `settings`, naming the flags, from other
-    `data` (splits, described) or with another checkpoint than is here.
+    Raises UserError where it lacks something, was made with other settings of `method`, naming the flags,
+    from other `data` (splits, described) or with another checkpoint than is here.
     """
     content = None if args.force else read(path)
-    if not content or content["status"] != "finished" or content.get("training") != training:
+    if not content or content["status"] != "finished" or (trained and not has_scored(content, trained)):
         return None
-    from study.report.collect import check_whole  # which imports this
-
-    check_whole(content, path, "train" if path.name == "train.json" else "eval")
-    check_same(content["config"], args, settings, path)
+    check(content, path)
+    check_same(content["config"], args, settings_of(method, part_of(path), args.drop_overlap), path)
     check_same_data(content["data"], data, path)
     recorded, here = content.get("checkpoint"), checkpoints.identify(args.pretrained_ckpt)
     checkpoints.check_same(recorded, here, path, "--force redoes it", ends="eval" in content)
     return content
 
 
+def scored_adapter(trained: dict) -> dict:
+    """What an evaluation's record says of the adapter that it scored: the SHA-256 of its weights, or of a
+    training that did not record it when that ended."""
+    sha256 = lookup(trained, "train.adapter_sha256")
+    return {"adapter_sha256": sha256} if sha256 else {"training": trained["finished"]}
+
+
+def has_scored(content: dict, trained: dict) -> bool:
+    """Whether the evaluation `content` is of the adapter of the training `trained`."""
+    known = content.get("adapter_sha256"), lookup(trained, "train.adapter_sha256")
+    return known[0] == known[1] if all(known) else content.get("training") == trained["finished"]
+
+
 def identity(content: dict) -> dict:
     """What an evaluation's answers depend on, by its record so far."""
-    return {name: content.get(name) for name in ("config_hash", "training", "data", "checkpoint")}
+    names = ("config_hash", "adapter_sha256", "training", "data", "checkpoint")
+    return {name: content.get(name) for name in names}
 
 
 def check_same_data(recorded: dict, data: dict, where: Path) -> None:
@@ -152,8 +144,7 @@ def check_same(
 
 
 def finished_training(folder: Path, args: argparse.Namespace) -> dict:
-    """The record of the finished training in `folder`; `args` takes its settings over, but for those given as
-    flags.
+    """The record of the finished training in `folder`.
 
     Raises UserError where there is none, or where a flag contradicts how the adapter was trained.
     """
@@ -167,7 +158,7 @@ def finished_training(folder: Path, args: argparse.Namespace) -> dict:
         raise UserError(
             f"--experiment_dir {folder}: its training is {state}; start the training script again"
         )
-    needed = {"task", "config", "quantization", "prompt_sha256", "train", "finished"}
+    needed = {"task", "method", "config", "quantization", "prompt_sha256", "train", "finished"}
     if content.get("task") == "classification":
         needed.add("labels")
     lacking = sorted(needed - content.keys())
@@ -184,31 +175,35 @@ def finished_training(folder: Path, args: argparse.Namespace) -> dict:
             f"{folder} was trained with another prompt than prompts.py has now: put that back, or train the "
             "run again with --force"
         )
-    config = content["config"]
-    given = [
-        name
-        for name in (*NAMED, "lora_alpha", "target_modules", "learning_rate", "batch_size", "loss_on")
-        if name in args.given
-    ]
-    check_same(config, args, given, folder, "leave them out, or name another --experiment_dir")
-    price = () if other_price(content, args) else ("price_per_hour", "gpu_name")
-    for name, value in config.items():
-        if name in (*NAMED, *TRAINED, "test_file", "validation_file", *price) and name not in args.given:
-            setattr(args, name, value)
+    given = [name for name in learned_with(content) if name in args.given]
+    check_same(content["config"], args, given, folder, "leave them out, or name another --experiment_dir")
     return content
 
 
-def other_price(content: dict, args: argparse.Namespace) -> bool:
+def learned_with(trained: dict) -> list[str]:
+    """The settings of a training that an evaluation of it can't have otherwise: not those of the texts, which
+    it may read elsewhere."""
+    return [name for name in METHODS[trained["method"]].settings if name not in SCORING]
+
+
+def with_settings_of(trained: dict, args: argparse.Namespace) -> argparse.Namespace:
+    """The flags of an evaluation: those given, and of the others the settings of the training `trained`."""
+    settings = {*METHODS[trained["method"]].settings, "test_file", "validation_file"}
+    if not has_other_price(trained, args):
+        settings |= {"price_per_hour", "gpu_name"}
+    taken = {name: trained["config"][name] for name in settings - {*args.given} if name in trained["config"]}
+    return argparse.Namespace(**vars(args) | taken)
+
+
+def has_other_price(trained: dict, args: argparse.Namespace) -> bool:
     """Whether a training's price is not that of its evaluation: another one is given, by its figure or by the
     name of a card, or the training ran on another device, which is said."""
-    from study.records.estimate import measured_on
-
-    config = content["config"]
-    if {"price_per_hour", "gpu_name"} & set(args.given):
+    config = trained["config"]
+    if {"price_per_hour", "gpu_name"} & {*args.given}:
         return True
     if not config.get("price_per_hour") and not config.get("gpu_name"):
         return False
-    there, here = measured_on(content), device.name()
+    there, here = cost.measured_on(trained), device.name()
     if there != here:
         print(
             f"price      not the training's, which ran on {there or config['gpu_name']}, and this is {here}"
@@ -219,10 +214,7 @@ def other_price(content: dict, args: argparse.Namespace) -> bool:
 def command(content: dict) -> str:
     """The command line of a record: its script with the flags that differ from their defaults."""
     config = content["config"]
-    plain = {
-        **defaults(None if "prompt_type" in config else content["task"]),
-        **cli.DEFAULTS[content["task"]],
-    }
+    plain = defaults(argparse.Namespace(**config | {"task": content["task"]}))
     words = ["python", content["script"]]
     for name, value in config.items():
         if name in plain and value != plain[name] and value is not None:

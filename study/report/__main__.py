@@ -21,9 +21,10 @@ from pathlib import Path
 
 from study.cli import run_script, underscored
 from study.errors import UserError
+from study.files import write_text
 from study.records import cost, record, runs
 from study.report.cells import Table
-from study.report.collect import Run, comparable, find_runs, read_whole
+from study.report.collect import Run, comparable, find_runs
 from study.report.tables import all_tables
 
 
@@ -37,7 +38,7 @@ def trace(tables: Sequence[Table], query: str) -> str:
         if cell["records"] and all(stand_in(part, there) for part in wanted):
             lines.append(f"{place} = {cell['text']}")
             for path in cell["records"]:
-                content = read_whole(Path(path), "train" if path.endswith("train.json") else "eval")
+                content = record.read_whole(Path(path))
                 commit = content.get("environment", {}).get("git_commit")
                 lines.append(f"  {path}: {content['status']} {content.get('finished', '')}, commit {commit}")
                 lines.append(f"    {runs.command(content)}")
@@ -57,9 +58,13 @@ def words(text: str) -> list[str]:
 
 
 def write(
-    tables: Sequence[Table], groups: Sequence[tuple], prices: Sequence[dict], args: argparse.Namespace
+    tables: Sequence[Table],
+    groups: Sequence[tuple],
+    prices: Sequence[dict],
+    args: argparse.Namespace,
+    how: str,
 ) -> None:
-    """report.md, and beside it each table as CSV and each plot as PNG and SVG."""
+    """report.md, which says `how` it was made, and beside it each table as CSV and each plot as PNG."""
     from study.report import plots
 
     try:
@@ -72,12 +77,12 @@ def write(
         name = "-".join(re.findall(r"\w+", place.lower()))
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(table.csv_rows())
-        record.write_text(args.output_dir / f"{number:02d}-{name}.csv", text.getvalue())
+        write_text(args.output_dir / f"{number:02d}-{name}.csv", text.getvalue())
     drawn = plots.draw(groups, prices, args.output_dir, args.published)
     intervals = __doc__.rpartition("\n\n")[2]
-    about = f"# Results\n\nMade by `python -m study.report {shlex.join(sys.argv[1:])}`.\n\n{intervals}"
+    about = f"# Results\n\nMade by `python -m study.report {how}`.\n\n{intervals}"
     pictures = [f"## {title}\n\n![{title}]({name}.png)\n" for name, title in drawn]
-    record.write_text(
+    write_text(
         args.output_dir / "report.md", "\n".join([about, *(table.markdown() for table in tables), *pictures])
     )
 
@@ -138,7 +143,7 @@ def main() -> None:
     else:
         print("\n".join(table.markdown() for table in tables))
     if args.output_dir:
-        write(tables, groups, prices, args)
+        write(tables, groups, prices, args, shlex.join(sys.argv[1:]))
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:
@@ -146,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(lambda _: main())

@@ -77,8 +77,8 @@ class Table:
 def score_cell(of: Iterable[Run], metric: str) -> Cell:
     """Mean over the seeds ± half of the 95 % interval; or how the runs stand that have no score.
 
-    The half of one run is the bootstrap's; that of n seeds is the root of the squares of the mean of theirs
-    and of half of Student's t interval for the mean of their values.
+    One run: half = h, of its bootstrap. n runs: half = sqrt(mean(h)^2 + (t sd / sqrt(n))^2), with sd the
+    standard deviation of their values and t the 0.975 quantile of Student's t, n - 1 degrees of freedom.
     """
     of = tuple(of)
     scored = [run.scored["metrics"][metric] for run in of if run.scored]

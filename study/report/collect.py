@@ -7,43 +7,18 @@ from pathlib import Path
 
 from study.errors import UserError
 from study.records import record, runs
+from study.records.schema import METHODS, PARTS, SCORES, SCORING, Method, lookup, part_of
 
-SCORES = {
-    "classification": {"accuracy": "accuracy", "macro_f1": "macro F1", "invalid_answers": "invalid answers"},
-    "summarization": {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"},
-}
-METHODS = ("zero-shot", "few-shot", "fine-tuned")
-KNOBS = {"lora_r": "rank", "epochs": "epochs", "dropout": "dropout"}
-# Settings that neither name a cell of a table nor show in the test data: they tell variants of a cell apart.
+# Settings that name a cell of a table, or show in the test data. All others tell variants of a cell apart.
 ELSEWHERE = {
-    "pretrained_ckpt",
-    "test_file",
-    "validation_file",
-    "split",
-    "max_eval_samples",
-    "task",
-    "prompt_type",
-}
-VARIANTS = sorted({*runs.TRAINED, *runs.BASELINE} - ELSEWHERE - {"seed"})
-NUMBER = (int, float)
-MEASURED = ("examples", "seconds", "wall_seconds", "peak_memory_gib")
-NEEDED = {  # what tables are made from, by dots; fields of finished records only, after the first line
-    "any": dict.fromkeys(("task", "method", "model", "script"), str) | {"config": dict, "config.seed": int},
-    "finished": dict.fromkeys(("finished", "prompt_sha256", "cost.gpu"), str)
-    | {"data": dict, "environment": dict},
-    "tuned": dict.fromkeys(("config.train_sample_fraction", *(f"config.{name}" for name in KNOBS)), NUMBER),
-    "train": {f"train.{name}": NUMBER for name in (*MEASURED, "tokens_per_second")}
-    | {"train.loss_history": list},
-    "eval": {
-        f"eval.{name}": NUMBER for name in (*MEASURED, "examples_per_second", "input_tokens", "output_tokens")
-    }
-    | {"config.split": str, "eval.metrics": dict},
+    *("pretrained_ckpt", "test_file", "validation_file", "split", "max_eval_samples"),
+    *("task", "prompt_type", "train_sample_fraction", "seed"),
 }
 
 
 @dataclass(eq=False)
 class Run:
-    """A training and one evaluation of it, or the evaluation of a baseline.
+    """A training and one evaluation of it, or the evaluation of a model that was not trained here.
 
     `path` and `content` are of the evaluation's record, or of the training's where there is none. Without a
     score, `state` says why: "not scored", "running", "oom", "failed", "interrupted" or "unfinished".
@@ -55,13 +30,14 @@ class Run:
     state: str
     variant: str = ""
     name: str = ""  # of the model
+    label: str = ""  # the model, and the method where others trained it too: a column of what was trained
 
     def __post_init__(self):
         self.task, self.config = self.content["task"], self.content["config"]
-        self.method = self.content["method"] if self.content["method"] in METHODS else "fine-tuned"
+        self.method: Method = METHODS[self.content["method"]]
         self.scored = self.content["eval"] if self.state == "finished" else None
         self.share = self.config.get("train_sample_fraction")
-        self.setting = tuple(self.config.get(name) for name in KNOBS)
+        self.setting = tuple(self.config.get(name) for name in self.method.knobs)
 
     @property
     def model(self) -> str:
@@ -85,10 +61,10 @@ class Run:
         """What no two runs have in common."""
         more = self.path.name
         if self.scored:
-            more = self.test()["sha256"], self.content["prompt_sha256"], self.weights()
-        variant = tuple(str(self.config.get(name)) for name in VARIANTS)
-        seed = self.config.get("seed")
-        return self.task, self.content["model"], self.method, self.share, *self.setting, seed, variant, more
+            more = self.test()["sha256"], self.content.get("prompt_sha256"), self.weights()
+        variant = tuple(str(self.config.get(name)) for name in variants(self.method))
+        seed, method = self.config.get("seed"), self.content["method"]
+        return self.task, self.content["model"], method, self.share, *self.setting, seed, variant, more
 
 
 def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
@@ -100,8 +76,7 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
         paths = [
             path
             for path in folder.rglob("*.json")
-            if path.name.lstrip(".").startswith(("train", "eval"))
-            and not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1])
+            if part_of(path) and not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1])
         ]
         if not paths:
             problems.append(f"{folder} holds no records: name the folder of a run, or one above it")
@@ -125,71 +100,21 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
 def runs_of(folder: Path) -> list[Run]:
     """The runs in one folder: one for each evaluation, or one that has none. Raises UserError for a record
     that is not as it should be."""
-    trained = read_whole(folder / "train.json", "train")
+    trained = record.read_whole(folder / "train.json")
     finished = trained and trained["status"] == "finished"
-    names = {
-        path.name.lstrip(".") for pattern in ("eval*.json", ".eval*.json") for path in folder.glob(pattern)
-    }
+    pattern = PARTS["eval"].files
+    names = {path.name.lstrip(".") for hidden in ("", ".") for path in folder.glob(hidden + pattern)}
     found = []
     for path in (folder / name for name in sorted(names)):
-        content, state = read_whole(path, "eval"), record.status(path)
-        if finished and state == "finished" and content.get("training") != trained["finished"]:
-            raise UserError(f"{path} scored an earlier training than the one beside it: score it again")
+        content, state = record.read_whole(path), record.status(path)
+        if finished and state == "finished" and not runs.has_scored(content, trained):
+            raise UserError(f"{path} scored another adapter than the one beside it: score it again")
         found.append(Run(path, content, trained if finished else None, state))
     if not found and trained:
-        state = record.status(folder / "train.json")
-        found = [
-            Run(
-                folder / "train.json",
-                trained,
-                trained if finished else None,
-                "not scored" if finished else state,
-            )
-        ]
+        path = folder / "train.json"
+        state = "not scored" if finished else record.status(path)
+        found = [Run(path, trained, trained if finished else None, state)]
     return found
-
-
-def read_whole(path: Path, part: str) -> dict | None:
-    """A record, of a run that goes on what there is. Raises UserError for one that lacks what tables need."""
-    content = record.read(path)
-    if content is None or content["status"] != "finished":
-        content = record.read(record.beside(path)) or content
-    if content is not None:
-        check_whole(content, path, part)
-    return content
-
-
-def check_whole(content: dict, path: Path, part: str) -> None:
-    """Raise UserError for the record `path` of a `part`, "train" or "eval", that lacks what tables need."""
-    if content.get("task") not in tuple(SCORES):  # which may be anything, a list too
-        raise UserError(f"{path} lacks a task of ours: --force redoes the run")
-    wanted = NEEDED["any"] | ({} if content.get("method") in METHODS else NEEDED["tuned"])
-    if content["status"] == "finished":
-        wanted |= NEEDED["finished"] | NEEDED[part]
-    lacking = [name for name, kind in wanted.items() if not isinstance(lookup(content, name), kind)]
-    if part == "eval" and not lacking and content["status"] == "finished":
-        split = f"data.{content['config']['split']}"
-        wanted = {f"{split}.sha256": str, f"{split}.source": str, f"{split}.rows": int}
-        for metric in SCORES[content["task"]]:
-            wanted |= {f"eval.metrics.{metric}.{name}": NUMBER for name in ("value", "ci95.0", "ci95.1")}
-        lacking = [name for name, kind in wanted.items() if not isinstance(lookup(content, name), kind)]
-    optional = {"cost.price_per_hour": int | float | None, "cost.device": str | None}
-    optional["checkpoint.sha256"] = str | None
-    lacking += [name for name, kind in optional.items() if not isinstance(lookup(content, name), kind)]
-    if lacking:
-        raise UserError(
-            f"{path} lacks {', '.join(lacking)}, or has it in another form: --force redoes the run"
-        )
-
-
-def lookup(content, dotted: str):
-    """What stands at e.g. "eval.metrics.accuracy.ci95.0"; None where nothing does."""
-    for name in dotted.split("."):
-        if isinstance(content, list):
-            content = content[int(name)] if name.isdigit() and int(name) < len(content) else None
-        else:
-            content = content.get(name) if isinstance(content, dict) else None
-    return content
 
 
 def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
@@ -202,19 +127,17 @@ def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
         groups = defaultdict(list)
         ours = [run for run in found if run.task == task]
         usual = {}
-        for method in METHODS:
-            prompts = Counter(
-                run.content["prompt_sha256"] for run in ours if run.scored and run.method == method
-            )
-            usual[method] = max(prompts, key=prompts.get, default=None)
+        for method in METHODS.values():
+            prompts = Counter(prompt_of(run) for run in ours if run.scored and run.method is method)
+            usual[method.title] = max(prompts, key=prompts.get, default="")
         for run in ours:
             if run.scored:
-                test, prompt = run.test(), run.content["prompt_sha256"]
+                test, prompt, title = run.test(), prompt_of(run), run.method.title
                 source = f"{test['rows']:,} test examples of {test['source']} (sha256 {test['sha256'][:8]})"
                 key = (
                     places.setdefault(test["sha256"], source),  # the same data has other names elsewhere
                     f"metrics of version {run.scored.get('metrics_version', 'unknown')}",
-                    "" if prompt == usual[run.method] else f"{run.method} prompt {prompt[:8]}",
+                    "" if prompt == usual[title] else f"{title} prompt {prompt[:8] or 'none'}",
                 )
                 groups[key].append(run)
         ordered = sorted(groups, key=lambda key: (-len(groups[key]), key)) or [()]
@@ -224,16 +147,24 @@ def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
             if groups[key]:
                 result.append((task, why, groups[key]))
     for _, _, group in result:
-        for run in group:
-            run.name = name_of(run.content["model"], {other.content["model"] for other in group})
-            told = [f"{name} {run.config[name]}" for name in varying(run, group)]
-            same = [
-                other for other in group if other.scored and other.content["model"] == run.content["model"]
-            ]
-            if run in same and len({other.weights() for other in same}) > 1:
-                told.append(f"weights {run.weights()}")
-            run.variant = ", ".join(told)
+        name_runs(group)
     return result
+
+
+def name_runs(group: Sequence[Run]) -> None:
+    """Give each run of a group its `name`, `variant` and `label`: as much as tells it from the others."""
+    models = {run.content["model"] for run in group}
+    for run in group:
+        run.name = name_of(run.content["model"], models)
+        told = [f"{name} {run.config[name]}" for name in varying(run, group)]
+        same = [other for other in group if other.scored and other.content["model"] == run.content["model"]]
+        if run in same and len({other.weights() for other in same}) > 1:
+            told.append(f"weights {run.weights()}")
+        run.variant = ", ".join(told)
+    trained = {(run.name, run.method.title) for run in group if run.method.trains}
+    several = {name for name, count in Counter(name for name, _ in trained).items() if count > 1}
+    for run in group:
+        run.label = f"{run.model}, {run.method.title}" if run.name in several else run.model
 
 
 def name_of(model: str, others: set[str]) -> str:
@@ -246,7 +177,18 @@ def name_of(model: str, others: set[str]) -> str:
     return model
 
 
+def prompt_of(run: Run) -> str:
+    """What tells the prompt of a run from others; "" for a method without one."""
+    return run.content.get("prompt_sha256") or ""
+
+
+def variants(method: Method) -> list[str]:
+    """The settings in which runs of one cell of a method may differ, beside their seeds."""
+    return sorted({*method.settings, *SCORING} - ELSEWHERE - {*method.knobs})
+
+
 def varying(run: Run, group: Sequence[Run]) -> list[str]:
-    """The VARIANTS in which the runs of a group that share a method differ."""
-    same = [other.config for other in group if other.method == run.method]
-    return [name for name in VARIANTS if name in run.config and len({str(of.get(name)) for of in same}) > 1]
+    """The variants' settings in which the runs of a group that share a method differ."""
+    same = [other.config for other in group if other.method is run.method]
+    named = variants(run.method)
+    return [name for name in named if name in run.config and len({str(of.get(name)) for of in same}) > 1]

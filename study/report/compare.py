@@ -7,7 +7,8 @@ from pathlib import Path
 from study import metrics
 from study.errors import UserError
 from study.records import runs
-from study.report.collect import NUMBER, SCORES, read_whole
+from study.records.record import read_whole
+from study.records.schema import NUMBER, SCORES
 
 
 def compare(paths: Sequence[Path]) -> str:
@@ -46,7 +47,7 @@ def compare(paths: Sequence[Path]) -> str:
 
 def read_scored(path: Path) -> tuple[dict, list[dict]]:
     """A finished evaluation's record and predictions. Raises UserError where either lacks or is not whole."""
-    content, predictions = read_whole(path, "eval"), runs.predictions_beside(path)
+    content, predictions = read_whole(path), runs.predictions_beside(path)
     if not content or content["status"] != "finished":
         raise UserError(f"--compare {path}: there is no finished evaluation")
     try:

@@ -1,9 +1,9 @@
-"""Runs -> plots, as PNG and SVG. Lines and points differ in marker and dash, to be told apart in grey."""
+"""Runs -> plots, as PNG. Lines and points differ in marker and dash, to be told apart in grey."""
 
 import hashlib
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
 from statistics import mean
@@ -15,10 +15,11 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from study.records import cost
+from study.records.schema import METHODS, SCORES
 from study.report.cells import score_cell
-from study.report.collect import SCORES, Run
+from study.report.collect import Run
 from study.report.published import FIGURES
-from study.report.tables import grids, models_of, on_everything, reference, training_usd, tuned
+from study.report.tables import grids, labels_of, models_of, on_everything, reference, training_usd, tuned
 
 STYLE = {
     "font.size": 10,
@@ -27,10 +28,9 @@ STYLE = {
     "axes.grid": True,
     "grid.alpha": 0.3,
     "legend.frameon": False,
-    "svg.hashsalt": "study",  # the same records give the same file
 }
 LONGEST_NAME = 100  # of a file, without its ending
-MARKERS, DASHES = "osD^vP*X", ["-", "--", "-.", ":"]
+MARKERS, DASHES, LEVELS = "osD^vP*X", ("-", "--", "-.", ":"), (":", "-.", "--")
 
 
 def draw(
@@ -38,9 +38,17 @@ def draw(
 ) -> list[tuple[str, str]]:
     """Write every plot that the runs give. Returns (file name without its ending, title) of each."""
     drawn = []
+    for name, title, figure in figures(groups, prices, published):
+        figure.savefig(folder / f"{name}.png", dpi=150)
+        drawn.append((name, title))
+    return drawn
+
+
+def figures(groups: Sequence[tuple], prices: Sequence[dict], published: bool) -> Iterator[tuple]:
+    """(file name without its ending, title, matplotlib's figure) of every plot that the runs give. A figure
+    is closed when the next one is asked for."""
     with matplotlib.rc_context(STYLE):
         for number, (task, why, group) in enumerate(groups):
-            apart = f", apart: {why}" if why else ""
             with_published = published and task == "classification" and not why
             for kind, figure in (
                 ("score by number of training examples", plot_examples(task, group, with_published)),
@@ -52,17 +60,17 @@ def draw(
                 ("training loss", plot_loss(group)),
             ):
                 if figure:
-                    title = f"{task}: {kind}{apart}"
-                    name = "-".join(re.findall(r"\w+", f"{task} {kind} {number if why else ''}".lower()))
-                    if len(name) > LONGEST_NAME:
-                        name = f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+                    title = f"{task}: {kind}" + (f", apart: {why}" if why else "")
                     figure.suptitle(textwrap.fill(title, 90), fontsize=11)
-                    for ending in ("png", "svg"):
-                        dated = {"Date": None} if ending == "svg" else {}
-                        figure.savefig(folder / f"{name}.{ending}", dpi=150, metadata=dated)
+                    yield file_name(f"{task} {kind} {number if why else ''}"), title, figure
                     plt.close(figure)
-                    drawn.append((name, title))
-    return drawn
+
+
+def file_name(title: str) -> str:
+    name = "-".join(re.findall(r"\w+", title.lower()))
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[:LONGEST_NAME]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def score_title(task: str) -> str:
@@ -83,7 +91,7 @@ def plot_examples(task: str, group: Sequence[Run], published: bool):
     """Score over the number of training examples, with intervals."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     metric, styles = next(iter(SCORES[task])), zip(cycle(MARKERS), cycle(DASHES), strict=False)
-    for model, (marker, dash) in zip(models_of(tuned(group)), styles, strict=False):
+    for model, (marker, dash) in zip(labels_of(tuned(group)), styles, strict=False):
         points = {}
         for run in reference(group, model):
             if run.scored and run.train:
@@ -114,7 +122,7 @@ def plot_cost(task: str, group: Sequence[Run], prices: Sequence[dict]):
     metric, cells = next(iter(SCORES[task])), {}
     for run in tuned(group):
         if run.scored and run.train and training_usd(run, prices) is not None:
-            cells.setdefault((run.model, run.share, run.setting), []).append(run)
+            cells.setdefault((run.label, run.share, run.setting), []).append(run)
     if not cells:
         return None
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -129,12 +137,11 @@ def plot_cost(task: str, group: Sequence[Run], prices: Sequence[dict]):
         )
     front = pareto([(usd, cell.value) for usd, cell in points.values()])
     axes.step(*zip(*front, strict=True), where="post", color="black", lw=1.5, label="Pareto front")
-    for method, dash in (("zero-shot", ":"), ("few-shot", "-.")):
-        for model in models_of(run for run in group if run.method == method and run.scored):
-            of = [run for run in group if run.method == method and run.model == model]
-            axes.axhline(
-                score_cell(of, metric).value, ls=dash, color="0.45", label=f"{model}, {method}, no training"
-            )
+    untrained = [method for method in METHODS.values() if not method.trains]
+    for method, dash in zip(untrained, cycle(LEVELS), strict=False):
+        for model in models_of(run for run in group if run.method is method and run.scored):
+            level = score_cell((r for r in group if r.method is method and r.model == model), metric).value
+            axes.axhline(level, ls=dash, color="0.45", label=f"{model}, {method.title}, no training")
     scale(axes, task, "training cost (USD)", cost.usd_text)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
@@ -187,7 +194,7 @@ def has_losses(run: Run) -> bool:
 def plot_loss(group: Sequence[Run]):
     """Training loss over the steps, smoothed, of the runs on the largest training share."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for model, dash in zip(models_of(tuned(group)), cycle(DASHES), strict=False):
+    for model, dash in zip(labels_of(tuned(group)), cycle(DASHES), strict=False):
         for number, run in enumerate(run for run in on_everything(group, model) if has_losses(run)):
             steps, losses = zip(*run.train["train"]["loss_history"], strict=True)
             window = max(1, len(losses) // 20)

@@ -5,8 +5,9 @@ from statistics import mean
 
 from study.cli import DEFAULTS
 from study.records import cost
+from study.records.schema import LORA, METHODS, SCORES
 from study.report.cells import Cell, Table, duration, mean_cell, percent, score_cell
-from study.report.collect import KNOBS, METHODS, SCORES, Run
+from study.report.collect import Run
 
 SHARES = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
@@ -15,34 +16,47 @@ def models_of(group: Iterable[Run]) -> list[str]:
     return sorted({run.model for run in group})
 
 
-def tuned(group: Iterable[Run], model: str | None = None) -> list[Run]:
-    return [run for run in group if run.method == "fine-tuned" and model in {None, run.model}]
+def labels_of(group: Iterable[Run]) -> list[str]:
+    return sorted({run.label for run in group})
 
 
-def reference(group: Iterable[Run], model: str) -> list[Run]:
-    """A model's fine-tuned runs of one rank, epochs and dropout: those that were run with the most training
+def tuned(group: Iterable[Run], label: str | None = None) -> list[Run]:
+    """The runs of methods that train: of all, or of the column `label`."""
+    return [run for run in group if run.method.trains and label in {None, run.label}]
+
+
+def reference(group: Iterable[Run], label: str) -> list[Run]:
+    """A column's runs of one setting of its method's knobs: those that were run with the most training
     shares, or else seeds; or else the task's defaults, or else the most epochs and the highest rank."""
-    ours = tuned(group, model)
+    ours = tuned(group, label)
 
     def rank(setting: tuple) -> tuple:
         same = [run for run in ours if run.setting == setting]
-        usual = {name: DEFAULTS[same[0].task].get(name, 0.1) for name in KNOBS}
-        knobs = dict(zip(KNOBS, setting, strict=True))
-        size = (knobs["epochs"], knobs["lora_r"], -knobs["dropout"])
+        usual = {name: DEFAULTS[same[0].task].get(name, 0.1) for name in LORA}
+        knobs = dict(zip(same[0].method.knobs, setting, strict=True))
+        size = knobs.get("epochs", 0), knobs.get("lora_r", 0), -knobs.get("dropout", 0), str(setting)
         return len({run.share for run in same}), len(same), knobs == usual, *size
 
     best = max({run.setting for run in ours}, key=rank, default=None)
     return [run for run in ours if run.setting == best]
 
 
-def on_everything(group: Iterable[Run], model: str) -> list[Run]:
+def on_everything(group: Iterable[Run], label: str) -> list[Run]:
     """Of the `reference` runs those with the largest training share."""
-    ours = reference(group, model)
+    ours = reference(group, label)
     return [run for run in ours if run.share == max(run.share for run in ours)]
 
 
 def settings_of(of: Sequence[Run]) -> str:
-    return ", ".join(f"{title} {value:g}" for title, value in zip(KNOBS.values(), of[0].setting, strict=True))
+    """E.g. "rank 8, epochs 5, dropout 0.1"; "" for a method without knobs."""
+    knobs = zip(of[0].method.knobs.values(), of[0].setting, strict=True)
+    return ", ".join(f"{title} {value:g}" for title, value in knobs)
+
+
+def note_on(settings: dict[str, Sequence[Run]]) -> str:
+    """Which settings the runs of each column have."""
+    told = {label: settings_of(of) for label, of in settings.items()}
+    return "".join(f"{label}: {knobs}. " for label, knobs in told.items() if knobs)
 
 
 def trained_on(of: Iterable[Run]) -> str:
@@ -51,51 +65,59 @@ def trained_on(of: Iterable[Run]) -> str:
 
 
 def share_table(task: str, group: Sequence[Run]) -> Table:
-    """Table 1: training share x model."""
+    """Table 1: training share x what was trained."""
     metric, title = next(iter(SCORES[task].items()))
-    models = models_of(tuned(group))
-    table = Table("Table 1", f"{title} by training share", ["training share", "examples", *models], 2)
-    kept = {model: reference(group, model) for model in models}
+    labels = labels_of(tuned(group))
+    table = Table("Table 1", f"{title} by training share", ["training share", "examples", *labels], 2)
+    kept = {label: reference(group, label) for label in labels}
     for share in sorted({*SHARES, *(run.share for run in tuned(group))}):
-        of = {model: [run for run in kept[model] if run.share == share] for model in models}
+        of = {label: [run for run in kept[label] if run.share == share] for label in labels}
         examples = trained_on(run for runs in of.values() for run in runs)
-        table.add(percent(share), examples, *(score_cell(of[model], metric) for model in models))
-    table.note = "".join(f"{model}: {settings_of(of)}. " for model, of in kept.items())
+        table.add(percent(share), examples, *(score_cell(of[label], metric) for label in labels))
+    table.note = note_on(kept)
     return table
 
 
 def method_table(task: str, group: Sequence[Run]) -> Table:
-    """Table 2: zero-shot, few-shot and fine-tuned, for each model."""
-    title = "zero-shot, few-shot and fine-tuned"
+    """Table 2: the methods, for each model: the published ones for a language model, whether run or not, and
+    others that were run."""
+    shown = [method for method in METHODS.values() if method.published or is_run(method, group)]
+    title = " and ".join([", ".join(method.title for method in shown[:-1]), shown[-1].title])
     table = Table("Table 2", title, ["model", "method", "trained on", *SCORES[task].values()], 2)
     names = {run.content["model"]: run for run in group}
     for checkpoint in sorted(names):
         ours = [run for run in group if run.content["model"] == checkpoint]
-        for method in METHODS:
-            models = models_of(run for run in ours if run.method == method) or [names[checkpoint].name]
+        prompted = any(run.method.published for run in ours)
+        for method in METHODS.values():
+            same = [run for run in ours if run.method is method]
+            models = models_of(same) or [names[checkpoint].name] * (prompted and method.published)
             for model in models:
-                of = [run for run in ours if run.method == method and run.model == model]
-                if method == "fine-tuned" and of:
-                    of = on_everything(of, model)
-                    table.note += f"{model}: {settings_of(of)}. "
-                table.add(model, method, trained_on(of), *(score_cell(of, metric) for metric in SCORES[task]))
+                of = [run for run in same if run.model == model]
+                if method.trains and of:
+                    of = on_everything(of, of[0].label)
+                    table.note += note_on({of[0].label: of})
+                scores = (score_cell(of, metric) for metric in SCORES[task])
+                table.add(model, method.title, trained_on(of), *scores)
     return table
 
 
+def is_run(method, group: Iterable[Run]) -> bool:
+    return any(run.method is method for run in group)
+
+
 def model_table(task: str, group: Sequence[Run]) -> Table:
-    """Table 3: the models, fine-tuned on everything."""
-    table = Table(
-        "Table 3", "models fine-tuned on everything", ["model", "trained on", *SCORES[task].values()], 1
-    )
-    for model in models_of(tuned(group)):
-        of = on_everything(group, model)
-        table.note += f"{model}: {settings_of(of)}. "
-        table.add(model, trained_on(of), *(score_cell(of, metric) for metric in SCORES[task]))
+    """Table 3: what was trained, on everything."""
+    columns = ["model", "trained on", *SCORES[task].values()]
+    table = Table("Table 3", "models fine-tuned on everything", columns, 1)
+    for label in labels_of(tuned(group)):
+        of = on_everything(group, label)
+        table.note += note_on({label: of})
+        table.add(label, trained_on(of), *(score_cell(of, metric) for metric in SCORES[task]))
     return table
 
 
 def grid(group: Iterable[Run], metric: str, share: float) -> dict[tuple, Cell]:
-    """The cells of a model's LoRA grid by (rank, epochs, dropout), with those that were never run."""
+    """The cells of a LoRA grid by (rank, epochs, dropout), with those that were never run."""
     ours = [run for run in group if run.share == share]
     ranks, epochs, dropouts = (
         sorted(set(column)) for column in zip(*(run.setting for run in ours), strict=True)
@@ -105,26 +127,25 @@ def grid(group: Iterable[Run], metric: str, share: float) -> dict[tuple, Cell]:
 
 
 def grids(task: str, group: Sequence[Run]) -> dict[str, dict[tuple, Cell]]:
-    """Every model's LoRA grid, at the training share with the most settings, where there are several."""
+    """Every LoRA grid, at the training share with the most settings, where there are several."""
     metric, found = next(iter(SCORES[task])), {}
-    for model in models_of(tuned(group)):
-        settings = {
-            run.share: {r.setting for r in tuned(group, model) if r.share == run.share}
-            for run in tuned(group, model)
-        }
+    lora = [run for run in tuned(group) if run.method.knobs == LORA]
+    for label in labels_of(lora):
+        ours = tuned(lora, label)
+        settings = {run.share: {r.setting for r in ours if r.share == run.share} for run in ours}
         share = max(settings, key=lambda share: (len(settings[share]), share))
         if len(settings[share]) > 1:
-            found[f"{model}, {percent(share)} of the examples"] = grid(tuned(group, model), metric, share)
+            found[f"{label}, {percent(share)} of the examples"] = grid(ours, metric, share)
     return found
 
 
 def lora_tables(task: str, group: Sequence[Run]) -> list[Table]:
     """The LoRA ablation and the marginal effect of each knob."""
     title, tables = next(iter(SCORES[task].values())), []
-    for model, cells in grids(task, group).items():
+    for label, cells in grids(task, group).items():
         epochs = sorted({at[1] for at in cells})
         columns = ["dropout", "rank", *(f"{count} epochs" for count in epochs)]
-        table = Table("LoRA ablation", f"{title} by rank, epochs and dropout, {model}", columns, 2)
+        table = Table("LoRA ablation", f"{title} by rank, epochs and dropout, {label}", columns, 2)
         best = max((cell.value for cell in cells.values() if cell.value is not None), default=None)
         for dropout, rank in sorted({(at[2], at[0]) for at in cells}):
             row = [cells[rank, count, dropout] for count in epochs]
@@ -132,9 +153,9 @@ def lora_tables(task: str, group: Sequence[Run]) -> list[Table]:
             table.add(f"{dropout:g}", rank, *row)
         table.note = "The best cell is bold."
         effects = Table(
-            "LoRA effects", f"mean {title} at each level, {model}", ["knob", "level", title, "cells"], 2
+            "LoRA effects", f"mean {title} at each level, {label}", ["knob", "level", title, "cells"], 2
         )
-        for place, knob in enumerate(KNOBS.values()):
+        for place, knob in enumerate(LORA.values()):
             for level, values in marginal(cells, place).items():
                 effects.add(knob, f"{level:g}", f"{mean(values):.2f}" if values else "—", len(values))
         effects.note = "Means over the settings of the other two knobs that have a score at every level."
@@ -169,13 +190,13 @@ def training_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
     table = Table("Tables 4 and 5", "time and cost to train", columns, 2)
     for task, why, group in groups:
         place = f"{task} ({why})" if why else task
-        for model in models_of(tuned(group)):
-            ours = [run for run in on_everything(group, model) if run.train]
+        for label in labels_of(tuned(group)):
+            ours = [run for run in on_everything(group, label) if run.train]
             for gpu in sorted({cost.shown(run.train["cost"]) for run in ours}):
                 of = [run for run in ours if cost.shown(run.train["cost"]) == gpu]
                 done = [run for run in of if run.scored]
                 table.add(
-                    *(model, place, trained_on(of), of[0].config["epochs"], len(of)),
+                    *(label, place, trained_on(of), of[0].config.get("epochs", "—"), len(of)),
                     mean_cell(
                         of, lambda run: trained(run)["wall_seconds"] - trained(run)["seconds"], duration
                     ),
@@ -197,7 +218,7 @@ def training_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
 
 
 def served_as(run: Run) -> tuple[str, str, str]:
-    return run.model, run.method, cost.shown(run.content["cost"])
+    return run.model, run.method.title, cost.shown(run.content["cost"])
 
 
 def inference_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
@@ -217,21 +238,22 @@ def inference_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
     table = Table("Inference", "speed and cost to serve", columns, 3)
     for task, why, group in groups:
         place = f"{task} ({why})" if why else task
-        for model, method, gpu in sorted({served_as(run) for run in group if run.scored}):
-            of = on_everything(group, model) if method == "fine-tuned" else group
-            of = [run for run in of if run.scored and served_as(run) == (model, method, gpu)]
+        for served in sorted({served_as(run) for run in group if run.scored}):
+            of = [run for run in group if run.scored and served_as(run) == served]
+            if of[0].method.trains:
+                of = [run for run in on_everything(group, of[0].label) if run in of]
             rates = [
                 lambda run, per=per: served_usd(run, prices, per)
                 for per in ("examples", "input_tokens", "output_tokens")
             ]
             if of:
                 table.add(
-                    *(model, place, method),
+                    *(served[0], place, served[1]),
                     *(
                         mean_cell(of, lambda run, name=name: run.scored[name], show)
                         for name, show in SERVED.items()
                     ),
-                    gpu,
+                    served[2],
                     *(mean_cell(of, rate, cost.usd_text) for rate in rates),
                 )
     table.note = (

@@ -1,0 +1,230 @@
+"""How training computes: by the model's own layers (plain) or by those written out for a GPU (fast), behind
+one interface.
+
+    begin(seed)         dropout in the passes that follow is drawn from the seed
+    loss_sum(examples)  the cross-entropy summed over their learned tokens, in float32: one pass
+    max_tokens          of a pass; a trainer that runs out of memory lowers it
+    padded              whether a pass pads its examples to the longest of them
+    describe()          which path it is and why, in words
+    batching()          what the record says of it
+    plan()              what a resumed run goes on with
+"""
+
+import importlib.util
+import math
+from collections.abc import Sequence
+
+import torch
+
+from study import device
+from study.encoding import Example
+from study.errors import is_out_of_memory
+from study.fast import self_check
+from study.packing import learned_places, loss_sum
+
+ENOUGH_TOKENS = 4_096  # in a pass: where fewer fit, checkpointing pays
+MOST_TOKENS = 16_384  # full speed on the largest cards; more only costs memory
+
+
+class PlainPath:
+    """The layers of a PEFT model as they are, packed or padded; `why` it is not the fast path."""
+
+    def __init__(self, model, loss_on: str, padded: bool, why: str, max_tokens: int, checkpointing: bool):
+        self.model, self.loss_on, self.padded, self.why = model, loss_on, padded, why
+        self.max_tokens, self.checkpointing = max_tokens, checkpointing
+        self.attention = model.config._attn_implementation
+        self.device = next(model.parameters()).device
+
+    def through(self, model) -> None:
+        """Compute through `model` from now on: the same one, as accelerate has wrapped it."""
+        self.model = model
+
+    def begin(self, seed: int) -> None:
+        torch.manual_seed(seed)
+
+    def loss_sum(self, examples: Sequence[Example]) -> torch.Tensor:
+        in_bfloat16 = device.compute_dtype() == torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bfloat16):
+            return loss_sum(self.model, examples, self.loss_on, self.padded, self.device)
+
+    def describe(self) -> str:
+        laid = "padded" if self.padded else "packed"
+        checkpointing = f"checkpointing {'on' if self.checkpointing else 'off'}"
+        return f"plain layers ({self.why}), {laid}, {self.attention} attention, {checkpointing}"
+
+    def batching(self) -> dict:
+        return {
+            "padded": self.padded,
+            "attention": self.attention,
+            "max_tokens_per_batch": self.max_tokens,
+            "gradient_checkpointing": self.checkpointing,
+            "plan": None,
+            "not_fused": self.why,
+        }
+
+    def plan(self) -> dict:
+        return {"fused": False, "tokens": self.max_tokens, "gradient_checkpointing": self.checkpointing}
+
+
+class FastPath:
+    """The written-out layers of a PEFT model over bitsandbytes (study/fast), by a plan for its memory."""
+
+    padded = checkpointing = False
+
+    def __init__(self, model, loss_on: str, plan):
+        from study.fast import train as fused  # where there is Triton
+
+        self.fused, self.loss_on, self.max_tokens = fused.FusedModel(model, plan), loss_on, plan.tokens
+        self.seed = self.passes = 0
+
+    def through(self, model) -> None:
+        """It has the model's weights, whatever is wrapped around them."""
+
+    def begin(self, seed: int) -> None:
+        self.seed, self.passes = seed, 0
+
+    def loss_sum(self, examples: Sequence[Example]) -> torch.Tensor:
+        seed = (self.seed + self.passes) % 2**31
+        self.passes += 1
+        return self.fused.loss_sum(examples, self.loss_on, seed)
+
+    def describe(self) -> str:
+        return f"fused layers, {self.fused.plan}"
+
+    def batching(self) -> dict:
+        return {
+            "padded": False,
+            "attention": "fused",
+            "max_tokens_per_batch": self.max_tokens,
+            "gradient_checkpointing": self.fused.plan.keep != "all",
+            "plan": str(self.fused.plan),
+            "not_fused": None,
+        }
+
+    def plan(self) -> dict:
+        plan = self.fused.plan
+        kept = {"keep": plan.keep, "on_host": plan.on_host}
+        return {"fused": True, "tokens": self.max_tokens, "gradient_checkpointing": False, **kept}
+
+
+def choose(
+    model, examples: Sequence[Example], tokens: Sequence[int], args, padded: bool, kept: dict | None, training
+) -> PlainPath | FastPath:
+    """The path for a PEFT model, of `examples` in steps of so many `tokens`: the fast one where it can be
+    taken and computes the same, as `kept` of a killed run if that is given. `training` are transformers'
+    TrainingArguments."""
+    why = why_plain(model, args, padded, training)
+    if why is None and kept and not kept["fused"]:
+        why = "as before it was stopped"
+    if why is None:
+        path, why = fast_path(model, examples, tokens, args, kept)
+        if path:
+            return path
+    if kept and kept["fused"]:
+        print("resumed    by other layers than it began with: its adapter will be another one by rounding")
+        kept = None
+    fitting = (
+        (kept["tokens"], kept["gradient_checkpointing"])
+        if kept
+        else fit_memory(model, examples, args, padded, training.device)
+    )
+    return PlainPath(model, args.loss_on, padded, why, *fitting)
+
+
+def why_plain(model, args, padded: bool, training) -> str | None:
+    """The reason why training can't take the fast path, or None."""
+    if training.device.type != "cuda":
+        return "no CUDA"
+    if device.compute_dtype() != torch.bfloat16 or not importlib.util.find_spec("triton"):
+        return "no bfloat16 or no triton here"
+    if training.world_size > 1:
+        return "several processes"
+    if padded:
+        return "padded"
+    if args.attn_implementation != "auto":
+        return f"--attn_implementation {args.attn_implementation}"
+
+    def eligible() -> str | None:
+        from study.fast import train as fused
+
+        return fused.why_not(model)
+
+    return self_check.attempt(eligible)
+
+
+def fast_path(
+    model, examples: Sequence[Example], tokens: Sequence[int], args, kept: dict | None = None
+) -> tuple[FastPath | None, str | None]:
+    """The fast path, with the plan that was `kept` or that fits the device's free memory, and None; or None
+    and the reason why it can't be taken."""
+    made = []
+    why = self_check.attempt(
+        lambda: made.append(FastPath(model, args.loss_on, plan_for(model, examples, tokens, args, kept)))
+    )
+    why = why or self_check.training(model, made[0].fused, examples, args.loss_on)
+    return (None, why) if why else (made[0], None)
+
+
+def plan_for(model, examples: Sequence[Example], tokens: Sequence[int], args, kept: dict | None):
+    from study.fast import train as fused
+
+    if kept:
+        return fused.Plan(kept["tokens"], kept["keep"], kept["on_host"])
+    longest = max(len(example.ids) for example in examples)
+    given = args.max_tokens_per_batch
+    wanted = None if given == "auto" else max(longest, min(given, max(tokens)))
+    torch.cuda.empty_cache()
+    free = int(0.92 * torch.cuda.mem_get_info()[0])
+    learned = args.batch_size * max(len(learned_places(example, args.loss_on)) for example in examples)
+    step = min(MOST_TOKENS, max(tokens)), learned
+    shared = fused.shared_tokens(examples, args.loss_on)
+    return fused.choose_plan(model, free, longest, step, wanted, args.gradient_checkpointing, shared)
+
+
+def fit_memory(
+    model, examples: Sequence[Example], args, padded: bool, where: torch.device
+) -> tuple[int, bool]:
+    """Tokens of a plain pass and whether to checkpoint: the flags', and for "auto" what the device's memory
+    allows.
+
+    On CUDA the memory of a token is measured, without checkpointing and, where less than a few examples would
+    fit, with.
+    """
+    tokens, checkpointing = args.max_tokens_per_batch, args.gradient_checkpointing
+    longest = max(len(example.ids) for example in examples)
+    if where.type != "cuda" or (tokens != "auto" and checkpointing != "auto"):
+        return (4096 if tokens == "auto" else tokens), checkpointing == "on"
+    enough = max(longest, min(ENOUGH_TOKENS, args.batch_size * longest)) if tokens == "auto" else tokens
+    for on in [checkpointing == "on"] if checkpointing != "auto" else [False, True]:
+        fitting = tokens_that_fit(model, examples, args.loss_on, padded, on, where)
+        if fitting >= enough:
+            break
+    return (max(longest, min(MOST_TOKENS, fitting)) if tokens == "auto" else tokens), on
+
+
+def tokens_that_fit(
+    model, examples, loss_on: str, padded: bool, checkpointing: bool, where: torch.device
+) -> int:
+    """How many tokens one forward and backward pass can take, from the memory that a small one takes."""
+    group = sorted(examples, key=lambda example: len(example.ids))[-4:]
+    count = sum(len(example.ids) for example in group)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.cuda.synchronize(where)
+    before = torch.cuda.memory_allocated(where)
+    torch.cuda.reset_peak_memory_stats(where)
+    try:
+        PlainPath(model, loss_on, padded, "", count, checkpointing).loss_sum(group).backward()
+        used = torch.cuda.max_memory_allocated(where) - before
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        used = math.inf
+    model.zero_grad(set_to_none=True)
+    if checkpointing:
+        model.gradient_checkpointing_disable()
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info(where)[0] - trainable * 12  # gradients and two AdamW moments in float32
+    torch.cuda.reset_peak_memory_stats(where)
+    return int(0.85 * free / (used / count))

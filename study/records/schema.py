@@ -1,0 +1,165 @@
+"""What a record holds: the methods of the study and the parts of a run, checked when a record is written and
+when it is read.
+
+A new method is one entry in METHODS and a script that names it; tables, plots and look-ups follow from the
+entry. A part of a run (its training, an evaluation) leaves one record, a JSON object, in the run's folder.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Formatter
+from types import NoneType
+
+from study.errors import UserError
+
+SCHEMA = 1
+NUMBER = (int, float)
+SCORES = {  # of each task, the metrics that tables show, the first also in plots
+    "classification": {"accuracy": "accuracy", "macro_f1": "macro F1", "invalid_answers": "invalid answers"},
+    "summarization": {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"},
+}
+
+# Flags by what depends on them; all others change a run's speed, its price or its place.
+READ = (  # what a model reads, in training and scoring alike
+    *("pretrained_ckpt", "dataset", "train_file", "text_column", "label_column", "dialogue_column"),
+    *("summary_column", "drop_overlap", "max_train_samples", "max_seq_length", "max_new_tokens"),
+)
+TRAINING = (*READ, "lora_alpha", "target_modules", "learning_rate", "batch_size", "loss_on")
+SCORING = (*READ, "test_file", "validation_file", "max_eval_samples", "split", "decoding")
+PROMPTING = (*SCORING, "task", "prompt_type", "shots", "chat_template", "seed")
+LORA = {
+    "lora_r": "rank",
+    "epochs": "epochs",
+    "dropout": "dropout",
+}  # the knobs of the grid, with their titles
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to get answers out of a model.
+
+    `folder` names a run: a format over its settings. `settings` are all the flags that tell its runs apart;
+    those that the name does not spell out and that differ from their defaults add a hash to it.
+    """
+
+    title: str  # in tables
+    folder: str
+    settings: tuple[str, ...]
+    knobs: dict[str, str] = field(default_factory=dict)  # numbers that make a cell, with their titles
+    trains: bool = False  # on a share of the training examples, and leaves a record of that
+    prompted: bool = True  # by prompts.py, whose hash tells its scores apart
+    published: bool = False  # a row of every language model in Table 2, run or not
+
+    @property
+    def spelled(self) -> tuple[str, ...]:
+        """The settings that the folder's name spells out."""
+        return tuple(name for _, name, _, _ in Formatter().parse(self.folder) if name)
+
+
+PROMPTED = "baseline/{pretrained_ckpt}/{task}/{prompt_type}"
+METHODS = {  # in the order of the tables' rows
+    "zero-shot": Method("zero-shot", PROMPTED, PROMPTING, published=True),
+    "few-shot": Method("few-shot", PROMPTED, PROMPTING, published=True),
+    "qlora": Method(
+        title="fine-tuned",
+        folder="{task}-sampleFraction-{train_sample_fraction}_epochs-{epochs}_rank-{lora_r}_dropout-{dropout}"
+        "_seed-{seed}",
+        settings=("train_sample_fraction", "epochs", "lora_r", "dropout", "seed", *TRAINING),
+        knobs=LORA,
+        trains=True,
+        published=True,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stage of a run that leaves a record: the files' pattern, and what a finished one holds, by dots."""
+
+    files: str
+    holds: dict[str, type | tuple | object]
+
+
+MEASURED = ("examples", "seconds", "wall_seconds", "peak_memory_gib")
+SERVED = ("examples_per_second", "input_tokens", "output_tokens")
+PARTS = {
+    "train": Part(
+        "train.json",
+        {f"train.{name}": NUMBER for name in MEASURED}
+        | {"train.tokens_per_second": (*NUMBER, NoneType), "train.loss_history": list},
+    ),
+    "eval": Part(
+        "eval*.json",
+        {f"eval.{name}": NUMBER for name in (*MEASURED, *SERVED)}
+        | {"config.split": str, "eval.metrics": dict},
+    ),
+}
+ALWAYS = dict.fromkeys(("method", "model", "script"), str) | {"config": dict, "config.seed": int}
+FINISHED = dict.fromkeys(("finished", "cost.gpu"), str) | {"data": dict, "environment": dict}
+OPTIONAL = {  # which need not be there, or are null where they are not known
+    "cost.price_per_hour": int | float | None,
+    "cost.device": str | None,
+    "checkpoint.sha256": str | None,
+}
+
+
+def part_of(path: Path) -> str | None:
+    """The part whose record a file is by its name, also while its run goes on; None for another file."""
+    name = path.name.lstrip(".")
+    return next((part for part, about in PARTS.items() if Path(name).match(about.files)), None)
+
+
+def settings_of(method: str, part: str, drop_overlap: bool = False) -> tuple[str, ...]:
+    """The flags that the result of a method's part depends on; an evaluation of what was trained depends on
+    that training beside them, and a training that drops what stands in the test split on that split."""
+    if METHODS[method].trains and part == "eval":
+        return SCORING
+    return (*METHODS[method].settings, *(["test_file"] if METHODS[method].trains and drop_overlap else []))
+
+
+def check(content: dict, path: Path) -> None:
+    """Raise UserError for a record that lacks what tables need, or is of no task or method of ours."""
+    if content.get("task") not in tuple(SCORES):  # which may be anything, a list too
+        raise UserError(f"{path} lacks a task of ours: --force redoes the run")
+    refuse_lacking(content, path, ALWAYS | OPTIONAL)
+    method = METHODS.get(content["method"])
+    if method is None:
+        raise UserError(
+            f"{path} is of the method {content['method']!r}, and study/records/schema.py knows "
+            f"{', '.join(METHODS)}: read it with the version that wrote it"
+        )
+    wanted = dict.fromkeys((f"config.{name}" for name in method.knobs), NUMBER)
+    if method.trains:
+        wanted["config.train_sample_fraction"] = NUMBER
+    if content["status"] == "finished":
+        wanted |= FINISHED | PARTS[part_of(path)].holds | ({"prompt_sha256": str} if method.prompted else {})
+    refuse_lacking(content, path, wanted)
+    if content["status"] == "finished" and part_of(path) == "eval":
+        refuse_lacking(content, path, scores_of(content))
+
+
+def scores_of(content: dict) -> dict:
+    """What a finished evaluation holds of its split and its task's metrics."""
+    split = f"data.{content['config']['split']}"
+    wanted = {f"{split}.sha256": str, f"{split}.source": str, f"{split}.rows": int}
+    for metric in SCORES[content["task"]]:
+        wanted |= {f"eval.metrics.{metric}.{name}": NUMBER for name in ("value", "ci95.0", "ci95.1")}
+    return wanted
+
+
+def refuse_lacking(content: dict, path: Path, wanted: dict) -> None:
+    lacking = [name for name, kind in wanted.items() if not isinstance(lookup(content, name), kind)]
+    if lacking:
+        raise UserError(
+            f"{path} lacks {', '.join(lacking)}, or has it in another form: --force redoes the run"
+        )
+
+
+def lookup(content, dotted: str):
+    """What stands at e.g. "eval.metrics.accuracy.ci95.0"; None where nothing does."""
+    for name in dotted.split("."):
+        if isinstance(content, list):
+            content = content[int(name)] if name.isdigit() and int(name) < len(content) else None
+        else:
+            content = content.get(name) if isinstance(content, dict) else None
+    return content
