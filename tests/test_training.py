@@ -287,8 +287,7 @@ def loss_sum(model, examples, *more):
     return plain(model, examples, *more)
 
 paths.loss_sum = loss_sum
-sys.argv = sys.argv[1:]
-from preloaded import kill, run_preloaded, start_until
+sys.argv[0] = "{script}"
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 # In eval mode checkpointing is off, and on the CPU weights in 4 bits are repacked.
