@@ -16,10 +16,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.exactness import llama, make_examples, with_adapters
 from study.fast import cache, decode, kernels
 from study.fast import train as fused
 from study.model import merge
+from tests.exactness import llama, make_examples, with_adapters
 
 SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 2}
 

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MistralConfig
 
-from benchmarks.exactness import make_examples
-from benchmarks.mutations import remember_unpacked
 from study.fast import decode, nf4, self_check
 from study.fast import train as fused
 from study.model import merge
 from study.packing import learned_places
+from tests.exactness import make_examples
+from tests.mutations import remember_unpacked
 
 SIZES = {
     "vocab_size": 96,

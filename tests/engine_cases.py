@@ -9,11 +9,11 @@ import bitsandbytes.functional as bnb
 import torch
 from transformers import GenerationConfig
 
-from benchmarks.exactness import llama, with_adapters
-from benchmarks.mutations import remember_unpacked
 from study.fast import cache, decode, nf4
 from study.generation import follow_one_of
 from study.model import merge
+from tests.exactness import llama, with_adapters
+from tests.mutations import remember_unpacked
 
 ENDS = [7, 9, 79, 95]  # the last two come up in free answers
 NEW_TOKENS = 5

@@ -7,7 +7,9 @@ import bitsandbytes.functional as bnb
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, MambaConfig, MambaForCausalLM
 
-from benchmarks.exactness import (
+from study.fast import kernels, nf4, self_check
+from study.fast import train as fused
+from tests.exactness import (
     TINY,
     TINY_LENGTHS,
     error,
@@ -20,9 +22,7 @@ from benchmarks.exactness import (
     truth,
     with_adapters,
 )
-from benchmarks.mutations import remember_unpacked
-from study.fast import kernels, nf4, self_check
-from study.fast import train as fused
+from tests.mutations import remember_unpacked
 
 
 def left_as_it_was(model, examples) -> dict[str, bool]:

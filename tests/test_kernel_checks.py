@@ -22,7 +22,7 @@ from study.fast import train as fused
 
 MUTATIONS = Path(tempfile.mkdtemp()) / "mutations.json"
 BESIDE = [
-    (INTERPRETED, "-m", "benchmarks.mutations", "--output", str(MUTATIONS)),
+    (INTERPRETED, "-m", "tests.mutations", "--output", str(MUTATIONS)),
     (INTERPRETED, "tests/eligibility_cases.py"),
 ]
 
@@ -56,7 +56,7 @@ def test_every_broken_kernel_and_copy_is_found_out_and_nothing_else(mutations):
 def test_every_kernel_is_broken_in_turn(mutations):
     broken = {row["broken"] for row in mutations}
     for module in ("kernels", "nf4", "cache"):
-        source = (ROOT / "study" / f"{module}.py").read_text()
+        source = (ROOT / "study" / "fast" / f"{module}.py").read_text()
         for kernel in re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE):
             assert f"{module}.{kernel}: does nothing" in broken
 
@@ -127,7 +127,7 @@ def test_rotary_tables_of_another_kind_are_refused_and_fixed_ones_taken(eligibil
 
 @pytest.fixture(scope="module")
 def tuned():
-    from benchmarks.exactness import llama, with_adapters
+    from tests.exactness import llama, with_adapters
 
     return with_adapters(llama(), 4, 0.1)
 

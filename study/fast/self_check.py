@@ -31,7 +31,7 @@ STRENGTH = 0.25  # of an adapter beside its weight, in Frobenius norm: it matter
 # float32 only the order of sums differs, by some 1e-6. In bfloat16 on an H200, gradients are off by 3e-2 in
 # the demo's model of 6 layers, by 0.14 to 0.16 in a Llama-2-7B of random weights, logits by 7e-3 and 7e-2:
 # 0.7 to 1.7 times the noise. What is broken is off by more than is tolerated: `python -m
-# benchmarks.mutations`.
+# tests.mutations`.
 ROUNDINGS = 3
 TOLERANCES = {
     torch.float32: {"loss": 1e-4, "kind": 1e-3, "single": 1e-3, "logits": 1e-3},

@@ -1,6 +1,6 @@
 """Break each kernel and each copy of the fast paths in turn: do the self-checks of a run notice?
 
-    python -m benchmarks.mutations --output mutations.json
+    python -m tests.mutations --output mutations.json
 
 On a small random model, in bfloat16 on CUDA; without it a tiny one in float32, under Triton's interpreter.
 Beside what the self-checks of training and of scoring (study/fast/self_check.py) said stands the largest
@@ -20,11 +20,11 @@ from dataclasses import dataclass
 import torch
 from tabulate import tabulate
 
-from benchmarks.exactness import CUDA, LARGE, TINY, arguments, llama, make_examples, with_adapters
 from benchmarks.provenance import headline, provenance
 from study.fast import cache, decode, kernels, nf4, self_check
 from study.fast import train as fused
 from study.model import merge
+from tests.exactness import CUDA, LARGE, TINY, arguments, llama, make_examples, with_adapters
 
 UNBROKEN = "nothing"
 
@@ -68,7 +68,7 @@ class Mutation:
 
 
 def launch(name: str, module, kernel: str, change=None, **cases) -> Mutation:
-    what = f"{module.__name__.removeprefix('study.')}.{kernel}: {name}"
+    what = f"{module.__name__.removeprefix('study.fast.')}.{kernel}: {name}"
     return Mutation(what, module, kernel, lambda original: Broken(original, change), **cases)
 
 

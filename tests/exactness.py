@@ -1,6 +1,6 @@
 """The fast path computes what the plain layers compute: relative errors against float64, on random models.
 
-    python -m benchmarks.exactness --output exactness.json
+    python -m tests.exactness --output exactness.json
 
 Fused layers in float32 and bfloat16 stand beside PEFT and bitsandbytes in bfloat16, on the same packed
 examples; without CUDA it is a tiny model in float32, under Triton's interpreter. The layers in float64 take
