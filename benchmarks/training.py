@@ -260,19 +260,20 @@ def fused_losses(tuned, mode: str, length: int, step: tuple[int, int]) -> tuple[
     import torch
 
     from study import packing
-    from study.fast import train as fused
+    from study.fast.memory import choose_plan
+    from study.fast.train import FusedModel
 
     free = 0.92 * torch.cuda.mem_get_info()[0]
     if mode.isdigit():
         free = (int(mode) - MARGIN) * GIB - torch.cuda.memory_allocated()
-    path = fused.FusedModel(tuned, fused.choose_plan(tuned, free, length, step))
+    fused = FusedModel(tuned, choose_plan(tuned, free, length, step))
 
     def losses(step: Sequence) -> Iterator:
         lengths = [len(example.ids) for example in step]
-        for group in packing.split_to_fit(range(len(step)), lengths, path.plan.tokens, False):
-            yield path.loss_sum([step[i] for i in group], "answer", group[0])
+        for group in packing.split_to_fit(range(len(step)), lengths, fused.plan.tokens, False):
+            yield fused.loss_sum([step[i] for i in group], "answer", group[0])
 
-    return losses, f"{path.plan.tokens:,} at once, {path.plan}; what examples begin with alike once"
+    return losses, f"{fused.plan.tokens:,} at once, {fused.plan}; what examples begin with alike once"
 
 
 def ceiling(args: argparse.Namespace, mode: str, tokens: int, length: int, seconds: float = 5) -> dict:

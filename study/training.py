@@ -29,9 +29,17 @@ from study import checkpoint as checkpoints_of_models
 from study import checks, device
 from study.encoding import Example, sha256_of
 from study.errors import UserError, is_out_of_memory
-from study.fast import self_check
+from study.fast import decoder, memory, self_check
 from study.model import CONFIG, fingerprint
-from study.packing import choose_batching, learned_places, loss_sum, plan_steps, seed_of, split_to_fit
+from study.packing import (
+    choose_batching,
+    learned_places,
+    loss_sum,
+    plan_steps,
+    seed_of,
+    shared_prefix,
+    split_to_fit,
+)
 from study.records import record, runs
 
 PROGRESS = "progress.json"  # stands in a checkpoint once all of it has been written
@@ -455,12 +463,7 @@ def why_slow(model, args, padded: bool, training: TrainingArguments) -> str | No
     if args.attn_implementation != "auto":
         return f"--attn_implementation {args.attn_implementation}"
 
-    def eligible() -> str | None:
-        from study.fast import train as fused
-
-        return fused.why_not(model)
-
-    return self_check.attempt(eligible)
+    return self_check.attempt(lambda: decoder.why_not_train(model))
 
 
 def fast_path(
@@ -475,11 +478,10 @@ def fast_path(
 
 
 def fused_layers(model, examples: Sequence[Example], tokens: Sequence[int], args, kept: dict | None):
-    from study.fast import train as fused
+    from study.fast.train import FusedModel  # needs Triton
 
     if kept:
-        plan = fused.Plan(kept["tokens"], kept["keep"], kept["on_host"])
-        return fused.FusedModel(model, plan)
+        return FusedModel(model, memory.Plan(kept["tokens"], kept["keep"], kept["on_host"]))
     longest = max(len(example.ids) for example in examples)
     given = args.max_tokens_per_batch
     wanted = None if given == "auto" else max(longest, min(given, max(tokens)))
@@ -487,9 +489,9 @@ def fused_layers(model, examples: Sequence[Example], tokens: Sequence[int], args
     free = int(0.92 * torch.cuda.mem_get_info()[0])
     learned = args.batch_size * max(len(learned_places(example, args.loss_on)) for example in examples)
     step = min(MOST_TOKENS, max(tokens)), learned
-    shared = fused.shared_tokens(examples, args.loss_on)
-    plan = fused.choose_plan(model, free, longest, step, wanted, args.gradient_checkpointing, shared)
-    return fused.FusedModel(model, plan)
+    shared = shared_prefix(examples, args.loss_on)
+    plan = memory.choose_plan(model, free, longest, step, wanted, args.gradient_checkpointing, shared)
+    return FusedModel(model, plan)
 
 
 def resume(checkpoints: Path, run: dict, args) -> tuple[Path | None, dict, list]:
@@ -527,11 +529,13 @@ def read_progress(checkpoint: Path) -> dict:
 
 def kept_plan(checkpoint: Path | None, args) -> dict | None:
     """How the run computed before it was stopped, which also decides what dropout draws; None where its flags
-    now ask for something else."""
+    now ask for something else, or other code wrote a plan that this one does not know."""
     progress = read_progress(checkpoint) if checkpoint else {}
     asked = ("max_tokens_per_batch", "gradient_checkpointing", "attn_implementation")
     same = all(progress["config"].get(name) == getattr(args, name) for name in asked if progress)
-    return progress.get("plan") if same else None
+    plan = progress.get("plan")
+    known = plan and (not plan["fused"] or plan["keep"] in memory.KEEPS)
+    return plan if same and known else None
 
 
 def remove_checkpoints(folder: Path) -> None:

@@ -12,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from study.fast.decoder import NF4_BLOCK
 from study.fast.kernels import EXACT, power_of_2, rank_tile
 
-NF4_BLOCK = 64  # weights that share a scale
-MIXED = 128  # columns that lie in an order of their own where weights are multiplied from 4 bits
+PERMUTED_COLUMNS = 128  # columns that lie in an order of their own where weights are multiplied from 4 bits
 FEW_ROWS = 64  # up to which that is the faster way
 WARPS, STAGES, PROGRAMS = 4, 3, 256  # of the product with few rows: what keeps a GPU busy
 
@@ -204,8 +204,8 @@ class PackedWeights:
 
     def multiply(self, x: torch.Tensor, a=None, b=None) -> torch.Tensor:
         """x W^T + (x a^T) b^T [rows, size] for a few rows, at most FEW_ROWS, read from the 4 bits themselves;
-        a [rank, width] and b [size, rank], or neither. The columns of x, a multiple of MIXED, lie as
-        `kernels.place_of` has them."""
+        a [rank, width] and b [size, rank], or neither. The columns of x, a multiple of PERMUTED_COLUMNS, lie
+        as `kernels.permuted_column` has them."""
         (rows, width), rank, tile = x.shape, 0 if a is None else len(a), 16 * WARPS
         blocks, tile_x = width // NF4_BLOCK, max(16, power_of_2(rows))
         tiles = triton.cdiv(self.size, tile)
