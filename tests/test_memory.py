@@ -1,13 +1,18 @@
 """What a plan takes and keeps, and what study/fast/README.md says of both. None of it needs Triton."""
 
+import importlib
+import math
+import re
 from dataclasses import fields
 from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 
-from study.fast.memory import KEEPS, Activations, Plan, choose_plan, costs
+from study.fast.decoder import head_size
+from study.fast.memory import KEEPS, Activations, Plan, choose_plan, costs, sizes_of
 
 
 def model(rank: int, dropout: float, trained: int, **config):
@@ -156,3 +161,78 @@ def test_a_level_keeps_no_more_than_the_one_before_it_and_always_the_input():
     assert left[0] == {*everything}
     assert all(less < more for more, less in pairwise(left))
     assert left[-1] == {"x", "inverse_1", "inverse_2", "h_qkv", "h_out", "h_gate_up", "h_down"}
+
+
+# study/fast/README.md
+
+PAGE = (ROOT / "study" / "fast" / "README.md").read_text(encoding="utf-8")
+
+
+def rows_of(heading: str) -> list[list[str]]:
+    """The cells of the first table behind a heading, without its titles; code loses its backquotes."""
+    lines = PAGE.partition(f"\n{heading}\n")[2].split("\n\n|", 1)[1].split("\n\n")[0].splitlines()
+    return [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def symbols(of) -> dict:
+    """The page's notation for a model."""
+    lora, c = of.peft_config["default"], of.config
+    s, m = sizes_of(c, lora.r), head_size(c)
+    return {"H": c.num_attention_heads, "K": c.num_key_value_heads, "m": m, "N": c.num_hidden_layers} | {
+        "d": s.hidden,
+        "f": s.inner,
+        "r": s.rank,
+        "out": s.out,
+        "qkv": s.qkv,
+        "a": 64 * math.ceil(3 * s.rank / 64),
+        "vocab": c.vocab_size,
+        "trained": sum(p.numel() for p in of.parameters() if p.requires_grad),
+        "dropout": lora.lora_dropout > 0,
+    }
+
+
+@pytest.mark.parametrize("of", [SEVEN, FEW, WIDE])
+def test_the_pages_table_of_what_is_kept_is_the_dataclass(of):
+    rows, known = rows_of("## What a layer keeps"), symbols(of)
+    assert [row[0] for row in rows] == [part.name for part in fields(Activations)]
+    sizes = sizes_of(of.config, of.peft_config["default"].r)
+    for (_, _, *plans, columns, product), part in zip(rows, fields(Activations), strict=True):
+        about = part.metadata
+        assert [keep for keep, cell in zip(KEEPS, plans, strict=True) if cell == "yes"] == [*about["plans"]]
+        assert eval(columns or "0", known) == about["columns"](sizes)
+        assert eval(product or "0", known) == about["product"](sizes)
+
+
+@pytest.mark.parametrize("of", [SEVEN, FEW, WIDE])
+@pytest.mark.parametrize(("learned", "shared"), [(400, 21), (9000, 0)])
+@pytest.mark.parametrize(("keep", "on_host"), [*((keep, False) for keep in KEEPS), ("input", True)])
+def test_the_pages_memory_formula_is_the_codes(of, keep, on_host, learned, shared):
+    known = symbols(of) | {"learned": learned, "shared": shared, "on_host": on_host}
+    rows, which = rows_of("## What a layer keeps"), 2 + KEEPS.index(keep)
+    known["kept"] = sum(eval(row[6] or "0", known) for row in rows if row[which] == "yes")
+    known["again"] = sum(eval(row[7] or "0", known) for row in rows if row[which] != "yes")
+    exec(re.search(r"## The memory formula.*?```python\n(.*?)```", PAGE, re.DOTALL)[1], known)
+    expected = pytest.approx(costs(of, keep, on_host, learned, shared), rel=1e-12)
+    assert (known["fixed"], known["each"], known["extra"]) == expected
+
+
+def test_the_pages_constants_are_the_codes():
+    rows = [row for row in rows_of("## The memory formula") if "." in row[0]]
+    assert len(rows) >= 12
+    for name, value, _ in rows:
+        module, constant = name.split(".")
+        folder = "study" if module == "packing" else "study.fast"
+        if module in {"cache", "nf4"}:
+            pytest.importorskip("triton")
+        assert getattr(importlib.import_module(f"{folder}.{module}"), constant) == float(value), name
+
+
+def test_arrows_in_the_folder_go_one_way():
+    order = re.search(r"those before it in this row: ([^.]*)\.", PAGE)[1].split(", ")
+    folder = ROOT / "study" / "fast"
+    assert {*order} == {path.stem for path in folder.glob("*.py")} - {"__init__"}
+    for name in order:
+        source = (folder / f"{name}.py").read_text(encoding="utf-8")
+        words = " ".join(re.findall(r"from study\.fast import ([\w, ]+)", source)).replace(",", " ").split()
+        read = {*words, *re.findall(r"from study\.fast\.(\w+) import", source)}
+        assert read <= {*order[: order.index(name)]}, name

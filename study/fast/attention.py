@@ -33,12 +33,13 @@ def row_of(place, start, before):
 
 @triton.jit
 def absorb(query, key, value, seen, log2_scale, largest, weight, total):
-    """One more tile of keys: the largest score so far, and the sums of weights and of weighted values."""
-    score = tl.dot(query, tl.trans(key), input_precision=EXACT) * log2_scale
+    """One more tile of keys: the `largest` score so far [queries], and the sums of weights [queries] and of
+    weighted values, `total` [queries, size], both relative to it."""
+    score = tl.dot(query, tl.trans(key), input_precision=EXACT) * log2_scale  # [queries, keys]
     score = tl.where(seen, score, -1e30)
     larger = tl.maximum(largest, tl.max(score, 1))
     share = tl.exp2(score - larger[:, None])
-    fade = tl.exp2(largest - larger)
+    fade = tl.exp2(largest - larger)  # [queries]
     weight = weight * fade + tl.sum(share, 1)
     total = tl.dot(share.to(value.dtype), value, total * fade[:, None], input_precision=EXACT)
     return larger, weight, total
@@ -68,7 +69,9 @@ def attention_kernel(
     column = tl.arange(0, size)[None, :]
     place = before + offset + tl.arange(0, tile_q)
     row, wanted = row_of(place, start, before), place < before + length
-    query = tl.load(qkv + row[:, None] * stride + head * size + column, wanted[:, None], 0.0)
+    query = tl.load(
+        qkv + row[:, None] * stride + head * size + column, wanted[:, None], 0.0
+    )  # [tile_q, size]
     keys = qkv + heads * size + head // (heads // key_heads) * size
     largest = tl.full([tile_q], -1e30, tl.float32)
     weight = tl.zeros([tile_q], tl.float32)
@@ -78,7 +81,7 @@ def attention_kernel(
     for first in range(0, end, tile_k):
         other = first + tl.arange(0, tile_k)
         at = keys + row_of(other, start, before)[:, None] * stride + column
-        key = tl.load(at, (other < end)[:, None], 0.0)
+        key = tl.load(at, (other < end)[:, None], 0.0)  # [tile_k, size]
         value = tl.load(at + key_heads * size, (other < end)[:, None], 0.0)
         seen = place[:, None] >= other[None, :]
         largest, weight, total = absorb(query, key, value, seen, log2_scale, largest, weight, total)
@@ -120,10 +123,10 @@ def attention_dq_kernel(
     row, inside = row_of(place, start, before), place < before + length
     wanted = inside[:, None]
     at = qkv + row[:, None] * stride + head * 2 * half + column
-    query_1, query_2 = tl.load(at, wanted, 0.0), tl.load(at + half, wanted, 0.0)
+    query_1, query_2 = tl.load(at, wanted, 0.0), tl.load(at + half, wanted, 0.0)  # both [tile_q, half]
     slope = tl.load(d_out + row[:, None] * d_out_stride + head * 2 * half + wide, wanted, 0.0)
     output = tl.load(out + row[:, None] * out_stride + head * 2 * half + wide, wanted, 0.0)
-    inner = tl.sum(slope.to(tl.float32) * output.to(tl.float32), 1)
+    inner = tl.sum(slope.to(tl.float32) * output.to(tl.float32), 1)  # [tile_q], D of the equations
     saved = head.to(tl.int64) * rows + row
     tl.store(delta + saved, inner, inside)
     log_weight = tl.load(logsumexp + saved, inside, 0.0)
@@ -142,12 +145,13 @@ def attention_dq_kernel(
         value = tl.load(source + key_heads * 2 * half + wide, in_reach, 0.0)
         score = tl.dot(query_1, tl.trans(key_1), input_precision=EXACT)
         score = tl.dot(query_2, tl.trans(key_2), score, input_precision=EXACT)
-        share = tl.exp2(score * (scale * LOG2_E) - log_weight[:, None])
+        share = tl.exp2(score * (scale * LOG2_E) - log_weight[:, None])  # [tile_q, tile_k], P
         share = tl.where(place[:, None] >= other[None, :], share, 0.0)
         d_share = tl.dot(slope, tl.trans(value), input_precision=EXACT)
-        d_score = (share * (d_share - inner[:, None])).to(key_1.dtype)
+        d_score = (share * (d_share - inner[:, None])).to(key_1.dtype)  # [tile_q, tile_k], dS
         dq_1 = tl.dot(d_score, key_1, dq_1, input_precision=EXACT)
         dq_2 = tl.dot(d_score, key_2, dq_2, input_precision=EXACT)
+    # Turned back by each row's position, and the scale of the scores.
     c = tl.load(cos + row[:, None] * half + column, wanted, 0.0) * scale
     s = tl.load(sin + row[:, None] * half + column, wanted, 0.0) * scale
     at = dqkv + row[:, None] * dqkv_stride + head * 2 * half + column
@@ -187,11 +191,11 @@ def add_queries(
     log_weight, inner = tl.load(logsumexp + saved, wanted, 0.0), tl.load(delta + saved, wanted, 0.0)
     score = tl.dot(key_1, tl.trans(query_1), input_precision=EXACT)
     score = tl.dot(key_2, tl.trans(query_2), score, input_precision=EXACT)
-    share = tl.exp2(score * (scale * LOG2_E) - log_weight[None, :])
+    share = tl.exp2(score * (scale * LOG2_E) - log_weight[None, :])  # [tile_k, tile_q], P^T
     share = tl.where(seen, share, 0.0)
     dv = tl.dot(share.to(slope.dtype), slope, dv, input_precision=EXACT)
     d_share = tl.dot(value, tl.trans(slope), input_precision=EXACT)
-    d_score = (share * (d_share - inner[None, :])).to(query_1.dtype)
+    d_score = (share * (d_share - inner[None, :])).to(query_1.dtype)  # [tile_k, tile_q], dS^T
     dk_1 = tl.dot(d_score, query_1, dk_1, input_precision=EXACT)
     dk_2 = tl.dot(d_score, query_2, dk_2, input_precision=EXACT)
     return dk_1, dk_2, dv
@@ -297,6 +301,7 @@ def attention_dkv_kernel(
                 *(start + other, wanted, seen, key_1, key_2, value, qkv, d_out, logsumexp, delta, stride),
                 *(d_out_stride, rows, head, scale, half, dk_1, dk_2, dv),
             )
+    # Keys are turned back, values were never turned.
     c = tl.load(cos + row * half + column, inside, 0.0) * scale
     s = tl.load(sin + row * half + column, inside, 0.0) * scale
     at = dqkv + row * dqkv_stride + (heads + key_head) * 2 * half
@@ -352,7 +357,7 @@ class Attention:
     def backward(self, d_out, qkv, out, logsumexp, cos, sin, dqkv) -> None:
         """Write to `dqkv` the gradient of the qkv that `rotate` was given, from that of `out`, which is 0 in
         rows that are not wanted."""
-        rows, delta = out.shape[0], torch.zeros_like(logsumexp)
+        rows, delta = out.shape[0], torch.zeros_like(logsumexp)  # [heads, rows], D of the equations
         shape, scale = (self.heads, self.key_heads, self.size // 2), self.size**-0.5
         attention_dq_kernel[(len(self.work["dq"]), self.heads)](
             *(qkv, d_out, out, logsumexp, delta, dqkv, cos, sin, self.work["dq"]),
@@ -371,6 +376,7 @@ class Attention:
         )
 
     def shared_chunks(self, rows: int) -> int:
+        """Chunks of the rows behind the shared prefix, each with its own sum for the prefix's gradient."""
         return triton.cdiv(rows - self.shared, memory.SHARED_CHUNK) if self.shared else 0
 
     def shared_dkv(self, d_out, qkv, logsumexp, delta) -> torch.Tensor:

@@ -15,7 +15,7 @@ import triton.language as tl
 from study.fast.attention import LOG2_E, absorb
 from study.fast.kernels import permuted_column, power_of_2, to_device
 
-APART = 256  # shared rows from which on they are read once for many queries, apart from the own rows
+APART = 256  # shared rows from which on they are read once for many queries, apart; chosen on an H200
 CACHE_TILES = {  # queries, keys, warps, stages; chosen on an H200
     "prompts": (64, 32, 4, 3),
     "tokens": (16, 64, 4, 3),
@@ -45,7 +45,7 @@ def rotate_and_store_kernel(
     c, s = tl.load(cos + angle), tl.load(sin + angle)
     at = qkv + row * stride + head * 2 * half + column
     inside = head < heads + 2 * key_heads
-    first = tl.load(at, inside, 0.0).to(tl.float32)
+    first = tl.load(at, inside, 0.0).to(tl.float32)  # [padded heads, half]
     second = tl.load(at + half, inside, 0.0).to(tl.float32)
     turned_1 = (first * c - second * s).to(keys.dtype.element_ty)
     turned_2 = (second * c + first * s).to(keys.dtype.element_ty)
@@ -78,10 +78,11 @@ def absorb_rows(
     weight,
     total,
 ):
-    """The cache's rows `start` + `begin` to `start` + `end`; a query sees those up to `start` + `last`."""
+    """The cache's rows `start` + `begin` to `start` + `end`; a query sees those up to `start` + `last`
+    [queries]. largest, weight and total are `absorb`'s."""
     for first in range(begin, end, tile_k):
         other = first + tl.arange(0, tile_k)
-        at = (start + other).to(tl.int64)[:, None] * width + column
+        at = (start + other).to(tl.int64)[:, None] * width + column  # [tile_k, size]
         key = tl.load(keys + at, (other < end)[:, None], 0.0)
         value = tl.load(values + at, (other < end)[:, None], 0.0)
         seen = last[:, None] >= other[None, :]
@@ -91,7 +92,8 @@ def absorb_rows(
 
 @triton.jit
 def add_parts(part, part_weight, place, width, wanted, splits, count, largest, weight, total):
-    """What `prefix_attention_kernel` has found, as more tiles of keys."""
+    """What `prefix_attention_kernel` has found for the queries numbered `place` [queries], as more tiles of
+    keys."""
     column = tl.arange(0, width)[None, :]
     for split in range(splits):
         at = split * count + place
@@ -200,7 +202,7 @@ def prefix_attention_kernel(
     """A tile of queries, whichever examples they are of, over a chunk of the shared rows."""
     group: tl.constexpr = heads // key_heads
     key_head, split = tl.program_id(1), tl.program_id(2)
-    number = tl.program_id(0) * tile_q + tl.arange(0, tile_q)
+    number = tl.program_id(0) * tile_q + tl.arange(0, tile_q)  # [tile_q], of rows and heads of the group
     row, head = (number // group).to(tl.int64), key_head * group + number % group
     wanted = row < rows
     column = tl.arange(0, size)[None, :]

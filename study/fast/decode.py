@@ -20,11 +20,14 @@ from study.fast.decoder import head_size, linear_groups
 from study.model import base_of
 from study.packing import common_prefix, counting
 
+# Chosen on an H200 with Llama-2-7B (benchmarks/results/inference-7b.json has the speed that came of it):
 GRAPH_MOST = 512  # examples up to which a step may be bound by its launches, and so becomes a graph
-GRAPH_USES = 2  # of a size until it does: the first also compiles what the graph will launch
 GRAPH_SPARE = 2**27  # bytes beside twice what a graph needs, since memory comes in large pieces
-AHEAD = 2  # steps on their way at once, so that the GPU need not wait; places hold one token too many
 READ_TOKENS = 16_384  # of prompts at once: enough for full speed
+USABLE = 0.98  # of the memory given, in cache and reading: PyTorch's pieces do not fit each other wholly
+# By construction:
+GRAPH_USES = 2  # of a size until it becomes a graph: the first also compiles what the graph will launch
+AHEAD = 2  # steps on their way at once, so that the GPU need not wait; places hold one token too many
 
 
 class Linear:
@@ -62,8 +65,10 @@ class Linear:
                 return self.packed.multiply(x, self.a, self.b)
             weight = buffer[: self.size * self.width].view(self.size, self.width)
             self.packed.unpack(weight)
-        y = torch.mm(x, weight.T)
-        return y if self.a is None else y.addmm_(torch.mm(x, self.a.T), self.b.T)
+        y = torch.mm(x, weight.T)  # [rows, width] @ [width, size]
+        return (
+            y if self.a is None else y.addmm_(torch.mm(x, self.a.T), self.b.T)
+        )  # [rows, rank] @ [rank, size]
 
 
 class DecodingLayer:
@@ -171,7 +176,7 @@ class Engine:
         row = 2 * self.embedding.element_size() * self.config.num_hidden_layers * self.key_heads * self.size
         at_once = max(longest, min(READ_TOKENS, int(self.memory / (each + 2 * row))))  # half of what fits
         most = max(1, int(at_once * each / with_logits))
-        return at_once, int((0.98 * self.memory - at_once * each) / row), most
+        return at_once, int((USABLE * self.memory - at_once * each) / row), most
 
     def bytes_each(self, shared: int) -> tuple[int, int]:
         """What a token takes on its way through the layers, without and with its logits."""
@@ -204,19 +209,19 @@ class Engine:
     def forward(self, ids, positions, places, attend, last=None, attend_last=None) -> torch.Tensor:
         """Logits [n, vocabulary] after tokens [n], or after those numbered `last` alone, by `attend_last` in
         the last layer."""
-        x, delta, epsilon = F.embedding(ids, self.embedding), None, self.config.rms_norm_eps
+        x, delta, epsilon = F.embedding(ids, self.embedding), None, self.config.rms_norm_eps  # [n, hidden]
         normed, few = torch.empty_like(x), len(x) <= self.few_rows
         for i, layer in enumerate(self.layers):
             x, _ = kernels.rms_norm(x, layer.norm_1, epsilon, normed, delta, permuted=few)
-            qkv = layer.qkv(normed, self.buffer, few)
+            qkv = layer.qkv(normed, self.buffer, few)  # [n, (heads + 2 key heads) size]
             self.cache.put(i, qkv, positions, self.cos, self.sin, places)
             if last is not None and i == len(self.layers) - 1:
                 x, qkv, attend, normed = x[last], qkv[last], attend_last, normed[: len(last)]
                 few = len(last) <= self.few_rows
-            delta = layer.out(attend(i, qkv, few), self.buffer, few)
+            delta = layer.out(attend(i, qkv, few), self.buffer, few)  # [n, hidden]
             x, _ = kernels.rms_norm(x, layer.norm_2, epsilon, normed, delta, permuted=few)
             del qkv, delta  # their memory is wanted for the widest
-            gate_up = layer.gate_up(normed, self.buffer, few)
+            gate_up = layer.gate_up(normed, self.buffer, few)  # [n, 2 inner]
             inner = gate_up[:, : gate_up.shape[1] // 2]
             inner = torch.empty_like(inner) if few else inner  # columns can't change places within themselves
             kernels.swiglu(gate_up, inner, permuted=few)

@@ -84,9 +84,10 @@ def add_adapter_kernel(
     row = (tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * tile + tl.arange(0, tile))[None, :]
     inside = (row < rows) & (column < width)
-    adapter = tl.zeros([tile_rows, tile], tl.float32)
+    adapter = tl.zeros([tile_rows, tile], tl.float32)  # dh @ a
     for first in range(0, rank, tile_rank):
         part = first + tl.arange(0, tile_rank)
+        # [tile_rows, tile_rank] @ [tile_rank, tile]
         left = tl.load(dh + row * dh_stride + part[None, :], (row < rows) & (part[None, :] < rank), 0.0)
         right = tl.load(a + part[:, None] * width + column, (part[:, None] < rank) & (column < width), 0.0)
         adapter = tl.dot(left, right, adapter, input_precision=EXACT)
@@ -109,7 +110,7 @@ def add_adapter(dx: torch.Tensor, dh: torch.Tensor, a: torch.Tensor, seed: int, 
 def permuted_column(column, permuted: tl.constexpr):
     """Where to write a column: where it is or, if `permuted`, where `nf4.PackedWeights.multiply` wants it."""
     if permuted:
-        own = column % 128  # 4 x 8 x 2 x 2 become 8 x 2 x 4 x 2
+        own = column % 128  # as [4, 8, 2, 2], which becomes [8, 2, 4, 2]
         column += own // 4 % 8 * 16 + own // 2 % 2 * 8 + own // 32 * 2 + own % 2 - own
     return column
 
@@ -147,7 +148,7 @@ def rms_norm_kernel(
         rounded = value.to(total.dtype.element_ty)
         tl.store(total + row * width + column, rounded, inside)
         value = rounded.to(tl.float32)
-    scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / width + epsilon)
+    scale = 1.0 / tl.sqrt(tl.sum(value * value, 0) / width + epsilon)  # one number for the row
     tl.store(inverse + row, scale)
     value = value * scale * tl.load(weight + column, inside, 0.0).to(tl.float32)
     rounded = value.to(out.dtype.element_ty)
@@ -192,7 +193,7 @@ def rms_norm_backward_kernel(
     inside = column < width
     value = tl.load(x + row * x_stride + column, inside, 0.0).to(tl.float32)
     slope = tl.load(dy + row * dy_stride + column, inside, 0.0).to(tl.float32)
-    slope *= tl.load(weight + column, inside, 0.0).to(tl.float32)
+    slope *= tl.load(weight + column, inside, 0.0).to(tl.float32)  # [width], dy * weight
     scale = tl.load(inverse + row)
     value *= tl.sum(slope * value, 0) / width * scale * scale
     result = tl.load(dx + row * dx_stride + column, inside, 0.0).to(tl.float32) + scale * (slope - value)
@@ -218,7 +219,7 @@ def rotate_kernel(x, cos, sin, stride, heads: tl.constexpr, padded: tl.constexpr
     inside = head < heads
     c, s = tl.load(cos + row * half + column), tl.load(sin + row * half + column)
     place = x + row * stride + head * 2 * half + column
-    first = tl.load(place, inside, 0.0).to(tl.float32)
+    first = tl.load(place, inside, 0.0).to(tl.float32)  # [padded heads, half]
     second = tl.load(place + half, inside, 0.0).to(tl.float32)
     tl.store(place, (first * c - second * s).to(x.dtype.element_ty), inside)
     tl.store(place + half, (second * c + first * s).to(x.dtype.element_ty), inside)
@@ -308,9 +309,10 @@ def swiglu_backward_kernel(
     tile: tl.constexpr,
     drop: tl.constexpr,
 ):
-    column = tl.program_id(0) * tile + tl.arange(0, tile)[None, :]
-    part = tl.arange(0, padded)[None, :]
+    column = tl.program_id(0) * tile + tl.arange(0, tile)[None, :]  # [1, tile] of the width
+    part = tl.arange(0, padded)[None, :]  # [1, padded] of the rank
     in_width = column < width
+    # [padded, tile], A of the down projection
     right = tl.load(a + tl.trans(part) * width + column, (tl.trans(part) < rank) & in_width, 0.0)
     da = tl.zeros([padded, tile], tl.float32)
     db_gate = tl.zeros([tile, padded], tl.float32)
@@ -321,8 +323,8 @@ def swiglu_backward_kernel(
         in_rank = (row < rows) & (part < rank)
         gate = tl.load(gate_up + row * stride + column, inside, 0.0).to(tl.float32)
         up = tl.load(gate_up + row * stride + width + column, inside, 0.0).to(tl.float32)
-        slope = tl.load(dp + row * dp_stride + column, inside, 0.0).to(tl.float32)
-        small = tl.load(dh + row * dh_stride + part, in_rank, 0.0)
+        slope = tl.load(dp + row * dp_stride + column, inside, 0.0).to(tl.float32)  # [tile_rows, tile]
+        small = tl.load(dh + row * dh_stride + part, in_rank, 0.0)  # [tile_rows, padded]
         sigmoid = tl.sigmoid(gate)
         silu = gate * sigmoid
         product = silu * up
@@ -330,6 +332,7 @@ def swiglu_backward_kernel(
             mask = keep(seed, row, column, width, probability)
             slope += tl.dot(small, right, input_precision=EXACT) * mask
             product *= mask
+        # [padded, tile_rows] @ [tile_rows, tile]
         da = tl.dot(tl.trans(small), product.to(small.dtype), da, input_precision=EXACT)
         d_gate = (slope * up * (sigmoid + silu * (1.0 - sigmoid))).to(gate_up.dtype.element_ty)
         d_up = (slope * silu).to(gate_up.dtype.element_ty)
@@ -337,6 +340,7 @@ def swiglu_backward_kernel(
         tl.store(gate_up + row * stride + width + column, d_up, inside)
         h_gate = tl.load(h + row * h_stride + part, in_rank, 0.0)
         h_up = tl.load(h + row * h_stride + rank + part, in_rank, 0.0)
+        # [tile, tile_rows] @ [tile_rows, padded]
         db_gate = tl.dot(tl.trans(d_gate), h_gate, db_gate, input_precision=EXACT)
         db_up = tl.dot(tl.trans(d_up), h_up, db_up, input_precision=EXACT)
     part_a = sum_a + tl.program_id(1).to(tl.int64) * rank * width
@@ -357,7 +361,7 @@ def swiglu_backward(gate_up, dp, dh, a, h, seed: int, probability: float):
     """
     rows, width, rank = dp.shape[0], a.shape[1], a.shape[0]
     tile_rows, tile, warps, most = SWIGLU_TILES["dropout" if probability else "plain"]
-    splits = max(1, min(most, rows // 512))
+    splits = max(1, min(most, rows // 512))  # few rows do not pay for sums of their own
     split = triton.cdiv(triton.cdiv(rows, splits), tile_rows) * tile_rows
     splits = triton.cdiv(rows, split)
     sum_a = torch.empty(splits, rank, width, dtype=torch.float32, device=dp.device)
@@ -368,4 +372,4 @@ def swiglu_backward(gate_up, dp, dh, a, h, seed: int, probability: float):
         probability > 0,
         num_warps=warps,
     )
-    return sum_a.sum(0), sum_b.sum(0)
+    return sum_a.sum(0), sum_b.sum(0)  # [rank, width], [2 width, rank]
