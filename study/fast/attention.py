@@ -62,6 +62,7 @@ def attention_kernel(
     tile_q: tl.constexpr,
     tile_k: tl.constexpr,
 ):
+    """A tile of queries of one head, over the keys of its sequence in turn."""
     item = work + tl.program_id(0) * 4
     start, length, offset = tl.load(item).to(tl.int64), tl.load(item + 1), tl.load(item + 2)
     before = tl.where(start == 0, 0, shared)
@@ -114,6 +115,7 @@ def attention_dq_kernel(
     tile_q: tl.constexpr,
     tile_k: tl.constexpr,
 ):
+    """Gradients of a tile of queries of one head, and D of the equations, which the other kernels take."""
     item = work + tl.program_id(0) * 4
     start, length, offset = tl.load(item).to(tl.int64), tl.load(item + 1), tl.load(item + 2)
     before = tl.where(start == 0, 0, shared)

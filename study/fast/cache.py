@@ -39,6 +39,7 @@ def rotate_and_store_kernel(
     padded: tl.constexpr,
     half: tl.constexpr,
 ):
+    """All heads of one row."""
     row = tl.program_id(0).to(tl.int64)
     head, column = tl.arange(0, padded)[:, None], tl.arange(0, half)[None, :]
     angle = tl.load(positions + row) * half + column
@@ -255,8 +256,8 @@ class Cache:
         return self.attend("tokens", grid, layer, qkv, permuted, (qkv, starts, lengths))
 
     def attend(self, name: str, grid: tuple, layer: int, qkv, permuted: bool, which: tuple) -> torch.Tensor:
-        """`which` are the kernel's work, starts and lengths. What it doesn't read may be anything that begins
-        where a kernel of its own would not be compiled for it."""
+        """`which` are the kernel's work, starts and lengths: for what it doesn't read, any tensor that begins
+        alike at each launch, since Triton compiles a kernel for each alignment."""
         out = qkv.new_empty(len(qkv), self.heads * self.size)
         apart = self.shared >= APART
         part, part_weight, splits = self.attend_shared(layer, qkv) if apart else (out, out, 0)

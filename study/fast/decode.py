@@ -134,9 +134,11 @@ class Places:
         self.clear()
 
     def clear(self) -> None:
+        """All rows are free, as in the beginning."""
         self.top, self.freed = self.first, []
 
     def take(self, size: int) -> int | None:
+        """The first of `size` free rows, or None."""
         if self.freed:
             return self.freed.pop()
         if self.top + size > self.rows:
@@ -230,6 +232,7 @@ class Engine:
         return torch.mm(normed, self.head.T)
 
     def choose(self, logits, nodes) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next tokens [n] by logits [n, vocabulary], and the nodes of `choices` they lead to [n]."""
         return self.choices.choose(logits, nodes) if self.choices else (logits.argmax(1), nodes)
 
     def read(self, examples: Sequence[Running]) -> torch.Tensor:

@@ -13,6 +13,7 @@ EXACT = tl.constexpr("ieee")  # float32 products in float32; bfloat16 ones are e
 
 
 def power_of_2(number: int) -> int:
+    """The least power of 2 that is no smaller."""
     return triton.next_power_of_2(number)
 
 
@@ -37,7 +38,7 @@ def to_device(array: np.ndarray, device) -> torch.Tensor:
 
 
 @triton.jit
-def keep(seed, row, column, width, probability):
+def dropout_mask(seed, row, column, width, probability):
     """1 / (1 - p) for the elements of x [rows, width] that dropout keeps, and 0 for the others."""
     number = (row * width + column).to(tl.uint32) ^ seed.to(tl.uint32)
     number = (number ^ (number >> 16)) * 0x7FEB352D  # the integer mixer lowbias32 (C. Wellons, 2018)
@@ -49,11 +50,12 @@ def keep(seed, row, column, width, probability):
 
 @triton.jit(do_not_specialize=["seed"])
 def dropout_kernel(x, out, x_stride, out_stride, seed, probability, width: tl.constexpr, tile: tl.constexpr):
+    """A tile of one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * tile + tl.arange(0, tile)
     inside = column < width
     value = tl.load(x + row * x_stride + column, inside, 0.0).to(tl.float32)
-    value *= keep(seed, row, column, width, probability)
+    value *= dropout_mask(seed, row, column, width, probability)
     tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), inside)
 
 
@@ -81,6 +83,7 @@ def add_adapter_kernel(
     tile_rows: tl.constexpr,
     tile: tl.constexpr,
 ):
+    """A tile of rows and columns of dx."""
     row = (tl.program_id(0) * tile_rows + tl.arange(0, tile_rows)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * tile + tl.arange(0, tile))[None, :]
     inside = (row < rows) & (column < width)
@@ -91,7 +94,7 @@ def add_adapter_kernel(
         left = tl.load(dh + row * dh_stride + part[None, :], (row < rows) & (part[None, :] < rank), 0.0)
         right = tl.load(a + part[:, None] * width + column, (part[:, None] < rank) & (column < width), 0.0)
         adapter = tl.dot(left, right, adapter, input_precision=EXACT)
-    adapter *= keep(seed, row, column, width, probability)
+    adapter *= dropout_mask(seed, row, column, width, probability)
     value = tl.load(dx + row * dx_stride + column, inside, 0.0).to(tl.float32) + adapter
     tl.store(dx + row * dx_stride + column, value.to(dx.dtype.element_ty), inside)
 
@@ -139,6 +142,7 @@ def rms_norm_kernel(
     drop: tl.constexpr,
     permuted: tl.constexpr,
 ):
+    """One row. With `add` x + delta is rounded into `total` first, as a layer of its own would leave it."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, tile)
     inside = column < width
@@ -154,7 +158,7 @@ def rms_norm_kernel(
     rounded = value.to(out.dtype.element_ty)
     tl.store(out + row * out_stride + permuted_column(column, permuted), rounded, inside)
     if drop:
-        value = rounded.to(tl.float32) * keep(seed, row, column, width, probability)
+        value = rounded.to(tl.float32) * dropout_mask(seed, row, column, width, probability)
         tl.store(dropped + row * width + column, value.to(dropped.dtype.element_ty), inside)
 
 
@@ -188,6 +192,7 @@ def rms_norm(
 def rms_norm_backward_kernel(
     dy, x, weight, inverse, dx, dy_stride, x_stride, dx_stride, width: tl.constexpr, tile: tl.constexpr
 ):
+    """One row: dx += s * (dy * w - x * s^2 * mean(dy * w * x)), where s is its inverse root mean square."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, tile)
     inside = column < width
@@ -214,6 +219,7 @@ def rms_norm_backward(dy, x, weight, inverse, dx) -> None:
 
 @triton.jit
 def rotate_kernel(x, cos, sin, stride, heads: tl.constexpr, padded: tl.constexpr, half: tl.constexpr):
+    """All heads of one row."""
     row = tl.program_id(0).to(tl.int64)
     head, column = tl.arange(0, padded)[:, None], tl.arange(0, half)[None, :]
     inside = head < heads
@@ -247,6 +253,7 @@ def swiglu_kernel(
     drop: tl.constexpr,
     permuted: tl.constexpr,
 ):
+    """A tile of one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * tile + tl.arange(0, tile)
     inside = column < width
@@ -255,7 +262,7 @@ def swiglu_kernel(
     rounded = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + permuted_column(column, permuted), rounded, inside)
     if drop:
-        value = rounded.to(tl.float32) * keep(seed, row, column, width, probability)
+        value = rounded.to(tl.float32) * dropout_mask(seed, row, column, width, probability)
         tl.store(dropped + row * width + column, value.to(dropped.dtype.element_ty), inside)
 
 
@@ -309,6 +316,7 @@ def swiglu_backward_kernel(
     tile: tl.constexpr,
     drop: tl.constexpr,
 ):
+    """A tile of columns of gate and of up, for a split of the rows; the caller adds the splits' sums up."""
     column = tl.program_id(0) * tile + tl.arange(0, tile)[None, :]  # [1, tile] of the width
     part = tl.arange(0, padded)[None, :]  # [1, padded] of the rank
     in_width = column < width
@@ -329,7 +337,7 @@ def swiglu_backward_kernel(
         silu = gate * sigmoid
         product = silu * up
         if drop:
-            mask = keep(seed, row, column, width, probability)
+            mask = dropout_mask(seed, row, column, width, probability)
             slope += tl.dot(small, right, input_precision=EXACT) * mask
             product *= mask
         # [padded, tile_rows] @ [tile_rows, tile]

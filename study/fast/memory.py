@@ -33,7 +33,7 @@ UNPACK_TOKENS, LAUNCH_TOKENS = 300, 2400  # tokens in whose time weights are unp
 FORWARD_SHARE, HOST_SHARE = 0.45, 0.01  # of a step: products of all layers computed again, copies to the host
 
 
-Matrix = torch.Tensor | None
+Saved = torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -76,32 +76,30 @@ class Activations:
     are few beside those with weights.
     """
 
-    x: Matrix = field(default=None, metadata=kept("input", lambda s: s.hidden))  # [rows, hidden]
-    inverse_1: Matrix = field(default=None, metadata=kept("input"))  # [rows], of the norm of x
-    qkv: Matrix = field(  # [rows, qkv], queries and keys rotated
+    x: Saved = field(default=None, metadata=kept("input", lambda s: s.hidden))  # [rows, hidden]
+    inverse_1: Saved = field(default=None, metadata=kept("input"))  # [rows], of the norm of x
+    qkv: Saved = field(  # [rows, qkv], queries and keys rotated
         default=None,
         metadata=kept("attention", lambda s: s.qkv, lambda s: s.hidden * s.qkv, "attention's projections"),
     )
-    h_qkv: Matrix = field(default=None, metadata=kept("input", lambda s: 3 * s.rank))  # [rows, ranks]
-    attended: Matrix = field(  # [rows, out + adapter_columns], attention's output with room for its h
+    h_qkv: Saved = field(default=None, metadata=kept("input", lambda s: 3 * s.rank))  # [rows, ranks]
+    attended: Saved = field(  # [rows, out + adapter_columns], attention's output with room for its h
         default=None, metadata=kept("residual", lambda s: s.out + s.adapter_columns)
     )
-    logsumexp: Matrix = field(
-        default=None, metadata=kept("residual")
-    )  # [heads, rows], of attention's softmax
-    h_out: Matrix = field(default=None, metadata=kept("input", lambda s: s.rank))  # [rows, ranks]
-    residual: Matrix = field(  # [rows, hidden], x + attention's part
+    logsumexp: Saved = field(default=None, metadata=kept("residual"))  # [heads, rows], of attention's softmax
+    h_out: Saved = field(default=None, metadata=kept("input", lambda s: s.rank))  # [rows, ranks]
+    residual: Saved = field(  # [rows, hidden], x + attention's part
         default=None, metadata=kept("residual", lambda s: s.hidden, lambda s: s.out * s.hidden)
     )
-    inverse_2: Matrix = field(default=None, metadata=kept("input"))  # [rows], of the norm of residual
-    gate_up: Matrix = field(  # [rows, 2 inner + adapter_columns]; the backward turns it into its gradient
+    inverse_2: Saved = field(default=None, metadata=kept("input"))  # [rows], of the norm of residual
+    gate_up: Saved = field(  # [rows, 2 inner + adapter_columns]; the backward turns it into its gradient
         default=None,
         metadata=kept(
             "all", lambda s: 2 * s.inner + s.adapter_columns, lambda s: s.hidden * 2 * s.inner, "MLPs"
         ),
     )
-    h_gate_up: Matrix = field(default=None, metadata=kept("input", lambda s: 2 * s.rank))  # [rows, ranks]
-    h_down: Matrix = field(default=None, metadata=kept("input", lambda s: s.rank))  # [rows, ranks]
+    h_gate_up: Saved = field(default=None, metadata=kept("input", lambda s: 2 * s.rank))  # [rows, ranks]
+    h_down: Saved = field(default=None, metadata=kept("input", lambda s: s.rank))  # [rows, ranks]
 
     def drop(self, keep: str) -> None:
         """Forget what is not kept at this level of KEEPS."""
@@ -205,7 +203,7 @@ class OnDevice:
     """Layer inputs stay on the device."""
 
     def put(self, number: int, kept: Activations) -> None:
-        pass
+        """Nothing is moved; nor does `get` have to bring anything back."""
 
     get = put
 
@@ -238,6 +236,7 @@ class OnHost:
             self.fetch(number - 1, rows)
 
     def fetch(self, number: int, rows: int) -> None:
+        """Begin to copy a layer's input to the device, beside the kernels."""
         x = torch.empty(rows, self.host[number].shape[1], dtype=self.host[number].dtype, device="cuda")
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):

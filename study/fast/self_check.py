@@ -291,7 +291,7 @@ def rows_of(examples: Sequence[Example], loss_on: str) -> tuple[torch.Tensor, to
 
 
 def kept_of(rows: torch.Tensor, width: int, seed: int, probability: float) -> torch.Tensor:
-    """Whether dropout keeps each of [rows, width], by the mixer that `kernels.keep` names."""
+    """Whether dropout keeps each of [rows, width], by the mixer that `kernels.dropout_mask` names."""
     low = 2**32 - 1
     number = (rows[:, None] * width + torch.arange(width, device=rows.device)) & low ^ seed
     number = (number ^ number >> 16) * 0x7FEB352D & low

@@ -101,11 +101,12 @@ class Group:
             kernels.add_adapter(dx, dh, self.a[: self.ranks], seed, self.dropout)
         return dx, dh
 
-    def split(self, da: torch.Tensor, db: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def gradients(self, da: torch.Tensor, db: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The gradients of `parameters`: da [ranks, width] cut by linear layer, db as it is."""
         return [*da[: self.rank * len(self.sizes)].split(self.rank), *db]
 
     def parameters(self) -> list[torch.Tensor]:
+        """All A [rank, width], then all B [sizes[i], rank]."""
         return [*self.a_parameters, *self.b_parameters]
 
 
@@ -182,14 +183,17 @@ class TrainingLayer:
         self.hidden, self.inner = config.hidden_size, config.intermediate_size
         self.rotated_heads = config.num_attention_heads + config.num_key_value_heads
 
-    def parameters(self) -> list:
+    def parameters(self) -> list[torch.Tensor]:
+        """The adapters of the groups in turn."""
         return [parameter for group in self.groups for parameter in group.parameters()]
 
     def seed(self, batch: Batch, group: Group) -> int:
+        """Of the dropout of a group's input."""
         # Far apart: of seeds close by, one's mask is the other's with columns swapped.
         return seed_of(batch.seed, self.number, self.groups.index(group)) % 2**31
 
     def attention(self, batch: Batch) -> Attention:
+        """Of the rows whose queries this layer needs."""
         return batch.last_attention if self.last else batch.attention
 
     # Forward
@@ -299,7 +303,7 @@ class TrainingLayer:
         kernels.rms_norm_backward(dx, a.residual, self.norm_2, a.inverse_2, dy)
         a.gate_up = a.residual = None
         db_gate_up = db_gate_up.split(gate_up.sizes)
-        return gate_up.split(da_gate_up, db_gate_up), down.split(da_down, down.blocks(db_down))
+        return gate_up.gradients(da_gate_up, db_gate_up), down.gradients(da_down, down.blocks(db_down))
 
     def backward_out(self, grad, a: Activations, batch: Batch, buffers: Buffers, seeds: dict) -> tuple:
         """The gradient of attention's output [rows, out], and those of o_proj's adapter."""
@@ -308,7 +312,7 @@ class TrainingLayer:
         d_attended, dh = self.out.backward(grad, buffers, seeds[self.out])
         db = product(dy.T, a.h_out)  # [hidden, ranks]
         da = product(dh.T, self.drop_attended(attended, batch, buffers))  # [ranks, out]
-        return d_attended, self.out.split(da, self.out.blocks(db))
+        return d_attended, self.out.gradients(da, self.out.blocks(db))
 
     def backward_attention(self, d_attended, a: Activations, batch: Batch, buffers: Buffers) -> torch.Tensor:
         """The gradient of qkv before it was rotated [rows, qkv + adapter_columns], in `buffers`."""
@@ -331,7 +335,7 @@ class TrainingLayer:
             dh = qkv.backward_h(dqkv)
         db = product(dqkv[:, : qkv.size].T, a.h_qkv)  # [qkv, ranks]
         da = self.norm_gradient(qkv, dh, a.x, self.norm_1, a.inverse_1, batch, buffers)
-        return qkv.split(da, qkv.blocks(db))
+        return qkv.gradients(da, qkv.blocks(db))
 
     def norm_gradient(
         self, group: Group, dh, x, weight, inverse, batch: Batch, buffers: Buffers
@@ -456,6 +460,7 @@ class FusedModel:
             return sum(checkpoint(self.head_loss, *piece, use_reentrant=False) for piece in pieces)
 
     def head_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy summed over rows [learned, hidden] of the residual stream, by PyTorch."""
         normed = F.rms_norm(hidden.float(), hidden.shape[1:], self.norm.float(), self.config.rms_norm_eps)
         logits = self.head(normed.to(hidden.dtype)).float()  # [learned, vocabulary]
         return F.cross_entropy(logits, targets, reduction="sum")
