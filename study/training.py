@@ -534,7 +534,7 @@ def kept_plan(checkpoint: Path | None, args) -> dict | None:
     asked = ("max_tokens_per_batch", "gradient_checkpointing", "attn_implementation")
     same = all(progress["config"].get(name) == getattr(args, name) for name in asked if progress)
     plan = progress.get("plan")
-    known = plan and (not plan["fused"] or plan["keep"] in memory.KEEPS)
+    known = plan and (not plan["fused"] or plan.get("keep") in memory.KEEPS)
     return plan if same and known else None
 
 

@@ -28,10 +28,9 @@ TRAINED_BYTES, LOGIT_BYTES = 20, 14
 # (benchmarks/results/training-7b.json): some 250 tokens, and a little more. Launches bound steps below some
 # 2,400 tokens on an H100 (training-7b-tokens.json). Half of a step's products are the forward's, and products
 # are nine tenths of a step (training-7b.json). Copies to the host run beside the kernels: they only come
-# second where both plans fit.
+# second where both plans fit (chosen).
 UNPACK_TOKENS, LAUNCH_TOKENS = 300, 2400  # tokens in whose time weights are unpacked, and kernels launched
 FORWARD_SHARE, HOST_SHARE = 0.45, 0.01  # of a step: products of all layers computed again, copies to the host
-
 
 Saved = torch.Tensor | None
 

@@ -354,7 +354,7 @@ def telling(prompts: Sequence[list[int]]) -> list[list[int]]:
 
 def scoring_errors(model, found: Sequence[Witness]) -> dict[str, float]:
     """The largest error of a prompt's logits by the engine."""
-    from study.fast.decode import Engine
+    from study.fast.decode import Engine  # needs Triton
 
     engine, errors = Engine(model, float(2**62)), []
     few, expected = engine.few_rows, torch.stack([one.logits for one in found])
@@ -369,7 +369,7 @@ def scoring_errors(model, found: Sequence[Witness]) -> dict[str, float]:
 @torch.inference_mode()
 def engine_logits(engine, found: Sequence[Witness], together: bool) -> torch.Tensor:
     """What the engine makes of the prompts, all at once or one after the other [prompts, 2, vocabulary]."""
-    from study.fast.decode import GRAPH_USES, Running
+    from study.fast.decode import GRAPH_USES, Running  # needs Triton
 
     seen: list[torch.Tensor] = []
 
