@@ -30,11 +30,11 @@ KERNELS = {  # as an H200 names them
     ],
     "attention": [
         *("attention_kernel", "attention_dq_kernel", "attention_dkv_kernel"),
-        *("prompts_kernel", "tokens_kernel", "shared_kernel"),
+        *("cached_attention_kernel", "prefix_attention_kernel", "attention_shared_dkv_kernel"),
     ],
     "SwiGLU": ["swiglu_kernel", "swiglu_backward_kernel"],
     "RMSNorm": ["rms_norm_kernel", "rms_norm_backward_kernel"],
-    "rotary positions": ["rotate_kernel"],
+    "rotary positions": ["rotate_kernel", "rotate_and_store_kernel"],
     "unpacking NF4": ["unpack_nf4_kernel", "void kDequantizeBlockwise<__nv_bfloat16, 512, 64, 8, 2>(float*)"],
     "dropout": ["dropout_kernel"],
     "optimizer and refresh": ["void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdam>"],
@@ -57,7 +57,7 @@ def test_a_kernel_is_told_by_its_name(kind, kernel):
 def test_in_decoding_small_tiles_are_of_the_frozen_weights():
     for kernel in KERNELS["adapters' products"]:
         assert profiling.kind_of(kernel, adapters=False) == "products with the frozen weights"
-    assert profiling.kind_of("tokens_kernel", adapters=False) == "attention"
+    assert profiling.kind_of("cached_attention_kernel", adapters=False) == "attention"
 
 
 def test_times_of_a_kind_add_up_and_the_rest_of_the_step_is_idle():
@@ -328,7 +328,7 @@ def test_a_step_that_all_does_not_have_is_refused(tmp_path):
 def test_a_random_checkpoint_is_one_that_the_fast_paths_take(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     from study import model
-    from study.fast import decode
+    from study.fast.decoder import why_not
 
     monkeypatch.setattr(checkpoint, "SIZES", {"7b": (128, 192, 2, 2)})
     monkeypatch.setattr(
@@ -337,6 +337,6 @@ def test_a_random_checkpoint_is_one_that_the_fast_paths_take(tmp_path, monkeypat
     checkpoint.main()
     base = model.load_base(str(tmp_path / "7b"), workers.nf4())
     assert len(model.four_bit_layers(base)) == 2 * 7
-    assert decode.why_not(base) is None
+    assert why_not(base) is None
     with pytest.raises(UserError, match="exists"):
         checkpoint.main()
