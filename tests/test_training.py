@@ -129,8 +129,8 @@ def test_a_resumed_run_keeps_its_plan_unless_other_flags_ask_for_another(tmp_pat
 def test_a_plan_that_other_code_kept_is_not_resumed(tmp_path, keep, known):
     args = parse_args("classification", "", [])
     plan = {"fused": True, "tokens": 300, "gradient_checkpointing": False, "keep": keep, "on_host": False}
-    (tmp_path / training.PROGRESS).write_text(json.dumps({"config": vars(args), "plan": plan}))
-    assert training.kept_plan(tmp_path, args) == (plan if known else None)
+    (tmp_path / resuming.PROGRESS).write_text(json.dumps({"config": vars(args), "plan": plan}))
+    assert resuming.kept_plan(tmp_path, args) == (plan if known else None)
 
 
 def test_the_warm_up_begins_above_0_and_does_not_depend_on_the_number_of_epochs():
