@@ -60,8 +60,8 @@ sizes() {
   train 7b training-7b-lengths --modes fast --lengths 256,2048,4096 --steps 8
   train 7b training-7b-samples --samples 100,400,1600
 }
-exactness() { python -m benchmarks.exactness --output "$results/exactness.json"; }
-mutations() { python -m benchmarks.mutations --output "$results/mutations.json"; }
+exactness() { python -m tests.exactness --output "$results/exactness.json"; }
+mutations() { python -m tests.mutations --output "$results/mutations.json"; }
 curves() {
   tune fused --force
   tune plain --force --attn_implementation sdpa

@@ -179,15 +179,15 @@ def ours(args: argparse.Namespace, mode: str, count: int) -> dict:
     tests = read_tests(args, tokenizer, count, mode, tuned)
     ends = ends_of(args, tuned, tokenizer)
     allowed = encoding.label_answers(tokenizer, tests.labels) if mode == "constrained" else None
-    path, how = make_engine(tuned, mode)
+    engine, how = make_engine(tuned, mode)
 
     def answer(prompts: dict, new: int) -> Iterator:
-        return path.answers(prompts, new, ends, allowed)
+        return engine.answers(prompts, new, ends, allowed)
 
     row = timed(answer, tests.prompts, args.max_new_tokens, (64, 32, 16))
-    row["how"] = f"{how}, {path.at_once:,} tokens read at once, cache of {path.cache.keys.shape[1]:,}"
+    row["how"] = f"{how}, {engine.at_once:,} tokens read at once, cache of {engine.cache.keys.shape[1]:,}"
     if args.profile and (mode in PROFILED or mode.isdigit()):
-        row["kinds"] = profile(path, tests.prompts, args.max_new_tokens)
+        row["kinds"] = profile(engine, tests.prompts, args.max_new_tokens)
     return row
 
 
@@ -203,12 +203,12 @@ def make_engine(tuned, mode: str) -> tuple:
     merged = merged and mode != "unmerged"
     if merged:
         tuned = model.merge(tuned)
-    path = decode.Engine(tuned)
-    path.memory = 0.92 * device.free_memory()
+    engine = decode.Engine(tuned)
+    engine.memory = 0.92 * device.free_memory()
     if mode.isdigit():
         beside = 2 * MARGIN  # cuBLAS has workspaces of as much again
-        path.memory = (int(mode) - beside) * GIB - torch.cuda.memory_allocated()
-    return path, "dense weights" if merged else "weights in 4 bits"
+        engine.memory = (int(mode) - beside) * GIB - torch.cuda.memory_allocated()
+    return engine, "dense weights" if merged else "weights in 4 bits"
 
 
 def timed(
@@ -242,7 +242,7 @@ def timed(
     }
 
 
-def profile(path, prompts: dict[int, list[int]], new: int) -> dict:
+def profile(engine, prompts: dict[int, list[int]], new: int) -> dict:
     """Kinds of kernels, by what was profiled: a read of prompts, and a step of as many examples as fit."""
     import torch
 
@@ -250,31 +250,31 @@ def profile(path, prompts: dict[int, list[int]], new: int) -> dict:
 
     new = max(new, GRAPH_USES + 2)  # the first token, steps until there is a graph, and the one to see
     with torch.inference_mode():
-        running = start(path, list(spaced(prompts, STEP_MOST).values()), new)
+        running = start(engine, list(spaced(prompts, STEP_MOST).values()), new)
         group, tokens = [], 0
         for example in running:
             tokens += len(example.tokens)
-            if tokens <= path.at_once:
+            if tokens <= engine.at_once:
                 group.append(example)
-        for example, token in zip(running, path.read_all(running), strict=True):
+        for example, token in zip(running, engine.read_all(running), strict=True):
             example.answer.append(token)
-        read = kinds(lambda: path.read(group), path.layers[0].qkv.a is not None)
-        path.load(running)
+        read = kinds(lambda: engine.read(group), engine.layers[0].qkv.a is not None)
+        engine.load(running)
         for _ in range(GRAPH_USES):
-            path.step(len(running))()
-        step = kinds(lambda: path.step(len(running)), adapters=False)
+            engine.step(len(running))()
+        step = kinds(lambda: engine.step(len(running)), adapters=False)
     count = sum(len(example.tokens) for example in group)
-    shared = f" behind {path.cache.shared:,} shared ones"
+    shared = f" behind {engine.cache.shared:,} shared ones"
     return {f"reading {count:,} tokens{shared}": read, f"a step of {len(running)} examples{shared}": step}
 
 
-def start(path, prompts: Sequence[list[int]], new: int) -> list:
+def start(engine, prompts: Sequence[list[int]], new: int) -> list:
     """Prompts as examples with places in a new cache that holds what they share: as many as fit, in random
     order."""
     from study.fast.decode import Running
 
-    places, running = path.prepare(prompts, new, None, len(prompts)), []
-    shared = path.cache.shared
+    places, running = engine.prepare(prompts, new, None, len(prompts)), []
+    shared = engine.cache.shared
     for prompt in random.Random(0).sample(prompts, len(prompts)):
         place = places.take(len(prompt) - shared + new)
         if place is not None:
@@ -331,11 +331,11 @@ def vllm(args: argparse.Namespace, mode: str, count: int) -> dict:
         torch.cuda.empty_cache()
         from vllm import LLM, SamplingParams
 
-        path = LLM(folder, dtype="bfloat16")
+        engine = LLM(folder, dtype="bfloat16")
 
     def answer(prompts: dict, new: int) -> Iterator:
         settings = SamplingParams(temperature=0, max_tokens=new, ignore_eos=not args.stop)
-        results = path.generate([{"prompt_token_ids": ids} for ids in prompts.values()], settings)
+        results = engine.generate([{"prompt_token_ids": ids} for ids in prompts.values()], settings)
         return zip(prompts, (list(result.outputs[0].token_ids) for result in results), strict=True)
 
     row = timed(answer, tests.prompts, args.max_new_tokens, [64])
@@ -393,9 +393,9 @@ def equality(args: argparse.Namespace, mode: str, count: int) -> dict:
     tests = read_tests(args, tokenizer, 0)
     ends = generation.stop_tokens(tuned, tokenizer)
     prompts = spaced(tests.prompts, count)
-    path, how = make_engine(tuned, mode)
-    found = {"engine": dict(path.answers(prompts, args.max_new_tokens, ends))}
-    path.cache, path.graphs = None, {}
+    engine, how = make_engine(tuned, mode)
+    found = {"engine": dict(engine.answers(prompts, args.max_new_tokens, ends))}
+    engine.cache, engine.graphs = None, {}
     torch.cuda.empty_cache()
     plain = tuned if mode == "unmerged" else tuned.get_base_model()
     for way, size in (("generate", 1), ("batches", EQUALITY_BATCH)):

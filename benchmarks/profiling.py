@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 KINDS = (  # the first pattern that is found in a kernel's name gives its kind
-    (r"attention|flash|fmha|(prompts|tokens|shared)_kernel", "attention"),
+    (r"attention|flash|fmha", "attention"),
     (r"swiglu", "SwiGLU"),
     (r"rms_norm", "RMSNorm"),
     (r"rotate", "rotary positions"),

@@ -20,6 +20,8 @@ def provenance() -> dict:
     """Device, commit, versions of the packages that are installed, date in UTC, and the command line, where
     absolute paths are cut to their last part."""
     words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    spec = sys.modules["__main__"].__spec__  # None where a file is run instead of a module
+    program = ["-m", spec.name] if spec else [Path(sys.argv[0]).name]
     versions = {}
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -29,7 +31,7 @@ def provenance() -> dict:
         "commit": record.commit(),
         "versions": versions,
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-        "command": shlex.join(["python", "-m", f"benchmarks.{Path(sys.argv[0]).stem}", *words]),
+        "command": shlex.join(["python", *program, *words]),
     }
 
 

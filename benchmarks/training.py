@@ -244,7 +244,7 @@ def path_for(tuned, mode: str, tokens: int, length: int, learned: int):
     import torch
 
     from study import packing, paths
-    from study.fast import train as fused
+    from study.fast.memory import choose_plan
 
     if mode == "plain":
         padded = packing.choose_batching(tuned.get_base_model(), "auto", torch.device("cuda"))
@@ -253,7 +253,7 @@ def path_for(tuned, mode: str, tokens: int, length: int, learned: int):
     free = 0.92 * torch.cuda.mem_get_info()[0]
     if mode.isdigit():
         free = (int(mode) - MARGIN) * GIB - torch.cuda.memory_allocated()
-    return paths.FastPath(tuned, "answer", fused.choose_plan(tuned, free, length, (tokens, learned)))
+    return paths.FastPath(tuned, "answer", choose_plan(tuned, free, length, (tokens, learned)))
 
 
 def ceiling(args: argparse.Namespace, mode: str, tokens: int, length: int, seconds: float = 5) -> dict:

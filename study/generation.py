@@ -21,7 +21,7 @@ from study import checks, device
 from study.device import Process
 from study.encoding import sha256_of
 from study.errors import UserError, is_out_of_memory
-from study.fast import self_check
+from study.fast import decoder, self_check
 from study.files import write_text
 from study.metrics import VERSION
 from study.model import base_of, merge, should_merge
@@ -187,33 +187,28 @@ def why_generate(model) -> str | None:
     if device.compute_dtype() != torch.bfloat16 or not importlib.util.find_spec("triton"):
         return "no bfloat16 or no triton here"
 
-    def eligible() -> str | None:
-        from study.fast import decode
-
-        return decode.why_not(model)
-
-    return self_check.attempt(eligible)
+    return self_check.attempt(lambda: decoder.why_not(model))
 
 
 def fast_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, allowed, most) -> Iterator:
     """(index, answer) of each of `prompts`, by the fast path in what memory is free."""
     from study.fast import decode
 
-    left, path = dict(prompts), decode.Engine(model)
-    given = path.memory = 0.92 * device.free_memory()
+    left, engine = dict(prompts), decode.Engine(model)
+    given = engine.memory = 0.92 * device.free_memory()
     while left:
         try:
-            for index, ids in path.answers(left, max_new_tokens, ends, allowed, most):
+            for index, ids in engine.answers(left, max_new_tokens, ends, allowed, most):
                 yield index, ids
                 left.pop(index)
         except RuntimeError as error:
-            path.memory /= 2
-            if not is_out_of_memory(error) or path.memory <= 0.05 * given:  # both may be 0
+            engine.memory /= 2
+            if not is_out_of_memory(error) or engine.memory <= 0.05 * given:  # both may be 0
                 raise
         else:
             continue
         # Here, where the error holds no tensors any more.
-        path.cache, path.graphs = None, {}
+        engine.cache, engine.graphs = None, {}
         torch.cuda.empty_cache()  # what runs out may be wanted outside PyTorch
         print("out of memory: going on with half of it", flush=True)
 

@@ -10,6 +10,7 @@ import inspect
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -17,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from study import checks, device
 from study.encoding import Example
 from study.errors import UserError, is_out_of_memory
+
+SHARED_LEAST = 8  # tokens that examples begin with alike, from which on the fused layers compute them once
 
 
 def seed_of(*parts: int) -> int:
@@ -58,7 +61,7 @@ def split_to_fit(
     return groups
 
 
-def common_beginning(rows: Sequence[Sequence[int]]) -> int:
+def common_prefix(rows: Sequence[Sequence[int]]) -> int:
     """How many tokens all rows begin with."""
     first, last = min(rows), max(rows)
     shorter = min(len(first), len(last))
@@ -70,6 +73,24 @@ def learned_places(example: Example, loss_on: str) -> range:
     return range(
         example.answer_start - 1 if loss_on == "answer" and example.answer_start else 0, len(example.ids) - 1
     )
+
+
+def shared_prefix(examples: Sequence[Example], loss_on: str) -> int:
+    """How many tokens that none learns all of several examples begin with; 0 where to compute them once is
+    not worth it."""
+    most = min(learned_places(example, loss_on).start for example in examples)
+    count = common_prefix([example.ids[:most] for example in examples])
+    return count if len(examples) > 1 and count >= SHARED_LEAST else 0
+
+
+def starts(lengths: np.ndarray) -> np.ndarray:
+    """Where each of several runs begins that lie end to end."""
+    return np.cumsum(lengths) - lengths
+
+
+def counting(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, ... lengths[0] - 1, 0, 1, ... lengths[1] - 1, ..."""
+    return np.arange(lengths.sum()) - np.repeat(starts(lengths), lengths)
 
 
 def pack(examples: Sequence[Example], loss_on: str, device) -> tuple[dict, torch.Tensor, torch.Tensor]:

@@ -19,8 +19,8 @@ import torch
 from study import device
 from study.encoding import Example
 from study.errors import is_out_of_memory
-from study.fast import self_check
-from study.packing import learned_places, loss_sum
+from study.fast import decoder, memory, self_check
+from study.packing import learned_places, loss_sum, shared_prefix
 
 ENOUGH_TOKENS = 4_096  # in a pass: where fewer fit, checkpointing pays
 MOST_TOKENS = 16_384  # full speed on the largest cards; more only costs memory
@@ -71,10 +71,10 @@ class FastPath:
 
     padded = checkpointing = False
 
-    def __init__(self, model, loss_on: str, plan):
-        from study.fast import train as fused  # where there is Triton
+    def __init__(self, model, loss_on: str, plan: memory.Plan):
+        from study.fast.train import FusedModel  # needs Triton
 
-        self.fused, self.loss_on, self.max_tokens = fused.FusedModel(model, plan), loss_on, plan.tokens
+        self.fused, self.loss_on, self.max_tokens = FusedModel(model, plan), loss_on, plan.tokens
         self.seed = self.passes = 0
 
     def through(self, model) -> None:
@@ -143,13 +143,7 @@ def why_plain(model, args, padded: bool, training) -> str | None:
         return "padded"
     if args.attn_implementation != "auto":
         return f"--attn_implementation {args.attn_implementation}"
-
-    def eligible() -> str | None:
-        from study.fast import train as fused
-
-        return fused.why_not(model)
-
-    return self_check.attempt(eligible)
+    return self_check.attempt(lambda: decoder.why_not_train(model))
 
 
 def fast_path(
@@ -165,11 +159,11 @@ def fast_path(
     return (None, why) if why else (made[0], None)
 
 
-def plan_for(model, examples: Sequence[Example], tokens: Sequence[int], args, kept: dict | None):
-    from study.fast import train as fused
-
+def plan_for(
+    model, examples: Sequence[Example], tokens: Sequence[int], args, kept: dict | None
+) -> memory.Plan:
     if kept:
-        return fused.Plan(kept["tokens"], kept["keep"], kept["on_host"])
+        return memory.Plan(kept["tokens"], kept["keep"], kept["on_host"])
     longest = max(len(example.ids) for example in examples)
     given = args.max_tokens_per_batch
     wanted = None if given == "auto" else max(longest, min(given, max(tokens)))
@@ -177,8 +171,8 @@ def plan_for(model, examples: Sequence[Example], tokens: Sequence[int], args, ke
     free = int(0.92 * torch.cuda.mem_get_info()[0])
     learned = args.batch_size * max(len(learned_places(example, args.loss_on)) for example in examples)
     step = min(MOST_TOKENS, max(tokens)), learned
-    shared = fused.shared_tokens(examples, args.loss_on)
-    return fused.choose_plan(model, free, longest, step, wanted, args.gradient_checkpointing, shared)
+    shared = shared_prefix(examples, args.loss_on)
+    return memory.choose_plan(model, free, longest, step, wanted, args.gradient_checkpointing, shared)
 
 
 def fit_memory(

@@ -13,6 +13,7 @@ from pathlib import Path
 from study import checkpoint as checkpoints_of_models
 from study.device import Process
 from study.errors import UserError
+from study.fast import memory
 from study.records import runs
 from study.records.schema import settings_of
 
@@ -79,11 +80,13 @@ def read_progress(checkpoint: Path) -> dict:
 
 def kept_plan(checkpoint: Path | None, args) -> dict | None:
     """How the run computed before it was stopped, which also decides what dropout draws; None where its flags
-    now ask for something else."""
+    now ask for something else, or other code wrote a plan that this one does not know."""
     progress = read_progress(checkpoint) if checkpoint else {}
     asked = ("max_tokens_per_batch", "gradient_checkpointing", "attn_implementation")
     same = all(progress["config"].get(name) == getattr(args, name) for name in asked if progress)
-    return progress.get("plan") if same else None
+    plan = progress.get("plan")
+    known = plan and (not plan["fused"] or plan.get("keep") in memory.KEEPS)
+    return plan if same and known else None
 
 
 def remove_checkpoints(folder: Path, process: Process) -> None:

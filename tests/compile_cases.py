@@ -16,10 +16,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.exactness import llama, make_examples, with_adapters
-from study.fast import cache, decode, kernels
-from study.fast import train as fused
+from study.fast import cache, decode
+from study.fast.decoder import MOST_RANK
+from study.fast.memory import Plan
+from study.fast.train import FusedModel
 from study.model import merge
+from tests.exactness import llama, make_examples, with_adapters
 
 SIZES = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -62,20 +64,20 @@ def narrow_products(ttir: str) -> set[str]:
 def train(base) -> None:
     """A pass without dropout, and one with it and with tokens that all examples begin with."""
     lengths = ((40, 30), (70, 60), (33, 31))
-    for shared, rank, dropout, keep in ((0, 8, 0.0, "all"), (20, kernels.MOST_RANK, 0.1, "input")):
+    for shared, rank, dropout, keep in ((0, 8, 0.0, "all"), (20, MOST_RANK, 0.1, "input")):
         model = with_adapters(base, rank, dropout)
-        path = fused.FusedModel(model, fused.Plan(150, keep))
-        path.loss_sum(make_examples(lengths, 96, shared), "answer", 1).backward()
+        fused = FusedModel(model, Plan(150, keep))
+        fused.loss_sum(make_examples(lengths, 96, shared), "answer", 1).backward()
 
 
 def score(base) -> None:
     """Reading and a step, with weights in 4 bits and dense, shared rows read apart and not."""
     for merged, apart in ((False, 10), (True, 1000)):
         cache.APART = apart
-        tuned = with_adapters(base, kernels.MOST_RANK, 0.0)
-        path = decode.Engine(merge(tuned) if merged else tuned, 1e9)
+        tuned = with_adapters(base, MOST_RANK, 0.0)
+        engine = decode.Engine(merge(tuned) if merged else tuned, 1e9)
         prompts = [example.ids for example in make_examples(((90, 1), (30, 1)), 96, shared=20)]
-        list(path.answers(dict(enumerate(prompts)), 3, [-1]))
+        list(engine.answers(dict(enumerate(prompts)), 3, [-1]))
 
 
 def main() -> None:

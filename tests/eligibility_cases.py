@@ -15,12 +15,14 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, MistralConfig
 
-from benchmarks.exactness import make_examples
-from benchmarks.mutations import remember_unpacked
-from study.fast import decode, nf4, self_check
-from study.fast import train as fused
+from study.fast import nf4, self_check
+from study.fast.decoder import NAMES, why_not, why_not_train
+from study.fast.memory import Plan
+from study.fast.train import FusedModel
 from study.model import merge
 from study.packing import learned_places
+from tests.exactness import make_examples
+from tests.mutations import remember_unpacked
 
 SIZES = {
     "vocab_size": 96,
@@ -45,7 +47,7 @@ LORA = {
     "target_modules": "all-linear",
     "task_type": "CAUSAL_LM",
 }
-PROJECTIONS = [name for names in fused.NAMES for name in names]
+PROJECTIONS = [name for names in NAMES for name in names]
 EXAMPLES = make_examples(((6, 4), (5, 3)), 90)
 
 # Each field is here with values to change it to, or below with the reason why it changes nothing.
@@ -231,16 +233,16 @@ def own_loss(model) -> torch.Tensor:
 
 def trained(model) -> str | float:
     """The reason against training, or the error of loss and gradients."""
-    reason = fused.why_not(model)
+    reason = why_not_train(model)
     if reason:
         return reason
-    path = fused.FusedModel(model, fused.Plan(20, "all"))
-    if path.layers[0].qkv.dropout:  # PEFT's is random: its layers are given the same masks
+    fused = FusedModel(model, Plan(20, "all"))
+    if fused.layers[0].qkv.dropout:  # PEFT's is random: its layers are given the same masks
         model.get_base_model().set_attn_implementation("packed")
-        return max(self_check.training_errors(model, path, [EXAMPLES], "answer").values())
+        return max(self_check.training_errors(model, fused, [EXAMPLES], "answer").values())
     model.get_base_model().set_attn_implementation("eager")
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    ours, own = path.loss_sum(EXAMPLES, "answer", 0), own_loss(model)
+    ours, own = fused.loss_sum(EXAMPLES, "answer", 0), own_loss(model)
     got, expected = torch.autograd.grad(ours, parameters), torch.autograd.grad(own, parameters)
     off = [((a - b).norm() / b.norm()).item() for a, b in zip(got, expected, strict=True)]
     return max(*off, (abs(ours - own) / own).item())
@@ -248,7 +250,7 @@ def trained(model) -> str | float:
 
 def scored(model, merging: bool) -> str | float:
     """The reason against the engine, or the error of its logits."""
-    reason = decode.why_not(model)
+    reason = why_not(model)
     if reason:
         return reason
     model.config._attn_implementation = "eager"

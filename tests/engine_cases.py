@@ -9,11 +9,12 @@ import bitsandbytes.functional as bnb
 import torch
 from transformers import GenerationConfig
 
-from benchmarks.exactness import llama, with_adapters
-from benchmarks.mutations import remember_unpacked
 from study.fast import cache, decode, nf4
+from study.fast.decoder import why_not
 from study.generation import follow_one_of
 from study.model import merge
+from tests.exactness import llama, with_adapters
+from tests.mutations import remember_unpacked
 
 ENDS = [7, 9, 79, 95]  # the last two come up in free answers
 NEW_TOKENS = 5
@@ -55,8 +56,8 @@ def multiply_error(sizes, width: int, rows: int) -> float:
     x, a, b = (
         torch.randn(*shape, generator=generator) for shape in ((rows, width), (6, width), (sum(sizes), 6))
     )
-    mixed = x.view(rows, -1, 4, 8, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(rows, width)
-    got = nf4.PackedWeights(weights).multiply(mixed, a, b)
+    permuted = x.view(rows, -1, 4, 8, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(rows, width)
+    got = nf4.PackedWeights(weights).multiply(permuted, a, b)
     expected = x @ torch.cat(dense).T + x @ a.T @ b.T
     return ((got - expected).abs().max() / expected.abs().max()).item()
 
@@ -64,7 +65,7 @@ def multiply_error(sizes, width: int, rows: int) -> float:
 def main() -> None:
     # Train mode, without dropout: bitsandbytes would repack the weights of a layer in eval mode on the CPU.
     remember_unpacked()
-    base = llama(hidden_size=nf4.MIXED, intermediate_size=2 * nf4.MIXED)
+    base = llama(hidden_size=nf4.PERMUTED_COLUMNS, intermediate_size=2 * nf4.PERMUTED_COLUMNS)
     tuned, results = with_adapters(base, 4, 0.0).train(), {}
     prompts = make_prompts(20, (4, 11, 1, 23, 8))
     models = {"4 bits": tuned, "merged": merge(copy.deepcopy(tuned))}
@@ -75,23 +76,25 @@ def main() -> None:
             models.items(), ((1000, 1e9, None), (10, 1e9, 2), (1000, 0.0, None))
         ):
             cache.APART = apart
-            path = decode.Engine(model, memory or 1e9)
-            path.few_rows = min(path.few_rows, 64 if apart == 1000 else 8)  # some products by each way
+            engine = decode.Engine(model, memory or 1e9)
+            engine.few_rows = min(engine.few_rows, 64 if apart == 1000 else 8)  # some products by each way
             if not memory:  # a cache for two examples, so that places are used again
-                path.plan = lambda longest, shared: (30, shared + 2 * longest + 30, 9)
-            answers = dict(path.answers(dict(enumerate(prompts)), NEW_TOKENS, ENDS, allowed, most))
+                engine.plan = lambda longest, shared: (30, shared + 2 * longest + 30, 9)
+            answers = dict(engine.answers(dict(enumerate(prompts)), NEW_TOKENS, ENDS, allowed, most))
             kind, room = "constrained" if allowed else "free", f"{most or 'all'} at once"
             reading = "apart" if apart == 10 else "together"
             case = f"{name}, {kind}, {reading}, {room if memory else 'little room'}"
             results[case] = [answers[i] for i in range(len(prompts))]
     partly = copy.deepcopy(base)
-    partly.model.layers[1].mlp.up_proj = torch.nn.Linear(nf4.MIXED, 2 * nf4.MIXED, bias=False)
+    partly.model.layers[1].mlp.up_proj = torch.nn.Linear(
+        nf4.PERMUTED_COLUMNS, 2 * nf4.PERMUTED_COLUMNS, bias=False
+    )
     results["reasons"] = {
-        "adapters": decode.why_not(tuned),
-        "merged": decode.why_not(models["merged"]),
-        "head": decode.why_not(with_adapters(base, 4, 0.0, ["q_proj", "lm_head"])),
-        "embedding": decode.why_not(with_adapters(base, 4, 0.0, ["q_proj", "embed_tokens"])),
-        "partly": decode.why_not(partly),
+        "adapters": why_not(tuned),
+        "merged": why_not(models["merged"]),
+        "head": why_not(with_adapters(base, 4, 0.0, ["q_proj", "lm_head"])),
+        "embedding": why_not(with_adapters(base, 4, 0.0, ["q_proj", "embed_tokens"])),
+        "partly": why_not(partly),
     }
     results["multiply"] = [
         multiply_error(*case) for case in (((96, 32, 32), 256, 5), ((64,), 896, 17), ((80, 80), 128, 1))

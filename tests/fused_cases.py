@@ -7,7 +7,12 @@ import bitsandbytes.functional as bnb
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, MambaConfig, MambaForCausalLM
 
-from benchmarks.exactness import (
+from study.fast import kernels, memory, nf4, self_check
+from study.fast.attention import Attention
+from study.fast.decoder import head_size, why_not, why_not_train
+from study.fast.memory import KEEPS, Plan, choose_plan, costs
+from study.fast.train import FusedModel
+from tests.exactness import (
     TINY,
     TINY_LENGTHS,
     error,
@@ -20,14 +25,12 @@ from benchmarks.exactness import (
     truth,
     with_adapters,
 )
-from benchmarks.mutations import remember_unpacked
-from study.fast import kernels, nf4, self_check
-from study.fast import train as fused
+from tests.mutations import remember_unpacked
 
 
 def left_as_it_was(model, examples) -> dict[str, bool]:
     """What of a model a self-check that says yes leaves bit by bit as it was."""
-    path = fused.FusedModel(model, fused.Plan(36, "input"))
+    fused = FusedModel(model, Plan(36, "input"))
     model.base_model.eval()
     model.base_model.model.model.layers[1].train()
 
@@ -39,11 +42,11 @@ def left_as_it_was(model, examples) -> dict[str, bool]:
             "modules": [*model.modules()],
             "random numbers": torch.get_rng_state().tolist(),
             "checkpointing": model.get_base_model().is_gradient_checkpointing,
-            "dropout of groups": [group.dropout for layer in path.layers for group in layer.groups],
+            "dropout of groups": [group.dropout for layer in fused.layers for group in layer.groups],
         }
 
     before = state()
-    assert self_check.training(model, path, examples, "answer") is None
+    assert self_check.training(model, fused, examples, "answer") is None
     after = state()
     same = {name: after[name] == before[name] for name in before if name != "tensors"}
     pairs = zip(before["tensors"], after["tensors"], strict=True)
@@ -54,11 +57,11 @@ def shared_gradient(model) -> list[bool]:
     """Whether the memory formula has room for the shared rows' gradient, for several numbers of rows."""
     c, shared, fits = model.config, 50, []
     for rows in (shared + 1, 1000, 16384):
-        without, with_shared = (fused.costs(model, "all", False, 400, count) for count in (0, shared))
+        without, with_shared = (costs(model, "all", False, 400, count) for count in (0, shared))
         room = with_shared[0] - without[0] + rows * (with_shared[1] - without[1])
         lengths = [shared, rows - shared]
-        shape = c.num_attention_heads, c.num_key_value_heads, fused.head_size(c)
-        attention = kernels.Attention(lengths, [0, 0], *shape, torch.device("cpu"), shared)
+        shape = c.num_attention_heads, c.num_key_value_heads, head_size(c)
+        attention = Attention(lengths, [0, 0], *shape, torch.device("cpu"), shared)
         fits.append(attention.shared_chunks(rows) * shared * shape[1] * 2 * shape[2] * 4 <= room)
     return fits
 
@@ -78,32 +81,32 @@ def main() -> None:
 
     model = with_adapters(base, 4, 0.0)
     for loss_on in ("answer", "all"):
-        expected = truth(model, fused.FusedModel(model, fused.Plan(tokens, "all")), examples, loss_on)
-        for keep in fused.KEEPS if loss_on == "answer" else ("all", "input"):
-            path = fused.FusedModel(model, fused.Plan(tokens, keep))
-            results[f"{keep}, loss on {loss_on}"] = error(ours(path, examples, loss_on), expected)
-    results["isolation"] = isolation(path, examples)
+        expected = truth(model, FusedModel(model, Plan(tokens, "all")), examples, loss_on)
+        for keep in KEEPS if loss_on == "answer" else ("all", "input"):
+            fused = FusedModel(model, Plan(tokens, keep))
+            results[f"{keep}, loss on {loss_on}"] = error(ours(fused, examples, loss_on), expected)
+    results["isolation"] = isolation(fused, examples)
     results["left as it was"] = left_as_it_was(with_adapters(base, 4, 0.3), examples)
 
-    kernels.SHARED_CHUNK = 8  # so that there are several
+    memory.SHARED_CHUNK = 8  # so that there are several
     alike = make_examples(((14, 11), (12, 10), (19, 15)), TINY["vocab_size"], shared=9)
     for keep, dropout in (("all", 0.0), ("input", 0.3)):
         model = with_adapters(base, 4, dropout)
-        path = fused.FusedModel(model, fused.Plan(45, keep))
-        got = ours(path, alike, "answer")
-        results[f"alike, dropout {dropout}"] = error(got, truth(model, path, alike, "answer"))
+        fused = FusedModel(model, Plan(45, keep))
+        got = ours(fused, alike, "answer")
+        results[f"alike, dropout {dropout}"] = error(got, truth(model, fused, alike, "answer"))
         if not dropout:
-            results["alike, PEFT"] = error(got, theirs(model, path, alike, "answer"))
+            results["alike, PEFT"] = error(got, theirs(model, fused, alike, "answer"))
     results["computed once"] = (
-        path.batch(alike, "answer", 0).attention.shared,
-        len(path.batch(alike, "answer", 0).ids),
+        fused.batch(alike, "answer", 0).attention.shared,
+        len(fused.batch(alike, "answer", 0).ids),
     )
 
     for rank, dropout in ((2, 0.0), (2, 0.3), (64, 0.3)):
         model = with_adapters(base, rank, dropout)
-        path = fused.FusedModel(model, fused.Plan(tokens, "input" if dropout else "all"))
-        expected = truth(model, path, examples, "answer")
-        results[f"rank {rank}, dropout {dropout}"] = error(ours(path, examples, "answer"), expected)
+        fused = FusedModel(model, Plan(tokens, "input" if dropout else "all"))
+        expected = truth(model, fused, examples, "answer")
+        results[f"rank {rank}, dropout {dropout}"] = error(ours(fused, examples, "answer"), expected)
 
     ones = torch.ones(64, 300)
     masks = [torch.empty_like(ones) for _ in range(5)]
@@ -115,23 +118,21 @@ def main() -> None:
 
     neox = GPTNeoXConfig(**TINY)
     results["reasons"] = {
-        "llama": fused.why_not(model),
-        "some layers only": fused.why_not(with_adapters(base, 4, 0.0, ["q_proj", "v_proj"])),
-        "embedding": fused.why_not(with_adapters(base, 4, 0.0, r".*\.(\w+_proj|embed_tokens)")),
-        "head": fused.why_not(with_adapters(base, 4, 0.0, r".*\.(\w+_proj)|lm_head")),
-        "mamba": fused.why_not_base(MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=1))),
-        "rank": fused.why_not(with_adapters(base, 256, 0.0)),
-        "neox": fused.why_not(with_adapters(quantized(GPTNeoXForCausalLM, neox), 4, 0.0)),
+        "llama": why_not_train(model),
+        "some layers only": why_not_train(with_adapters(base, 4, 0.0, ["q_proj", "v_proj"])),
+        "embedding": why_not_train(with_adapters(base, 4, 0.0, r".*\.(\w+_proj|embed_tokens)")),
+        "head": why_not_train(with_adapters(base, 4, 0.0, r".*\.(\w+_proj)|lm_head")),
+        "mamba": why_not(MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=1))),
+        "rank": why_not_train(with_adapters(base, 256, 0.0)),
+        "neox": why_not_train(with_adapters(quantized(GPTNeoXForCausalLM, neox), 4, 0.0)),
     }
 
     seven = copy.copy(model)  # with the shape of Llama-2-7B, for planning only
     seven.config = LlamaConfig(num_key_value_heads=32)
-    plans = {
-        f"{size} GiB": fused.choose_plan(seven, size * 2**30, 512, (16384, 400)) for size in (80, 22, 14, 3)
-    }
-    plans["checkpointing on"] = fused.choose_plan(seven, 80 * 2**30, 512, (16384, 400), None, "on")
-    plans["1000 tokens"] = fused.choose_plan(seven, 80 * 2**30, 512, (16384, 400), 1000)
-    plans["a long example"] = fused.choose_plan(seven, 80 * 2**30, 20000, (16384, 400))
+    plans = {f"{size} GiB": choose_plan(seven, size * 2**30, 512, (16384, 400)) for size in (80, 22, 14, 3)}
+    plans["checkpointing on"] = choose_plan(seven, 80 * 2**30, 512, (16384, 400), None, "on")
+    plans["1000 tokens"] = choose_plan(seven, 80 * 2**30, 512, (16384, 400), 1000)
+    plans["a long example"] = choose_plan(seven, 80 * 2**30, 20000, (16384, 400))
     results["shared gradient fits"] = shared_gradient(seven)
     results["plans"] = {name: (plan.keep, plan.tokens, plan.on_host) for name, plan in plans.items()}
     print(json.dumps(results))

@@ -58,7 +58,7 @@ def test_every_kernel_of_the_fast_paths_has_a_kind_and_one_of_an_adapter_is_no_f
 def test_in_decoding_small_tiles_are_of_the_frozen_weights():
     for kernel in KERNELS["adapters' products"]:
         assert profiling.kind_of(kernel, adapters=False) == "products with the frozen weights"
-    assert profiling.kind_of("tokens_kernel", adapters=False) == "attention"
+    assert profiling.kind_of("cached_attention_kernel", adapters=False) == "attention"
 
 
 def test_times_of_a_kind_add_up_and_the_rest_of_the_step_is_idle():
@@ -330,7 +330,7 @@ def test_a_step_that_all_does_not_have_is_refused(tmp_path):
 def test_a_random_checkpoint_is_one_that_the_fast_paths_take(tmp_path, monkeypatch):
     pytest.importorskip("triton")
     from study import model
-    from study.fast import decode
+    from study.fast.decoder import why_not
 
     monkeypatch.setattr(checkpoint, "SIZES", {"7b": (128, 192, 2, 2)})
     monkeypatch.setattr(
@@ -339,6 +339,6 @@ def test_a_random_checkpoint_is_one_that_the_fast_paths_take(tmp_path, monkeypat
     checkpoint.main()
     base = model.load_base(str(tmp_path / "7b"), workers.nf4())
     assert len(model.four_bit_layers(base)) == 2 * 7
-    assert decode.why_not(base) is None
+    assert why_not(base) is None
     with pytest.raises(UserError, match="exists"):
         checkpoint.main()

@@ -16,7 +16,7 @@ from study import device
 pytest.importorskip("triton")
 from study import generation
 from study.fast import decode
-from study.fast.decode import Choices, Places, shared_tokens
+from study.fast.decode import Choices, Places, shared_prefix_of_prompts
 
 ANSWERS = [[5, 6, 7], [5, 6, 8, 7], [11, 7]]
 
@@ -76,10 +76,10 @@ def test_the_likeliest_allowed_token_is_chosen():
 
 
 def test_prompts_share_what_all_begin_with_and_keep_a_token_of_their_own():
-    assert shared_tokens([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 9]]) == 2
-    assert shared_tokens([[1, 2, 3], [1, 2, 3]]) == 2
-    assert shared_tokens([[1, 2], [1, 2, 3]]) == 1
-    assert shared_tokens([[1, 2, 3]]) == 0
+    assert shared_prefix_of_prompts([[1, 2, 3, 4], [1, 2, 5], [1, 2, 3, 9]]) == 2
+    assert shared_prefix_of_prompts([[1, 2, 3], [1, 2, 3]]) == 2
+    assert shared_prefix_of_prompts([[1, 2], [1, 2, 3]]) == 1
+    assert shared_prefix_of_prompts([[1, 2, 3]]) == 0
 
 
 def test_places_do_not_overlap_and_a_freed_one_is_taken_again():
@@ -143,27 +143,27 @@ def test_what_never_fits_ends_in_out_of_memory(free, monkeypatch):
 
 
 def test_examples_wait_for_room_and_are_read_when_there_are_enough():
-    path = decode.Engine.__new__(decode.Engine)
-    path.at_once, path.most = 20, 9
-    path.cache = type("Cache", (), {"shared": 1})
+    engine = decode.Engine.__new__(decode.Engine)
+    engine.at_once, engine.most = 20, 9
+    engine.cache = type("Cache", (), {"shared": 1})
     prompts = {i: [0] * (1 + size) for i, size in enumerate((8, 6, 6, 4, 4))}
     waiting, places = decode.deque(prompts), Places(first=1, rows=1 + 3 * 10)
-    first = path.admit(prompts, waiting, places, 9, True, 2)
+    first = engine.admit(prompts, waiting, places, 9, True, 2)
     assert [(example.index, example.place) for example in first] == [(0, 1), (1, 11), (2, 19)]
     places.freed.append(11)
-    assert path.admit(prompts, waiting, places, 9, False, 2) == []  # 4 tokens are too few to stop for
+    assert engine.admit(prompts, waiting, places, 9, False, 2) == []  # 4 tokens are too few to stop for
     assert list(waiting) == [3, 4]
     assert places.freed == [11]
     places.freed.append(1)
-    assert [example.index for example in path.admit(prompts, waiting, places, 9, False, 2)] == [3, 4]
+    assert [example.index for example in engine.admit(prompts, waiting, places, 9, False, 2)] == [3, 4]
     assert list(itertools.chain(waiting)) == []
 
 
 def test_few_at_once_are_refilled_by_few():
-    path = decode.Engine.__new__(decode.Engine)
-    path.at_once, path.most = 1000, 8
-    path.cache = type("Cache", (), {"shared": 0})
+    engine = decode.Engine.__new__(decode.Engine)
+    engine.at_once, engine.most = 1000, 8
+    engine.cache = type("Cache", (), {"shared": 0})
     prompts = {i: [0] * 10 for i in range(20)}
     waiting, places = decode.deque(prompts), Places(first=0, rows=1000)
-    assert path.admit(prompts, waiting, places, 1, False, 5) == []
-    assert len(path.admit(prompts, waiting, places, 2, False, 5)) == 2
+    assert engine.admit(prompts, waiting, places, 1, False, 5) == []
+    assert len(engine.admit(prompts, waiting, places, 2, False, 5)) == 2

@@ -9,7 +9,7 @@ import pytest
 from conftest import INTERPRETED, ran_beside
 
 pytest.importorskip("triton")
-from study.fast import train as fused
+from study.fast.memory import KEEPS
 
 BESIDE = [(INTERPRETED, "tests/fused_cases.py")]
 
@@ -28,7 +28,7 @@ def test_weights_are_unpacked_as_bitsandbytes_does(errors):
 
 
 @pytest.mark.parametrize(
-    "case", [*(f"{keep}, loss on answer" for keep in fused.KEEPS), "all, loss on all", "input, loss on all"]
+    "case", [*(f"{keep}, loss on answer" for keep in KEEPS), "all, loss on all", "input, loss on all"]
 )
 def test_loss_and_gradients_are_right_whatever_a_layer_keeps(errors, case):
     loss, _, gradient = errors[case]

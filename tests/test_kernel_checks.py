@@ -17,12 +17,13 @@ from study import device
 pytest.importorskip("triton")
 from study import generation, paths
 from study.encoding import Example
-from study.fast import decode, self_check
-from study.fast import train as fused
+from study.fast import decoder, self_check
+from study.fast.decode import shared_prefix_of_prompts
+from study.packing import shared_prefix
 
 MUTATIONS = Path(tempfile.mkdtemp()) / "mutations.json"
 BESIDE = [
-    (INTERPRETED, "-m", "benchmarks.mutations", "--output", str(MUTATIONS)),
+    (INTERPRETED, "-m", "tests.mutations", "--output", str(MUTATIONS)),
     (INTERPRETED, "tests/eligibility_cases.py"),
 ]
 
@@ -55,10 +56,10 @@ def test_every_broken_kernel_and_copy_is_found_out_and_nothing_else(mutations):
 
 def test_every_kernel_is_broken_in_turn(mutations):
     broken = {row["broken"] for row in mutations}
-    for module in ("kernels", "nf4", "cache"):
-        source = (ROOT / "study" / f"{module}.py").read_text()
+    for path in (ROOT / "study" / "fast").glob("*.py"):
+        source = path.read_text()
         for kernel in re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE):
-            assert f"{module}.{kernel}: does nothing" in broken
+            assert f"{path.stem}.{kernel}: does nothing" in broken
 
 
 # Eligibility
@@ -127,7 +128,7 @@ def test_rotary_tables_of_another_kind_are_refused_and_fixed_ones_taken(eligibil
 
 @pytest.fixture(scope="module")
 def tuned():
-    from benchmarks.exactness import llama, with_adapters
+    from tests.exactness import llama, with_adapters
 
     return with_adapters(llama(), 4, 0.1)
 
@@ -168,13 +169,13 @@ def test_what_breaks_before_the_check_is_a_reason_too(tuned, monkeypatch):
         raise ImportError("libcuda.so.1: cannot open shared object file")
 
     monkeypatch.setattr(device, "compute_dtype", lambda: torch.bfloat16)
-    monkeypatch.setattr(fused, "why_not", broken)
+    monkeypatch.setattr(decoder, "why_not_train", broken)
     settings = Namespace(device=torch.device("cuda"), world_size=1)
     slow = paths.why_plain(tuned, Namespace(attn_implementation="auto"), False, settings)
     assert slow == "ImportError: libcuda.so.1: cannot open shared object file"
     monkeypatch.setattr(device, "compute_dtype", lambda: torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(decode, "why_not", broken)
+    monkeypatch.setattr(decoder, "why_not", broken)
     assert generation.why_generate(tuned) == slow
 
 
@@ -252,12 +253,12 @@ def test_two_that_share_a_beginning_are_compared_where_the_longest_and_shortest_
     examples = [example(40, 1), example(12, 20), example(13, 33), example(20, 3), example(21, 3)]
     *_, pair = self_check.groups_of(examples, 100, "answer")
     assert [len(e.ids) for e in pair] == [20, 21]
-    assert fused.shared_tokens(pair, "answer") >= 10
+    assert shared_prefix(pair, "answer") >= 10
 
 
 def test_the_prompts_compared_have_in_common_what_all_have():
     prompts = [[1, 2, 3, 4, 9], [1, 2, 3, 5, 6, 7, 8], [1, 2, 8], [1, 2, 3, 4, 4, 4]]
     chosen = self_check.telling(prompts)
     assert len(chosen) <= 4
-    assert decode.shared_tokens(chosen) == decode.shared_tokens(prompts)
+    assert shared_prefix_of_prompts(chosen) == shared_prefix_of_prompts(prompts)
     assert {3, 7} <= {len(prompt) for prompt in chosen}

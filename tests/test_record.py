@@ -795,3 +795,12 @@ def test_a_dry_run_leaves_nothing_behind(tmp_path):
         done = run_script(script, "--output_dir", tmp_path / "runs", "--dry_run")
         assert done.stdout.splitlines()[-1].startswith("not started\t")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_commit_is_that_of_the_repository_or_what_a_copy_outside_it_is_told(monkeypatch):
+    monkeypatch.setenv("GIT_COMMIT", "c0ffee")
+    assert record.commit() == "c0ffee"
+    monkeypatch.delenv("GIT_COMMIT")
+    words = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    head = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    assert (record.commit() or "").removesuffix("-dirty") == head  # "" where there is no repository

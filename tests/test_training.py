@@ -114,6 +114,14 @@ def test_a_resumed_run_keeps_its_plan_unless_other_flags_ask_for_another(tmp_pat
         assert resuming.kept_plan(tmp_path, parse_args("classification", "", flags)) is None
 
 
+@pytest.mark.parametrize(("keep", "known"), [("residual", True), ("middle", False)])
+def test_a_plan_that_other_code_kept_is_not_resumed(tmp_path, keep, known):
+    args = parse_args("classification", "", [])
+    plan = {"fused": True, "tokens": 300, "gradient_checkpointing": False, "keep": keep, "on_host": False}
+    (tmp_path / resuming.PROGRESS).write_text(json.dumps({"config": vars(args), "plan": plan}))
+    assert resuming.kept_plan(tmp_path, args) == (plan if known else None)
+
+
 def test_the_warm_up_begins_above_0_and_does_not_depend_on_the_number_of_epochs():
     assert [training.warmup_steps(0.03, *sizes) for sizes in ((12, 16), (480, 8), (11_014, 16))] == [1, 2, 21]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
@@ -158,18 +166,18 @@ def test_how_a_batch_is_split_changes_the_adapter_by_rounding_only(tmp_path):
 
 ONE_SAVES = """
 import os, runpy, sys
-from study.training import Progress
+from study.training import Reporter
 
-def on_train_begin(self, *args, begin=Progress.on_train_begin, **kwargs):
+def on_train_begin(self, *args, begin=Reporter.on_train_begin, **kwargs):
     begin(self, *args, **kwargs)
     self.saving = 1e9 * int(os.environ["RANK"])
 
-def on_save(self, args, state, control, save=Progress.on_save, **kwargs):
+def on_save(self, args, state, control, save=Reporter.on_save, **kwargs):
     print("saved", state.global_step)
     save(self, args, state, control, **kwargs)
     self.saving = 1e9
 
-Progress.on_train_begin, Progress.on_save = on_train_begin, on_save
+Reporter.on_train_begin, Reporter.on_save = on_train_begin, on_save
 sys.argv[0] = "{script}"
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -12,11 +12,11 @@ import torch
 import triton
 import triton.language as tl
 
-from study.fast.kernels import absorb, place_of, power_of_2, to_device
+from study.fast.attention import LOG2_E, absorb
+from study.fast.kernels import permuted_column, power_of_2, to_device
 
-LOG2_E = 1.4426950408889634
-APART = 256  # shared rows from which on they are read once for many queries, apart from the own rows
-TILES = {  # queries, keys, warps, stages
+APART = 256  # shared rows from which on they are read once for many queries, apart; chosen on an H200
+CACHE_TILES = {  # queries, keys, warps, stages; chosen on an H200
     "prompts": (64, 32, 4, 3),
     "tokens": (16, 64, 4, 3),
     "shared": (64, 64, 4, 3),
@@ -25,7 +25,7 @@ TILES = {  # queries, keys, warps, stages
 
 # The tensors of single numbers are rows of larger ones, so where they begin says nothing.
 @triton.jit(do_not_specialize_on_alignment=["positions", "places"])
-def rotate_kernel(
+def rotate_and_store_kernel(
     qkv,
     positions,
     cos,
@@ -39,13 +39,14 @@ def rotate_kernel(
     padded: tl.constexpr,
     half: tl.constexpr,
 ):
+    """All heads of one row."""
     row = tl.program_id(0).to(tl.int64)
     head, column = tl.arange(0, padded)[:, None], tl.arange(0, half)[None, :]
     angle = tl.load(positions + row) * half + column
     c, s = tl.load(cos + angle), tl.load(sin + angle)
     at = qkv + row * stride + head * 2 * half + column
     inside = head < heads + 2 * key_heads
-    first = tl.load(at, inside, 0.0).to(tl.float32)
+    first = tl.load(at, inside, 0.0).to(tl.float32)  # [padded heads, half]
     second = tl.load(at + half, inside, 0.0).to(tl.float32)
     turned_1 = (first * c - second * s).to(keys.dtype.element_ty)
     turned_2 = (second * c + first * s).to(keys.dtype.element_ty)
@@ -78,10 +79,11 @@ def absorb_rows(
     weight,
     total,
 ):
-    """The cache's rows `start` + `begin` to `start` + `end`; a query sees those up to `start` + `last`."""
+    """The cache's rows `start` + `begin` to `start` + `end`; a query sees those up to `start` + `last`
+    [queries]. largest, weight and total are `absorb`'s."""
     for first in range(begin, end, tile_k):
         other = first + tl.arange(0, tile_k)
-        at = (start + other).to(tl.int64)[:, None] * width + column
+        at = (start + other).to(tl.int64)[:, None] * width + column  # [tile_k, size]
         key = tl.load(keys + at, (other < end)[:, None], 0.0)
         value = tl.load(values + at, (other < end)[:, None], 0.0)
         seen = last[:, None] >= other[None, :]
@@ -91,7 +93,8 @@ def absorb_rows(
 
 @triton.jit
 def add_parts(part, part_weight, place, width, wanted, splits, count, largest, weight, total):
-    """What `shared_kernel` has found, as more tiles of keys."""
+    """What `prefix_attention_kernel` has found for the queries numbered `place` [queries], as more tiles of
+    keys."""
     column = tl.arange(0, width)[None, :]
     for split in range(splits):
         at = split * count + place
@@ -105,95 +108,15 @@ def add_parts(part, part_weight, place, width, wanted, splits, count, largest, w
     return largest, weight, total
 
 
-@triton.jit(do_not_specialize=["rows", "shared", "splits"])
-def prompts_kernel(
+@triton.jit(
+    do_not_specialize=["rows", "shared", "splits"], do_not_specialize_on_alignment=["starts", "lengths"]
+)
+def cached_attention_kernel(
     qkv,
     keys,
     values,
     out,
     work,
-    part,
-    part_weight,
-    stride,
-    out_stride,
-    rows,
-    shared,
-    splits,
-    log2_scale,
-    heads: tl.constexpr,
-    key_heads: tl.constexpr,
-    size: tl.constexpr,
-    tile_q: tl.constexpr,
-    tile_k: tl.constexpr,
-    mixed: tl.constexpr,
-):
-    """A work item is (first row of the prompt, its length, first row of the tile within it, its place in the
-    cache)."""
-    item = work + tl.program_id(0) * 4
-    start, length, offset = tl.load(item).to(tl.int64), tl.load(item + 1), tl.load(item + 2)
-    own = tl.load(item + 3).to(tl.int64)
-    head = tl.program_id(1)
-    column = tl.arange(0, size)[None, :]
-    query_place = offset + tl.arange(0, tile_q)
-    wanted = query_place < length
-    at = qkv + (start + query_place)[:, None] * stride + head * size + column
-    query = tl.load(at, wanted[:, None], 0.0)
-    column += head // (heads // key_heads) * size
-    width: tl.constexpr = key_heads * size
-    largest = tl.full([tile_q], -1e30, tl.float32)
-    weight = tl.zeros([tile_q], tl.float32)
-    total = tl.zeros([tile_q, size], tl.float32)
-    all_shared = tl.full([tile_q], shared - 1, tl.int32)
-    largest, weight, total = absorb_rows(
-        query,
-        all_shared,
-        keys,
-        values,
-        column,
-        0,
-        0,
-        shared,
-        log2_scale,
-        width,
-        tile_k,
-        largest,
-        weight,
-        total,
-    )
-    end = tl.minimum(offset + tile_q, length)
-    largest, weight, total = absorb_rows(
-        query,
-        query_place,
-        keys,
-        values,
-        column,
-        own,
-        0,
-        end,
-        log2_scale,
-        width,
-        tile_k,
-        largest,
-        weight,
-        total,
-    )
-    place = (start + query_place) * heads + head
-    largest, weight, total = add_parts(
-        part, part_weight, place, size, wanted, splits, rows * heads, largest, weight, total
-    )
-    result = (total / weight[:, None]).to(out.dtype.element_ty)
-    to = place_of(head * size + tl.arange(0, size)[None, :], mixed)
-    tl.store(out + (start + query_place)[:, None] * out_stride + to, result, wanted[:, None])
-
-
-@triton.jit(
-    do_not_specialize=["rows", "shared", "splits"], do_not_specialize_on_alignment=["starts", "lengths"]
-)
-def tokens_kernel(
-    qkv,
-    keys,
-    values,
-    out,
     starts,
     lengths,
     part,
@@ -209,65 +132,58 @@ def tokens_kernel(
     size: tl.constexpr,
     tile_q: tl.constexpr,
     tile_k: tl.constexpr,
-    mixed: tl.constexpr,
+    reading: tl.constexpr,
+    permuted: tl.constexpr,
 ):
-    """The queries of one token, those heads that share a key head, over the shared and its example's rows."""
-    row, key_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    own, length = tl.load(starts + row), tl.load(lengths + row)
-    group: tl.constexpr = heads // key_heads
-    within = tl.arange(0, tile_q)
-    head, wanted = key_head * group + within, within < group
+    """The shared rows of the cache and an example's own, for a tile of queries.
+
+    `reading` prompts, these are one head of a tile of rows; a work item is (first row of the prompt, its
+    length, first row of the tile within it, first row of its keys in the cache). Otherwise they are those
+    heads of one row that share a key head, and the keys are `lengths` rows of the cache from `starts` on.
+    """
     column = tl.arange(0, size)[None, :]
-    query = tl.load(qkv + row * stride + head[:, None] * size + column, wanted[:, None], 0.0)
+    if reading:
+        item = work + tl.program_id(0) * 4
+        start, length, offset = tl.load(item).to(tl.int64), tl.load(item + 1), tl.load(item + 2)
+        own = tl.load(item + 3).to(tl.int64)
+        head = tl.program_id(1)
+        last = offset + tl.arange(0, tile_q)  # [tile_q], the own key that a query sees last: itself
+        wanted = last < length
+        row = (start + last)[:, None]
+        place = (start + last) * heads + head  # [tile_q], of each query's row and head
+        key_head, end = head // (heads // key_heads), tl.minimum(offset + tile_q, length)
+    else:
+        row, key_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+        own, length = tl.load(starts + row), tl.load(lengths + row)
+        group: tl.constexpr = heads // key_heads
+        within = tl.arange(0, tile_q)
+        place = row * heads + (key_head * group + within)
+        head, wanted = (key_head * group + within)[:, None], within < group
+        last, end = tl.full([tile_q], length - 1, tl.int64), length
+    query = tl.load(qkv + row * stride + head * size + column, wanted[:, None], 0.0)  # [tile_q, size]
     column += key_head * size
     width: tl.constexpr = key_heads * size
     largest = tl.full([tile_q], -1e30, tl.float32)
     weight = tl.zeros([tile_q], tl.float32)
     total = tl.zeros([tile_q, size], tl.float32)
-    all_shared = tl.full([tile_q], shared - 1, tl.int32)
+    last_shared = tl.full([tile_q], shared - 1, tl.int32)
     largest, weight, total = absorb_rows(
-        query,
-        all_shared,
-        keys,
-        values,
-        column,
-        0,
-        0,
-        shared,
-        log2_scale,
-        width,
-        tile_k,
-        largest,
-        weight,
-        total,
+        *(query, last_shared, keys, values, column, 0, 0, shared, log2_scale, width, tile_k),
+        *(largest, weight, total),
     )
-    all_own = tl.full([tile_q], length - 1, tl.int64)
     largest, weight, total = absorb_rows(
-        query,
-        all_own,
-        keys,
-        values,
-        column,
-        own,
-        0,
-        length,
-        log2_scale,
-        width,
-        tile_k,
-        largest,
-        weight,
-        total,
+        *(query, last, keys, values, column, own, 0, end, log2_scale, width, tile_k, largest, weight, total)
     )
     largest, weight, total = add_parts(
-        part, part_weight, row * heads + head, size, wanted, splits, rows * heads, largest, weight, total
+        part, part_weight, place, size, wanted, splits, rows * heads, largest, weight, total
     )
     result = (total / weight[:, None]).to(out.dtype.element_ty)
-    to = place_of(head[:, None] * size + tl.arange(0, size)[None, :], mixed)
+    to = permuted_column(head * size + tl.arange(0, size)[None, :], permuted)
     tl.store(out + row * out_stride + to, result, wanted[:, None])
 
 
 @triton.jit(do_not_specialize=["rows", "shared"])
-def shared_kernel(
+def prefix_attention_kernel(
     qkv,
     keys,
     values,
@@ -287,7 +203,7 @@ def shared_kernel(
     """A tile of queries, whichever examples they are of, over a chunk of the shared rows."""
     group: tl.constexpr = heads // key_heads
     key_head, split = tl.program_id(1), tl.program_id(2)
-    number = tl.program_id(0) * tile_q + tl.arange(0, tile_q)
+    number = tl.program_id(0) * tile_q + tl.arange(0, tile_q)  # [tile_q], of rows and heads of the group
     row, head = (number // group).to(tl.int64), key_head * group + number % group
     wanted = row < rows
     column = tl.arange(0, size)[None, :]
@@ -297,23 +213,11 @@ def shared_kernel(
     weight = tl.zeros([tile_q], tl.float32)
     total = tl.zeros([tile_q, size], tl.float32)
     begin, end = split * chunk, tl.minimum(shared, (split + 1) * chunk)
-    all_shared = tl.full([tile_q], shared - 1, tl.int32)
+    last_shared = tl.full([tile_q], shared - 1, tl.int32)
     column += key_head * size
     largest, weight, total = absorb_rows(
-        query,
-        all_shared,
-        keys,
-        values,
-        column,
-        0,
-        begin,
-        end,
-        log2_scale,
-        width,
-        tile_k,
-        largest,
-        weight,
-        total,
+        *(query, last_shared, keys, values, column, 0, begin, end, log2_scale, width, tile_k),
+        *(largest, weight, total),
     )
     column -= key_head * size
     place = (split * rows + row) * heads + head
@@ -336,32 +240,35 @@ class Cache:
     def put(self, layer: int, qkv, positions, cos, sin, places) -> None:
         """Turn the queries in qkv [tokens, (heads + 2 key heads) size] by their positions, in place; keys,
         turned too, and values go to the rows `places` of the cache. cos and sin [positions, size / 2]."""
-        rotate_kernel[(len(qkv),)](
+        rotate_and_store_kernel[(len(qkv),)](
             *(qkv, positions, cos, sin, places, self.keys[layer], self.values[layer], qkv.stride(0)),
             *(self.heads, self.key_heads, power_of_2(self.heads + 2 * self.key_heads), self.size // 2),
         )
 
-    def attend_prompts(self, layer: int, qkv: torch.Tensor, mixed: bool, work: torch.Tensor) -> torch.Tensor:
+    def attend_prompts(self, layer: int, qkv, permuted: bool, work: torch.Tensor) -> torch.Tensor:
         """Causal attention of prompts that lie end to end, behind the shared rows: [tokens, heads size], its
-        columns as `place_of` has them."""
-        return self.attend(prompts_kernel, "prompts", (len(work), self.heads), layer, qkv, mixed, [work])
+        columns as `permuted_column` has them."""
+        return self.attend("prompts", (len(work), self.heads), layer, qkv, permuted, (work, work, work))
 
-    def attend_tokens(self, layer: int, qkv: torch.Tensor, mixed: bool, starts, lengths) -> torch.Tensor:
+    def attend_tokens(self, layer: int, qkv, permuted: bool, starts, lengths) -> torch.Tensor:
         """Attention of one token of each example over its own rows, `lengths` from `starts` on."""
         grid = len(qkv), self.key_heads
-        return self.attend(tokens_kernel, "tokens", grid, layer, qkv, mixed, [starts, lengths])
+        return self.attend("tokens", grid, layer, qkv, permuted, (qkv, starts, lengths))
 
-    def attend(self, kernel, name: str, grid: tuple, layer: int, qkv, mixed, which: list) -> torch.Tensor:
+    def attend(self, name: str, grid: tuple, layer: int, qkv, permuted: bool, which: tuple) -> torch.Tensor:
+        """`which` are the kernel's work, starts and lengths: for what it doesn't read, any tensor that begins
+        alike at each launch, since Triton compiles a kernel for each alignment."""
         out = qkv.new_empty(len(qkv), self.heads * self.size)
         apart = self.shared >= APART
         part, part_weight, splits = self.attend_shared(layer, qkv) if apart else (out, out, 0)
-        tile_q, tile_k, warps, stages = TILES[name]
+        tile_q, tile_k, warps, stages = CACHE_TILES[name]
         if name == "tokens":
             tile_q = max(tile_q, power_of_2(self.heads // self.key_heads))
-        kernel[grid](
+        cached_attention_kernel[grid](
             *(qkv, self.keys[layer], self.values[layer], out, *which, part, part_weight),
             *(qkv.stride(0), out.stride(0), len(qkv), 0 if apart else self.shared, splits),
-            *(self.size**-0.5 * LOG2_E, self.heads, self.key_heads, self.size, tile_q, tile_k, mixed),
+            *(self.size**-0.5 * LOG2_E.value, self.heads, self.key_heads, self.size, tile_q, tile_k),
+            *(name == "prompts", permuted),
             num_warps=warps,
             num_stages=stages,
         )
@@ -370,7 +277,7 @@ class Cache:
     def attend_shared(self, layer: int, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
         """Attention over the shared rows alone, in so many splits of them that the device is busy: outputs
         [splits, tokens, heads, size], log2 of their softmax denominators, splits."""
-        rows, (tile_q, tile_k, warps, stages) = len(qkv), TILES["shared"]
+        rows, (tile_q, tile_k, warps, stages) = len(qkv), CACHE_TILES["shared"]
         group = self.heads // self.key_heads
         tile_q = min(tile_q, max(16, power_of_2(rows * group)))
         tiles = triton.cdiv(rows * group, tile_q)
@@ -379,9 +286,9 @@ class Cache:
         splits = triton.cdiv(self.shared, chunk)
         part = torch.empty(splits, rows, self.heads, self.size, dtype=torch.float32, device=qkv.device)
         part_weight = torch.empty(splits, rows, self.heads, dtype=torch.float32, device=qkv.device)
-        shared_kernel[(tiles, self.key_heads, splits)](
+        prefix_attention_kernel[(tiles, self.key_heads, splits)](
             *(qkv, self.keys[layer], self.values[layer], part, part_weight, qkv.stride(0), rows),
-            *(self.shared, chunk, self.size**-0.5 * LOG2_E, self.heads, self.key_heads, self.size),
+            *(self.shared, chunk, self.size**-0.5 * LOG2_E.value, self.heads, self.key_heads, self.size),
             *(tile_q, tile_k),
             num_warps=warps,
             num_stages=stages,
@@ -390,8 +297,8 @@ class Cache:
 
 
 def prompts_work(lengths: list[int], places: list[int], device) -> torch.Tensor:
-    """Work items of `prompts_kernel` for prompts end to end, the longest first."""
-    tile, start, items = TILES["prompts"][0], 0, []
+    """Work items of `cached_attention_kernel` for prompts end to end, the longest first."""
+    tile, start, items = CACHE_TILES["prompts"][0], 0, []
     for length, place in zip(lengths, places, strict=True):
         items += [(start, length, offset, place) for offset in range(0, length, tile)]
         start += length

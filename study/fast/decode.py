@@ -3,7 +3,7 @@
 Prompts lie end to end when they are read, so nothing is padded, and what all of them begin with is read once.
 They are taken longest first; an answered example leaves at once, and its place in the cache, long enough for
 every example that is left, goes to the next. A step of few examples is one CUDA graph. The weights are dense,
-merged where memory allows (study/model.py), or stay in 4 bits (study/nf4.py).
+merged where memory allows (study/model.py), or stay in 4 bits (nf4.py).
 """
 
 import math
@@ -16,20 +16,18 @@ import torch
 import torch.nn.functional as F
 
 from study.fast import cache, kernels, nf4
-from study.fast.train import counting, head_size, linear_layers, why_not_base
+from study.fast.decoder import head_size, linear_groups
 from study.model import base_of
-from study.packing import common_beginning
+from study.packing import common_prefix, counting
 
+# Chosen on an H200 with Llama-2-7B (benchmarks/results/inference-7b.json has the speed that came of it):
 GRAPH_MOST = 512  # examples up to which a step may be bound by its launches, and so becomes a graph
-GRAPH_USES = 2  # of a size until it does: the first also compiles what the graph will launch
 GRAPH_SPARE = 2**27  # bytes beside twice what a graph needs, since memory comes in large pieces
-AHEAD = 2  # steps on their way at once, so that the GPU need not wait; places have room for one too many
 READ_TOKENS = 16_384  # of prompts at once: enough for full speed
-
-
-def why_not(model) -> str | None:
-    """The reason why a model, with adapters or merged ones, can't take this path, or None if it can."""
-    return why_not_base(model)
+USABLE = 0.98  # of the memory given, in cache and reading: PyTorch's pieces do not fit each other wholly
+# By construction:
+GRAPH_USES = 2  # of a size until it becomes a graph: the first also compiles what the graph will launch
+AHEAD = 2  # steps on their way at once, so that the GPU need not wait; places hold one token too many
 
 
 class Linear:
@@ -58,26 +56,26 @@ class Linear:
                     rows[:, column : column + rank] = module.lora_B["default"].weight.data * scale
                     column += rank
 
-    def __call__(self, x: torch.Tensor, space: torch.Tensor | None, mixed: bool) -> torch.Tensor:
-        """`space` is where 4-bit weights are unpacked, unless x is `mixed`, as `PackedWeights.multiply` takes
-        it."""
+    def __call__(self, x: torch.Tensor, buffer: torch.Tensor | None, permuted: bool) -> torch.Tensor:
+        """x [rows, width] -> [rows, size]. 4-bit weights are unpacked into `buffer`, unless x is `permuted`,
+        as `PackedWeights.multiply` takes it."""
         weight = self.dense
         if weight is None:
-            if mixed:
+            if permuted:
                 return self.packed.multiply(x, self.a, self.b)
-            weight = space[: self.size * self.width].view(self.size, self.width)
+            weight = buffer[: self.size * self.width].view(self.size, self.width)
             self.packed.unpack(weight)
-        y = torch.mm(x, weight.T)
-        return y if self.a is None else y.addmm_(torch.mm(x, self.a.T), self.b.T)
+        y = torch.mm(x, weight.T)  # [rows, width] @ [width, size]
+        return (
+            y if self.a is None else y.addmm_(torch.mm(x, self.a.T), self.b.T)
+        )  # [rows, rank] @ [rank, size]
 
 
-class Layer:
+class DecodingLayer:
     """One decoder layer's weights."""
 
     def __init__(self, layer):
-        modules = linear_layers(layer)
-        groups = (modules[:3], modules[3:4], modules[4:6], modules[6:])
-        self.qkv, self.out, self.gate_up, self.down = map(Linear, groups)
+        self.qkv, self.out, self.gate_up, self.down = map(Linear, linear_groups(layer))
         self.norm_1, self.norm_2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
 
 
@@ -136,9 +134,11 @@ class Places:
         self.clear()
 
     def clear(self) -> None:
+        """All rows are free, as in the beginning."""
         self.top, self.freed = self.first, []
 
     def take(self, size: int) -> int | None:
+        """The first of `size` free rows, or None."""
         if self.freed:
             return self.freed.pop()
         if self.top + size > self.rows:
@@ -155,14 +155,14 @@ class Engine:
         self.config, self.memory = base.config, memory
         self.embedding, self.norm = base.model.embed_tokens.weight.data, base.model.norm.weight.data
         self.head, self.rotary = base.lm_head.weight.data, base.model.rotary_emb
-        self.layers = [Layer(layer) for layer in base.model.layers]
+        self.layers = [DecodingLayer(layer) for layer in base.model.layers]
         groups = [
             group for layer in self.layers for group in (layer.qkv, layer.out, layer.gate_up, layer.down)
         ]
         widest = max(group.size * group.width for group in groups)
         packed = groups[0].packed is not None
-        self.space = self.embedding.new_empty(widest) if packed else None
-        fitting = packed and all(group.width % nf4.MIXED == 0 for group in groups)
+        self.buffer = self.embedding.new_empty(widest) if packed else None
+        fitting = packed and all(group.width % nf4.PERMUTED_COLUMNS == 0 for group in groups)
         self.few_rows = nf4.FEW_ROWS if fitting else 0  # up to which weights stay in 4 bits
         self.heads, self.size = self.config.num_attention_heads, head_size(self.config)
         self.key_heads = self.config.num_key_value_heads
@@ -178,7 +178,7 @@ class Engine:
         row = 2 * self.embedding.element_size() * self.config.num_hidden_layers * self.key_heads * self.size
         at_once = max(longest, min(READ_TOKENS, int(self.memory / (each + 2 * row))))  # half of what fits
         most = max(1, int(at_once * each / with_logits))
-        return at_once, int((0.98 * self.memory - at_once * each) / row), most
+        return at_once, int((USABLE * self.memory - at_once * each) / row), most
 
     def bytes_each(self, shared: int) -> tuple[int, int]:
         """What a token takes on its way through the layers, without and with its logits."""
@@ -211,27 +211,28 @@ class Engine:
     def forward(self, ids, positions, places, attend, last=None, attend_last=None) -> torch.Tensor:
         """Logits [n, vocabulary] after tokens [n], or after those numbered `last` alone, by `attend_last` in
         the last layer."""
-        x, delta, epsilon = F.embedding(ids, self.embedding), None, self.config.rms_norm_eps
+        x, delta, epsilon = F.embedding(ids, self.embedding), None, self.config.rms_norm_eps  # [n, hidden]
         normed, few = torch.empty_like(x), len(x) <= self.few_rows
         for i, layer in enumerate(self.layers):
-            x, _ = kernels.rms_norm(x, layer.norm_1, epsilon, normed, delta, mixed=few)
-            qkv = layer.qkv(normed, self.space, few)
+            x, _ = kernels.rms_norm(x, layer.norm_1, epsilon, normed, delta, permuted=few)
+            qkv = layer.qkv(normed, self.buffer, few)  # [n, (heads + 2 key heads) size]
             self.cache.put(i, qkv, positions, self.cos, self.sin, places)
             if last is not None and i == len(self.layers) - 1:
                 x, qkv, attend, normed = x[last], qkv[last], attend_last, normed[: len(last)]
                 few = len(last) <= self.few_rows
-            delta = layer.out(attend(i, qkv, few), self.space, few)
-            x, _ = kernels.rms_norm(x, layer.norm_2, epsilon, normed, delta, mixed=few)
+            delta = layer.out(attend(i, qkv, few), self.buffer, few)  # [n, hidden]
+            x, _ = kernels.rms_norm(x, layer.norm_2, epsilon, normed, delta, permuted=few)
             del qkv, delta  # their memory is wanted for the widest
-            gate_up = layer.gate_up(normed, self.space, few)
+            gate_up = layer.gate_up(normed, self.buffer, few)  # [n, 2 inner]
             inner = gate_up[:, : gate_up.shape[1] // 2]
             inner = torch.empty_like(inner) if few else inner  # columns can't change places within themselves
-            kernels.swiglu(gate_up, inner, mixed=few)
-            delta = layer.down(inner, self.space, few)
+            kernels.swiglu(gate_up, inner, permuted=few)
+            delta = layer.down(inner, self.buffer, few)
         kernels.rms_norm(x, self.norm, epsilon, normed, delta)
         return torch.mm(normed, self.head.T)
 
     def choose(self, logits, nodes) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next tokens [n] by logits [n, vocabulary], and the nodes of `choices` they lead to [n]."""
         return self.choices.choose(logits, nodes) if self.choices else (logits.argmax(1), nodes)
 
     def read(self, examples: Sequence[Running]) -> torch.Tensor:
@@ -376,7 +377,7 @@ class Engine:
 
     def prepare(self, prompts: Sequence[list[int]], max_new_tokens: int, allowed, most: int) -> Places:
         """Make the cache and read what all prompts begin with. Returns the places for what is their own."""
-        shared, device = shared_tokens(prompts), self.embedding.device
+        shared, device = shared_prefix_of_prompts(prompts), self.embedding.device
         lengths = [len(prompt) - shared + max_new_tokens for prompt in prompts]
         self.choices = Choices(allowed, device) if allowed else None
         self.make_cache(shared, max(lengths), sum(lengths), max_new_tokens)
@@ -387,14 +388,14 @@ class Engine:
         self.cache.shared = shared
         return Places(shared, self.idle_place)
 
-    def admit(self, prompts, waiting: deque, places: Places, most: int, must: bool, room: int) -> list:
+    def admit(self, prompts, waiting: deque, places: Places, most: int, must: bool, new_tokens: int) -> list:
         """Examples to read now: none until there are enough, unless one `must` be."""
         if must:
             places.clear()
         shared, taken, before = self.cache.shared, [], (places.top, places.freed[:])
         while waiting and len(taken) < most:
             tokens = prompts[waiting[0]][shared:]
-            place = places.take(len(tokens) + room)
+            place = places.take(len(tokens) + new_tokens)
             if place is None:
                 break
             taken.append(Running(waiting.popleft(), tokens, place))
@@ -430,6 +431,6 @@ class Engine:
         return example.done
 
 
-def shared_tokens(prompts: Sequence[list[int]]) -> int:
+def shared_prefix_of_prompts(prompts: Sequence[list[int]]) -> int:
     """How many tokens all prompts begin with; each keeps one of its own."""
-    return min(common_beginning(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0
+    return min(common_prefix(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0

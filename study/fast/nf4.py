@@ -12,18 +12,18 @@ import torch
 import triton
 import triton.language as tl
 
+from study.fast.decoder import NF4_BLOCK
 from study.fast.kernels import EXACT, power_of_2, rank_tile
 
-NF4_BLOCK = 64  # weights that share a scale
-MIXED = 128  # columns that lie in an order of their own where weights are multiplied from 4 bits
-FEW_ROWS = 64  # up to which that is the faster way
-WARPS, STAGES, PROGRAMS = 4, 3, 256  # of the product with few rows: what keeps a GPU busy
+PERMUTED_COLUMNS = 128  # columns that lie in an order of their own where weights are multiplied from 4 bits
+FEW_ROWS = 64  # up to which that is faster than to unpack; chosen for Llama-2-7B on H100 and H200
+WARPS, STAGES, PROGRAMS = 4, 3, 256  # of that product, timed on an H100: so many programs keep it busy
 
 
 @triton.jit
 def scales_of(place, row, inside, scales, scale_code, outer, offsets, starts, second, third):
-    """The scales of the blocks numbered `place`, which lie in rows of weights whose second and third begin at
-    those rows."""
+    """The scales of the blocks numbered `place`, of its shape. They lie in rows of weights whose second and
+    third begin at those rows."""
     weight = (row >= second).to(tl.int32) + (row >= third).to(tl.int32)
     first_block, first_outer = tl.load(starts + 2 * weight), tl.load(starts + 2 * weight + 1)
     scale = tl.load(scale_code + tl.load(scales + place, inside, 0).to(tl.int32))
@@ -61,7 +61,7 @@ def unpack_nf4_kernel(
     inside = block < blocks
     place = row * blocks + block
     scale = scales_of(place, row, inside, scales, scale_code, outer, offsets, starts, second, third)
-    words = tl.load(packed + place[:, None] * 8 + tl.arange(0, 8)[None, :], inside[:, None], 0)
+    words = tl.load(packed + place[:, None] * 8 + tl.arange(0, 8)[None, :], inside[:, None], 0)  # [tile, 8]
     table = tl.load(code + tl.arange(0, 16))
     weight = tl.gather(table, tl.reshape(indices_of(words), [tile * 64]), 0)
     weight = tl.reshape(weight, [tile, 64]) * scale[:, None]
@@ -114,14 +114,15 @@ def multiply_nf4_kernel(
             place = row * blocks + first + tl.arange(0, 2)[None, :]
             scale = scales_of(place, row, True, scales, scale_code, outer, offsets, starts, second, third)
             words = tl.load(packed + (row * blocks + first) * 8 + tl.arange(0, 16)[None, :])
+            # words [tile, 16] hold [tile, 128] weights, two blocks of each of the rows
             weight = tl.gather(table, tl.reshape(indices_of(words), [tile * 128]), 0)
             weight = tl.reshape(weight, [tile, 2, 64]) * scale[:, :, None]
             # A row is 4 threads x 8 pairs of bytes x 2 weights. A warp's second eight rows lie half a tile
             # further.
             weight = tl.reshape(weight.to(x.dtype.element_ty), [2, warps, 8, 4, 8, 2, 2])
             weight = tl.reshape(tl.permute(weight, (1, 0, 2, 4, 5, 3, 6)), [tile, 128])
-            value = tl.load(x + first * 64 + tl.arange(0, 128)[None, :])
-            total = tl.dot(weight, tl.trans(value), total, input_precision=EXACT)
+            value = tl.load(x + first * 64 + tl.arange(0, 128)[None, :])  # [tile_x, 128]
+            total = tl.dot(weight, tl.trans(value), total, input_precision=EXACT)  # [tile, tile_x]
         output = tl.reshape(tl.permute(tl.reshape(output, [2, warps, 8]), (1, 0, 2)), [tile])
     else:
         row = tl.minimum(output - tiles * tile, rank - 1)[:, None]
@@ -157,10 +158,11 @@ def add_up_kernel(
         total += tl.load(part + (split * rows + row).to(tl.int64) * width + column, inside, 0.0)
     for first in range(0, rank, tile_rank):
         r = first + tl.arange(0, tile_rank)
-        left = tl.zeros([tile_x, tile_rank], tl.float32)
+        left = tl.zeros([tile_x, tile_rank], tl.float32)  # x a^T
         for split in range(splits):
             at = part + (split * rows + row).to(tl.int64) * width + first_a + r[None, :]
             left += tl.load(at, (row < rows) & (r[None, :] < rank), 0.0)
+        # b^T [tile_rank, tile]
         right = tl.load(b + column * rank + r[:, None], (column < size) & (r[:, None] < rank), 0.0)
         total = tl.dot(left.to(b.dtype.element_ty), right, total, input_precision=EXACT)
     tl.store(out + row * size + column, total.to(out.dtype.element_ty), inside)
@@ -204,8 +206,8 @@ class PackedWeights:
 
     def multiply(self, x: torch.Tensor, a=None, b=None) -> torch.Tensor:
         """x W^T + (x a^T) b^T [rows, size] for a few rows, at most FEW_ROWS, read from the 4 bits themselves;
-        a [rank, width] and b [size, rank], or neither. The columns of x, a multiple of MIXED, lie as
-        `kernels.place_of` has them."""
+        a [rank, width] and b [size, rank], or neither. The columns of x, a multiple of PERMUTED_COLUMNS, lie
+        as `kernels.permuted_column` has them."""
         (rows, width), rank, tile = x.shape, 0 if a is None else len(a), 16 * WARPS
         blocks, tile_x = width // NF4_BLOCK, max(16, power_of_2(rows))
         tiles = triton.cdiv(self.size, tile)

@@ -20,8 +20,9 @@ from bitsandbytes.functional import dequantize_4bit
 from study import checks
 from study.encoding import Example
 from study.errors import is_out_of_memory
+from study.fast.decoder import NAMES, linear_layers
 from study.model import base_of
-from study.packing import common_beginning, learned_places, loss_sum, split_to_fit
+from study.packing import common_prefix, learned_places, loss_sum, shared_prefix, split_to_fit
 
 SEED = 20_240_229  # of the adapters and of dropout
 STRENGTH = 0.25  # of an adapter beside its weight, in Frobenius norm: it matters, and doesn't drown the model
@@ -30,8 +31,7 @@ STRENGTH = 0.25  # of an adapter beside its weight, in Frobenius norm: it matter
 # the noise that one more rounding makes in each of the model's own layers, which deep models pass on. In
 # float32 only the order of sums differs, by some 1e-6. In bfloat16 on an H200, gradients are off by 3e-2 in
 # the demo's model of 6 layers, by 0.14 to 0.16 in a Llama-2-7B of random weights, logits by 7e-3 and 7e-2:
-# 0.7 to 1.7 times the noise. What is broken is off by more than is tolerated: `python -m
-# benchmarks.mutations`.
+# 0.7 to 1.7 times the noise. What is broken is off by more than is tolerated: `python -m tests.mutations`.
 ROUNDINGS = 3
 TOLERANCES = {
     torch.float32: {"loss": 1e-4, "kind": 1e-3, "single": 1e-3, "logits": 1e-3},
@@ -73,7 +73,7 @@ def with_less(check: Callable[[list], object], items: Sequence, size: Callable[[
 
 
 def training(model, fast, examples: Sequence[Example], loss_on: str) -> str | None:
-    """The reason not to train `model` (PEFT over bitsandbytes) by `fast` (fused.FusedModel), or None."""
+    """The reason not to train `model` (PEFT over bitsandbytes) by `fast` (train.FusedModel), or None."""
 
     def check(some: list[Example]) -> str | None:
         errors = training_errors(model, fast, groups_of(some, fast.plan.tokens, loss_on), loss_on)
@@ -120,17 +120,15 @@ def too_large(errors: dict[str, float], dtype: torch.dtype) -> str | None:
 def groups_of(examples: Sequence[Example], most: int, loss_on: str) -> list[list[Example]]:
     """The longest and the two shortest of `examples` in passes of at most `most` tokens, and two that share
     their beginning, if there are such and none of these passes shares one."""
-    from study.fast.train import shared_tokens
-
     order = sorted(examples, key=lambda example: len(example.ids))
     chosen = [order[-1], *order[:2]] if len(order) > 2 else order
     lengths = [len(example.ids) for example in chosen]
     groups = [[chosen[i] for i in group] for group in split_to_fit(range(len(chosen)), lengths, most, False)]
-    if not any(shared_tokens(group, loss_on) for group in groups):
+    if not any(shared_prefix(group, loss_on) for group in groups):
         alike = sorted(examples, key=lambda example: example.ids)  # so that those most alike are neighbours
         pairs = [pair for pair in itertools.pairwise(alike) if sum(len(e.ids) for e in pair) <= most]
-        pair = max(pairs, key=lambda pair: common_beginning([e.ids for e in pair]), default=())
-        if pair and shared_tokens(pair, loss_on):
+        pair = max(pairs, key=lambda pair: common_prefix([e.ids for e in pair]), default=())
+        if pair and shared_prefix(pair, loss_on):
             groups.append(list(pair))
     return groups
 
@@ -171,8 +169,6 @@ def add(total: list, loss: torch.Tensor, parameters: Sequence[torch.Tensor]) -> 
 
 def kinds_of(fast) -> list[str]:
     """What each of `fast.parameters` is."""
-    from study.fast.train import NAMES
-
     return [f"{part} of {name}" for _ in fast.layers for names in NAMES for part in "AB" for name in names]
 
 
@@ -199,8 +195,6 @@ def compare(got: list, expected: list, kinds: Sequence[str]) -> dict[str, float]
 @contextlib.contextmanager
 def random_adapters(model) -> Iterator[None]:
     """A and B at random, so that neither's gradient is 0; afterwards they are as they were."""
-    from study.fast.train import linear_layers
-
     modules = [module for layer in base_of(model).model.layers for module in linear_layers(layer)]
     pairs = [(module.lora_A["default"].weight, module.lora_B["default"].weight) for module in modules]
     before = [[part.detach().clone() for part in pair] for pair in pairs]
@@ -264,8 +258,6 @@ class Masked(torch.nn.Module):
 @contextlib.contextmanager
 def same_dropout(model, fast, examples: Sequence[Example], loss_on: str, seed: int) -> Iterator[None]:
     """The model's own layers drop what the fused ones do in a pass over `examples`."""
-    from study.fast.train import linear_layers
-
     batch_rows, last_rows = rows_of(examples, loss_on)
     batch, before = fast.batch(examples, loss_on, seed), {}
     try:
@@ -287,9 +279,7 @@ def same_dropout(model, fast, examples: Sequence[Example], loss_on: str, seed: i
 def rows_of(examples: Sequence[Example], loss_on: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Of each token of `examples` end to end, its row in the fused layers, and in what these compute of the
     last layer, -1 where that is nothing."""
-    from study.fast.train import shared_tokens
-
-    shared, rows, last = shared_tokens(examples, loss_on), [], []
+    shared, rows, last = shared_prefix(examples, loss_on), [], []
     own = last_count = 0
     for example in examples:
         length, first = len(example.ids), learned_places(example, loss_on).start
@@ -301,7 +291,7 @@ def rows_of(examples: Sequence[Example], loss_on: str) -> tuple[torch.Tensor, to
 
 
 def kept_of(rows: torch.Tensor, width: int, seed: int, probability: float) -> torch.Tensor:
-    """Whether dropout keeps each of [rows, width], by the mixer that `kernels.keep` names."""
+    """Whether dropout keeps each of [rows, width], by the mixer that `kernels.dropout_mask` names."""
     low = 2**32 - 1
     number = (rows[:, None] * width + torch.arange(width, device=rows.device)) & low ^ seed
     number = (number ^ number >> 16) * 0x7FEB352D & low
@@ -364,22 +354,22 @@ def telling(prompts: Sequence[list[int]]) -> list[list[int]]:
 
 def scoring_errors(model, found: Sequence[Witness]) -> dict[str, float]:
     """The largest error of a prompt's logits by the engine."""
-    from study.fast.decode import Engine
+    from study.fast.decode import Engine  # needs Triton
 
-    path, errors = Engine(model, float(2**62)), []
-    few, expected = path.few_rows, torch.stack([one.logits for one in found])
+    engine, errors = Engine(model, float(2**62)), []
+    few, expected = engine.few_rows, torch.stack([one.logits for one in found])
     # Products with few rows and with many, prompts read end to end and alone.
     for few_rows, together in ((few, True), (few, False), (0, True)) if few else ((0, True), (0, False)):
-        path.few_rows = few_rows
-        errors.append(distances(engine_logits(path, found, together), expected).max())
+        engine.few_rows = few_rows
+        errors.append(distances(engine_logits(engine, found, together), expected).max())
     noise = {"logits": max(one.noise for one in found)}
-    return beyond_rounding({"logits": torch.stack(errors).max().item()}, noise, path.embedding.dtype)
+    return beyond_rounding({"logits": torch.stack(errors).max().item()}, noise, engine.embedding.dtype)
 
 
 @torch.inference_mode()
-def engine_logits(path, found: Sequence[Witness], together: bool) -> torch.Tensor:
+def engine_logits(engine, found: Sequence[Witness], together: bool) -> torch.Tensor:
     """What the engine makes of the prompts, all at once or one after the other [prompts, 2, vocabulary]."""
-    from study.fast.decode import GRAPH_USES, Running
+    from study.fast.decode import GRAPH_USES, Running  # needs Triton
 
     seen: list[torch.Tensor] = []
 
@@ -387,21 +377,21 @@ def engine_logits(path, found: Sequence[Witness], together: bool) -> torch.Tenso
         seen.append(logits.float())
         return nodes, nodes  # what follows is given
 
-    path.choose = choose
-    path.prepare([one.prompt for one in found], 2, None, len(found))
-    place = shared = path.cache.shared
+    engine.choose = choose
+    engine.prepare([one.prompt for one in found], 2, None, len(found))
+    place = shared = engine.cache.shared
     examples, rows = [], []
     for one in found:
         examples.append(Running(len(examples), one.prompt[shared:], place))
         place += len(one.prompt) - shared + 2
     for group in [examples] if together else [[example] for example in examples]:
         seen.clear()
-        path.read_all(group)
+        engine.read_all(group)
         first = torch.cat(seen)
         for example in group:
             example.answer.append(found[example.index].token)
         for _ in range(GRAPH_USES if together else 1):  # on CUDA the last one is by a graph
-            path.load(group)
-            path.step(len(group))() if together else path.advance(path.padded(len(group)))
+            engine.load(group)
+            engine.step(len(group))() if together else engine.advance(engine.padded(len(group)))
         rows.append(torch.stack([first, seen[-1][: len(group)]], 1))
     return torch.cat(rows)

@@ -1,4 +1,4 @@
-"""The fast path of fine-tuning: Llama's decoder layers with forward and backward written out.
+"""Training written out: Llama's decoder layers, forward and backward, over packed examples.
 
 A step's time is the products with the frozen weights, and what comes on top of them. So here a weight is
 unpacked into one shared buffer just before each product, the adapter rides along in the same product,
@@ -10,14 +10,12 @@ projections with the same input (q, k, v; gate, up) are one product, and what is
 kept. What such projections have in common is dropout's mask, too, where PEFT draws one for each; each alone
 sees what it would there. The layers take the weights of a PEFT model over bitsandbytes and give its adapters
 their gradients: one autograd function spans all layers, so that optimizer, checkpoints and saved adapters are
-those of PEFT.
+those of PEFT. README.md has the equations.
 """
 
-import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from types import SimpleNamespace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,271 +24,10 @@ from torch.utils.checkpoint import checkpoint
 
 from study.encoding import Example
 from study.fast import kernels, nf4
-from study.model import base_of
-from study.packing import common_beginning, learned_places, seed_of
-
-KEEPS = ("all", "attention", "middle", "input")  # what a layer keeps for its backward, from most to least
-NAMES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
-HEAD_ROWS = 4096  # logits at a time; more are computed again in the backward
-SHARED_LEAST = 8  # tokens that examples begin with alike, from which on they are computed once
-UNPACK_TOKENS = 300  # tokens in whose time a pass unpacks all weights (7B on an H200)
-LAUNCH_TOKENS = 2400  # and in whose time its kernels are launched
-
-
-def why_not(model) -> str | None:
-    """The reason why a PEFT model can't be trained on this path, or None if it can."""
-    reason = why_not_base(model)
-    if reason:
-        return reason
-    base = model.get_base_model()
-    modules = [module for layer in base.model.layers for module in linear_layers(layer)]
-    if any("default" not in getattr(module, "lora_A", {}) for module in modules):
-        return "not every linear layer has an adapter"
-    adapters = {id(part["default"].weight) for module in modules for part in (module.lora_A, module.lora_B)}
-    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    kinds = {(module.r["default"], module.scaling["default"], dropout_of(module)) for module in modules}
-    reasons = {
-        "its weights are not in 4 bits": not all(
-            hasattr(module.base_layer.weight, "quant_state") for module in modules
-        ),
-        f"its adapters' rank exceeds {kernels.MOST_RANK}": modules[0].r["default"] > kernels.MOST_RANK,
-        "its adapters differ in rank, scale or dropout": len(kinds) > 1,
-        "what is trained is not the adapters of its layers": trained != adapters,
-        "its attention has dropout": any(layer.self_attn.attention_dropout for layer in base.model.layers),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def why_not_base(model) -> str | None:
-    """The reason why layers written out for Llama can't take the place of a model's own, with adapters or
-    without, or None.
-
-    What they compute is known of the very classes that are listed here, and nothing is known of others, of
-    hooks, or of methods that someone has exchanged.
-    """
-    base = base_of(model)
-    config, name = base.config, type(base).__name__
-    if type(base) not in known_models():
-        return f"{name} is not Llama or Mistral"
-    plain = type(base.model.embed_tokens) is torch.nn.Embedding and type(base.lm_head) is torch.nn.Linear
-    reasons = {
-        "its embedding or head is quantized or has an adapter": not plain,
-        "its head has a bias": plain and base.lm_head.bias is not None,
-        "its embedding limits norms": plain and base.model.embed_tokens.max_norm is not None,
-        "its attention has a window": getattr(config, "sliding_window", None),
-        "its activation is not SiLU": getattr(config, "hidden_act", None) != "silu",
-        f"its heads have {head_size(config)} columns": head_size(config) not in (32, 64, 128),
-        "its layers are not as many as configured": len(base.model.layers) != config.num_hidden_layers,
-    }
-    for reason, holds in reasons.items():
-        if holds:
-            return reason
-    return why_not_modules(model) or why_not_numbers(base) or why_not_rotary(base)
-
-
-def known_models() -> set[type]:
-    from transformers import LlamaForCausalLM, MistralForCausalLM
-
-    return {LlamaForCausalLM, MistralForCausalLM}
-
-
-def known_modules() -> set[type]:
-    """The classes of all modules that a model and its adapters may consist of."""
-    from bitsandbytes.nn import Linear4bit
-    from peft import LoraModel, PeftModel, PeftModelForCausalLM
-    from peft.tuners.lora import Linear, bnb
-    from transformers.activations import SiLUActivation
-    from transformers.models.llama import modeling_llama
-    from transformers.models.mistral import modeling_mistral
-
-    parts = ("RMSNorm", "RotaryEmbedding", "MLP", "Attention", "DecoderLayer", "Model", "ForCausalLM")
-    own = {getattr(modeling_llama, f"Llama{part}") for part in parts}
-    own |= {getattr(modeling_mistral, f"Mistral{part}") for part in parts}
-    n = torch.nn
-    plain = {n.Embedding, n.Linear, n.SiLU, n.Dropout, n.Identity}
-    plain |= {n.ModuleList, n.ModuleDict, n.ParameterDict, SiLUActivation, Linear4bit}
-    adapted = {Linear, bnb.Linear4bit, LoraModel, PeftModel, PeftModelForCausalLM}
-    return own | plain | adapted
-
-
-def why_not_modules(model) -> str | None:
-    """Likewise for what its modules are, whoever made them."""
-    layers = base_of(model).model.layers
-    modules = [module for layer in layers for module in linear_layers(layer)]
-    packed = {hasattr(getattr(module, "base_layer", module).weight, "quant_state") for module in modules}
-    if len(packed) > 1:
-        return "some of its weights are in 4 bits, others not"
-    known = known_modules()
-    for name, module in model.named_modules():
-        if type(module) not in known:
-            return f"{name.removeprefix('base_model.model.')} is a {type(module).__name__}"
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        if "forward" in vars(module) or any(getattr(module, hook) for hook in hooks):
-            return f"something is hooked into its {type(module).__name__}"
-    return next(filter(None, map(why_not_layer, modules)), None)
-
-
-def why_not_layer(module) -> str | None:
-    """Likewise for a linear layer, with an adapter or without."""
-    layer = getattr(module, "base_layer", module)
-    state = getattr(layer.weight, "quant_state", None)
-    if state and (state.quant_type != "nf4" or not state.nested or state.blocksize != nf4.NF4_BLOCK):
-        return "its 4-bit weights are not NF4 with double quantization"
-    if state and layer.in_features % nf4.NF4_BLOCK:
-        return "its weights have rows of broken blocks"
-    adapters = dict(getattr(module, "lora_A", {}))
-    both = [*adapters.values(), *getattr(module, "lora_B", {}).values()]
-    if layer.bias is not None or any(adapter.bias is not None for adapter in both):
-        return "its linear layers have biases"
-    if any(type(adapter) is not torch.nn.Linear for adapter in both) or getattr(module, "lora_variant", None):
-        return "its adapters are not plain LoRA"
-    if adapters and (set(adapters) != {"default"} or module.active_adapters != ["default"]):
-        return "its adapters are several or not active"
-    return (
-        "its adapters are merged or disabled"
-        if adapters and (module.merged or module.disable_adapters)
-        else None
-    )
-
-
-def why_not_numbers(base) -> str | None:
-    """Likewise for the precision, the scale and the epsilon that it computes with."""
-    linear = [getattr(m, "base_layer", m) for layer in base.model.layers for m in linear_layers(layer)]
-    packed = [layer for layer in linear if hasattr(layer.weight, "quant_state")]
-    norms = [
-        norm
-        for layer in base.model.layers
-        for norm in (layer.input_layernorm, layer.post_attention_layernorm)
-    ]
-    dense = [base.model.embed_tokens, base.model.norm, base.lm_head, *norms, *({*linear} - {*packed})]
-    dtype, scale = dense[0].weight.dtype, head_size(base.config) ** -0.5
-    computing = {layer.compute_dtype for layer in packed}
-    # Values that were coarser than the dtype once are so in the model's own layers alone.
-    coarse = any(torch.finfo(layer.weight.quant_state.dtype).eps > torch.finfo(dtype).eps for layer in packed)
-    reasons = {
-        "some of its layers are the same ones": len({id(layer.weight) for layer in linear}) < len(linear),
-        "its weights have several dtypes": any(module.weight.dtype != dtype for module in dense),
-        f"its 4-bit layers don't compute in {dtype}": computing and computing != {dtype},
-        "its 4-bit weights stand for coarser ones": coarse,
-        "its norms differ in epsilon": any(
-            norm.variance_epsilon != base.config.rms_norm_eps for norm in (*norms, base.model.norm)
-        ),
-        "its attention has a scale of its own": any(
-            layer.self_attn.scaling != scale for layer in base.model.layers
-        ),
-    }
-    return next((reason for reason, holds in reasons.items() if holds), None)
-
-
-def why_not_rotary(base) -> str | None:
-    """Likewise for the rotary table, found out by use of a copy, which some kinds change."""
-    table, device = copy.deepcopy(base.model.rotary_emb), base.model.embed_tokens.weight.device
-    near = torch.arange(8, device=device)[None]
-    far = torch.cat([near, near.new_full((1, 1), 8 * base.config.max_position_embeddings)], 1)
-    x = torch.empty(0, dtype=torch.float32, device=device)
-    alone, beside = torch.stack(table(x, near)), torch.stack(table(x, far))[:, :, :8]
-    size = head_size(base.config)
-    if alone.shape[-1] != size or not torch.allclose(alone[..., : size // 2], alone[..., size // 2 :]):
-        return "its rotary embedding does not turn whole heads"
-    same = torch.allclose(alone, beside, atol=1e-4)
-    return None if same else "its rotary embedding depends on the longest sequence"
-
-
-def dropout_of(module) -> float:
-    """Of a linear layer's adapter."""
-    return getattr(module.lora_dropout["default"], "p", 0.0)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a step is computed: at most `tokens` at once, what each layer keeps, and whether on the host."""
-
-    tokens: int
-    keep: str
-    on_host: bool = False
-
-    def __str__(self) -> str:
-        kept = {
-            "all": "nothing computed twice",
-            "attention": "MLPs computed twice",
-            "middle": "MLPs and attention's projections computed twice",
-            "input": "layers computed twice",
-        }
-        return kept[self.keep] + (", their inputs in host memory" if self.on_host else "")
-
-
-def choose_plan(
-    model,
-    free: float,
-    longest: int,
-    step: tuple[int, int],
-    tokens: int | None = None,
-    checkpointing: str = "auto",
-    shared: int = 0,
-) -> Plan:
-    """The fastest plan for steps of `step` (tokens, learned tokens) that fits `free` bytes, of those that
-    --max_tokens_per_batch (or None) and --gradient_checkpointing allow; if none fits, the most frugal.
-    `shared` is how many tokens all examples begin with."""
-    step_tokens, learned = max(step[0], longest), step[1]
-    plans = []
-    keeps = {"on": ("input",), "off": ("all",)}.get(checkpointing, KEEPS)
-    for keep, on_host in [
-        *((keep, False) for keep in keeps),
-        *([("input", True)] if "input" in keeps else []),
-    ]:
-        fixed, each, extra = costs(model, keep, on_host, learned, shared)
-        fitting = int((free - fixed) / each)
-        if fitting >= (tokens or longest):
-            most = tokens or min(fitting, step_tokens)
-            passes = math.ceil(step_tokens / most)
-            each_pass = max(LAUNCH_TOKENS, step_tokens / passes + UNPACK_TOKENS)
-            slower = (1 + extra) * each_pass * passes
-            plans.append((slower, Plan(min(most, math.ceil(step_tokens / passes) + longest), keep, on_host)))
-    return (
-        min(plans, key=lambda plan: plan[0])[1]
-        if plans
-        else Plan(tokens or longest, keeps[-1], keeps[-1] == "input")
-    )
-
-
-def costs(model, keep: str, on_host: bool, learned: int, shared: int) -> tuple[float, float, float]:
-    """What a plan takes: bytes, bytes for each token, and the share of a step's time that it adds.
-
-    Examples that share more than `shared` tokens save more rows than that takes.
-    """
-    lora = next(iter(model.peft_config.values()))
-    config, trainable = model.config, sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rank, layers = lora.r, config.num_hidden_layers
-    hidden, inner = config.hidden_size, config.intermediate_size
-    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
-    out = heads * head_size(config)
-    qkv, room = out + 2 * key_heads * head_size(config), math.ceil(3 * rank / 64) * 64
-    parts = {"gate_up": 2 * inner + room, "qkv": qkv, "rest": out + room + hidden}
-    left_out = KEEPS.index(keep)
-    kept = sum(list(parts.values())[left_out:]) + (0 if on_host else hidden) + 8 * rank
-    work = sum(parts.values()) + max(inner, qkv) + 3 * (hidden + room)  # of one layer
-    work += max(inner, hidden) if lora.lora_dropout else 0
-    logits = min(HEAD_ROWS, learned) * config.vocab_size * 14
-    fixed = 2 * max(qkv, 2 * inner) * (hidden + room) + trainable * 20 + logits
-    chunk = shared * key_heads * 2 * head_size(config) * 4  # `Attention.shared_dkv`, for each chunk of rows
-    again = hidden * sum((2 * inner, qkv, out)[:left_out])
-    return (
-        fixed + chunk,
-        2 * (kept * layers + work) + chunk / kernels.SHARED_CHUNK,
-        0.45 * again / (hidden * (3 * inner + qkv + out)) + 0.01 * on_host,
-    )
-
-
-def head_size(config) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def linear_layers(layer) -> list:
-    return [
-        getattr(layer.self_attn if i < 2 else layer.mlp, name)
-        for i, group in enumerate(NAMES)
-        for name in group
-    ]
+from study.fast.attention import Attention
+from study.fast.decoder import dropout_of, head_size, linear_groups
+from study.fast.memory import HEAD_ROWS, Activations, Buffers, OnDevice, OnHost, Plan
+from study.packing import counting, learned_places, seed_of, shared_prefix, starts
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -300,26 +37,10 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a.float() @ b.float()
 
 
-@dataclass
-class Space:
-    """Memory that all layers share: one unpacked weight, inputs of the products with room for h, what dropout
-    leaves of them. `product` also holds the gradients of the MLP's product and of qkv."""
-
-    weight: torch.Tensor
-    input: torch.Tensor
-    product: torch.Tensor
-    dropped: torch.Tensor | None
-    room: int
-
-    def left(self, rows: int, width: int) -> torch.Tensor | None:
-        """A matrix for what dropout leaves, or None without dropout."""
-        return None if self.dropped is None else self.dropped[: rows * width].view(rows, width)
-
-
 class Group:
-    """Linear layers with the same input: frozen weights [sizes, width], adapters A [room, width] and B
-    [sizes, room], block-diagonal and scaled. `ranks` is the sum of theirs, rounded up to whole 16 bytes; from
-    there to `room`, whole tiles of a product, the adapters are zero."""
+    """Linear layers with the same input: frozen weights [size, width], adapters A [padded_ranks, width] and B
+    [size, padded_ranks], block-diagonal and scaled. `ranks` is the sum of theirs, rounded up to whole 16
+    bytes; from there to `padded_ranks`, whole tiles of a product, the adapters are zero."""
 
     def __init__(self, modules: Sequence, dtype: torch.dtype):
         self.weights = nf4.PackedWeights([module.base_layer.weight for module in modules])
@@ -328,233 +49,307 @@ class Group:
         self.scale = modules[0].scaling["default"]
         self.dropout = dropout_of(modules[0])
         self.size, self.ranks = sum(self.sizes), math.ceil(self.rank * len(modules) / 8) * 8
+        self.padded_ranks = math.ceil(self.ranks / 64) * 64
         self.a_parameters = [module.lora_A["default"].weight for module in modules]
         self.b_parameters = [module.lora_B["default"].weight for module in modules]
         device = self.weights.packed.device
-        self.room = math.ceil(self.ranks / 64) * 64
-        self.a = torch.zeros(self.room, self.width, dtype=dtype, device=device)
-        self.b = torch.zeros(self.size, self.room, dtype=dtype, device=device)
+        self.a = torch.zeros(self.padded_ranks, self.width, dtype=dtype, device=device)
+        self.b = torch.zeros(self.size, self.padded_ranks, dtype=dtype, device=device)
         self.a_views = self.a[: self.rank * len(modules)].split(self.rank)
         self.b_views = self.blocks(self.b)
 
     def blocks(self, matrix: torch.Tensor) -> list[torch.Tensor]:
-        """The diagonal blocks of a matrix like B."""
+        """The diagonal blocks [sizes[i], rank] of a matrix like B."""
         rows = matrix.split(self.sizes)
         return [row[:, i * self.rank : (i + 1) * self.rank] for i, row in enumerate(rows)]
 
-    def forward(self, x: torch.Tensor, out: torch.Tensor, space: Space) -> torch.Tensor:
-        """out [rows, size] = x W^T + h B^T, from x in the first columns of `x`, and what dropout leaves of it
-        in `space`; returns h [rows, ranks] times the scale, as B's gradient takes it."""
-        source = space.left(len(x), self.width) if self.dropout else x[:, : self.width]
-        wide = self.width + self.room
-        h = torch.mm(source, self.a.T, out=x[:, self.width : wide])
-        weight = space.weight[: self.size * wide].view(self.size, wide)
+    def forward(self, x: torch.Tensor, out: torch.Tensor, buffers: Buffers) -> torch.Tensor:
+        """out [rows, size] = x W^T + h B^T, from x in the first columns of `x`, where h is written beside it,
+        and what dropout leaves of it in `buffers`; returns h [rows, ranks] times the scale, as B's gradient
+        takes it."""
+        source = buffers.dropped(len(x), self.width) if self.dropout else x[:, : self.width]
+        wide = self.width + self.padded_ranks
+        h = torch.mm(source, self.a.T, out=x[:, self.width : wide])  # [rows, padded_ranks]
+        weight = buffers.weight[: self.size * wide].view(self.size, wide)
         self.weights.unpack(weight[:, : self.width])
-        weight[:, self.width :] = self.b
-        torch.mm(x[:, :wide], weight.T, out=out)
+        weight[:, self.width :] = self.b  # [W, B]
+        torch.mm(x[:, :wide], weight.T, out=out)  # [rows, wide] @ [wide, size]
         return h[:, : self.ranks] * self.scale
 
     def backward_h(self, dy: torch.Tensor) -> torch.Tensor:
-        """dh [rows, ranks], from dy in the first columns of `dy`, written beside it."""
+        """dh [rows, ranks], from dy [rows, size] in the first columns of `dy`, written beside it."""
         dh = dy[:, self.size : self.size + self.ranks]
         return torch.mm(dy[:, : self.size], self.b[:, : self.ranks], out=dh)
 
-    def backward(self, dy: torch.Tensor, space: Space, seed: int, out: torch.Tensor | None = None) -> tuple:
-        """dx [rows, width] and dh [rows, ranks], from dy in the first columns of `dy`, which has room for dh.
+    def backward(
+        self, dy: torch.Tensor, buffers: Buffers, seed: int, out: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """dx [rows, width] and dh [rows, ranks], from dy [rows, size] in the first columns of `dy`, beside
+        which dh is written.
 
         With dropout dx needs the adapter's share apart, masked; with `out`, where dx is to be written, that
         is left to the caller.
         """
         wide, dh = self.size + self.ranks, self.backward_h(dy)
-        weight = space.weight[: wide * self.width].view(wide, self.width)
+        weight = buffers.weight[: wide * self.width].view(wide, self.width)
         self.weights.unpack(weight[: self.size])
         if not self.dropout:
-            weight[self.size :] = self.a[: self.ranks]
-            return torch.mm(dy[:, :wide], weight, out=out), dh
+            weight[self.size :] = self.a[: self.ranks]  # [W; A]
+            return torch.mm(dy[:, :wide], weight, out=out), dh  # [rows, wide] @ [wide, width]
         dx = torch.mm(dy[:, : self.size], weight[: self.size], out=out)
         if out is None:
             kernels.add_adapter(dx, dh, self.a[: self.ranks], seed, self.dropout)
         return dx, dh
 
+    def gradients(self, da: torch.Tensor, db: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The gradients of `parameters`: da [ranks, width] cut by linear layer, db as it is."""
+        return [*da[: self.rank * len(self.sizes)].split(self.rank), *db]
+
+    def parameters(self) -> list[torch.Tensor]:
+        """All A [rank, width], then all B [sizes[i], rank]."""
+        return [*self.a_parameters, *self.b_parameters]
+
 
 @dataclass
 class Batch:
-    """Packed examples, behind the tokens that all of them begin with. The last layer needs only `rows`, from
-    the first learned place of each example on."""
+    """Packed examples, behind the prefix that all of them share, on the device. The last layer needs only
+    `rows`, from the first learned place of each example on."""
 
-    ids: torch.Tensor
-    cos: torch.Tensor
+    ids: torch.Tensor  # [tokens]
+    cos: torch.Tensor  # [tokens, head size / 2]
     sin: torch.Tensor
-    attention: kernels.Attention
-    last_attention: kernels.Attention
-    rows: torch.Tensor
-    places: torch.Tensor  # of the learned places among `rows`
-    targets: torch.Tensor
+    attention: Attention
+    last_attention: Attention  # of `rows` only
+    rows: torch.Tensor  # [rows], of the tokens
+    learned: torch.Tensor  # [learned], of `rows`
+    targets: torch.Tensor  # [learned], the tokens behind those
     seed: int
 
 
-class Layer:
-    """One decoder layer. `forward` saves what `backward` needs for the adapters' gradients."""
+@dataclass
+class Layout:
+    """Where packed examples lie: the shared prefix once, then of each example what is its own."""
+
+    shared: int  # tokens of the prefix
+    own: np.ndarray  # [examples], tokens behind it
+    firsts: np.ndarray  # [examples], of those the first that is learned
+    ids: np.ndarray  # these and what follows as in `Batch`
+    positions: np.ndarray
+    rows: np.ndarray
+    learned: np.ndarray
+
+    def columns(self) -> list[np.ndarray]:
+        """ids, positions, rows, learned and targets."""
+        targets = self.ids[self.rows[self.learned] + 1]
+        return [
+            column.astype(np.int64) for column in (self.ids, self.positions, self.rows, self.learned, targets)
+        ]
+
+    def sequences(self) -> tuple[list[int], list[int]]:
+        """Lengths of what attention keeps apart, and of each the first query of the last layer's. The shared
+        prefix is the first of them: there the last layer has none."""
+        lengths, firsts = self.own.tolist(), self.firsts.tolist()
+        return ([self.shared, *lengths], [self.shared, *firsts]) if self.shared else (lengths, firsts)
+
+
+def lay_out(examples: Sequence[Example], loss_on: str) -> Layout:
+    """Where the tokens of a pass lie, and which of them are learned (`learned_places`)."""
+    learned = [learned_places(example, loss_on) for example in examples]
+    shared = shared_prefix(examples, loss_on)
+    firsts, counts = np.array([places.start for places in learned]), np.array([len(p) for p in learned])
+    own = np.array([len(example.ids) for example in examples]) - shared
+    firsts -= shared
+    wanted = own - firsts  # [examples], rows of the last layer
+    return Layout(
+        shared=shared,
+        own=own,
+        firsts=firsts,
+        ids=np.concatenate([examples[0].ids[:shared], *(example.ids[shared:] for example in examples)]),
+        positions=np.concatenate([np.arange(shared), counting(own) + shared]),
+        rows=counting(wanted) + np.repeat(shared + starts(own) + firsts, wanted),
+        learned=counting(counts) + np.repeat(starts(wanted), counts),
+    )
+
+
+class TrainingLayer:
+    """One decoder layer. `forward` keeps what `backward` needs for the adapters' gradients."""
 
     def __init__(self, layer, config, number: int, last: bool):
-        modules, self.config = linear_layers(layer), config
         dtype = layer.input_layernorm.weight.dtype
-        self.qkv, self.out = Group(modules[:3], dtype), Group(modules[3:4], dtype)
-        self.gate_up, self.down = Group(modules[4:6], dtype), Group(modules[6:], dtype)
-        self.groups = (self.qkv, self.out, self.gate_up, self.down)
+        self.groups = tuple(Group(modules, dtype) for modules in linear_groups(layer))
+        self.qkv, self.out, self.gate_up, self.down = self.groups
         self.norm_1, self.norm_2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         self.number, self.last, self.epsilon = number, last, config.rms_norm_eps
         self.hidden, self.inner = config.hidden_size, config.intermediate_size
+        self.rotated_heads = config.num_attention_heads + config.num_key_value_heads
 
-    def parameters(self) -> list:
-        return [p for group in self.groups for p in (*group.a_parameters, *group.b_parameters)]
+    def parameters(self) -> list[torch.Tensor]:
+        """The adapters of the groups in turn."""
+        return [parameter for group in self.groups for parameter in group.parameters()]
 
     def seed(self, batch: Batch, group: Group) -> int:
+        """Of the dropout of a group's input."""
         # Far apart: of seeds close by, one's mask is the other's with columns swapped.
         return seed_of(batch.seed, self.number, self.groups.index(group)) % 2**31
 
-    def forward(self, x, delta, batch: Batch, space: Space, keep: str) -> tuple:
-        """The layer's input is x + delta [rows, hidden], and so is its output. Returns (x, delta, saved)."""
-        s = SimpleNamespace()
-        s.x, s.inverse_1 = self.normalize(x, self.norm_1, self.qkv, batch, space, delta)
-        self.attend(s, batch, space)
-        self.project_out(s, batch, space)
-        self.project_gate_up(s, batch, space)
-        inner, delta = space.product[: len(s.middle)], torch.empty_like(s.middle)
-        left = space.left(len(inner), self.inner)
-        kernels.swiglu(
-            s.gate_up, inner[:, : self.inner], left, self.seed(batch, self.down), self.down.dropout
-        )
-        s.h_down = self.down.forward(inner, delta, space)
-        middle = s.middle
-        for name in {"all": (), "attention": ("gate_up",), "middle": ("gate_up", "qkv")}.get(
-            keep, ("gate_up", "qkv", "attended", "logsumexp", "middle")
-        ):
-            delattr(s, name)
-        return middle, delta, s
+    def attention(self, batch: Batch) -> Attention:
+        """Of the rows whose queries this layer needs."""
+        return batch.last_attention if self.last else batch.attention
 
-    def normalize(self, x, weight, group: Group, batch: Batch, space: Space, delta=None) -> tuple:
-        """The norm of x + delta, the input of `group`, into `space`. Returns that sum and its inverse root
-        mean squares."""
-        left, seed = space.left(len(x), self.hidden), self.seed(batch, group)
-        out = space.input[: len(x)]
-        return kernels.rms_norm(x, weight, self.epsilon, out, delta, left, seed, group.dropout)
+    # Forward
 
-    def attend(self, s, batch: Batch, space: Space) -> None:
-        """From the normed input in `space`: rotated qkv, attention's output and softmax denominators."""
-        c, rows = self.config, len(s.x)
-        if not hasattr(s, "qkv"):
-            s.qkv = s.x.new_empty(rows, self.qkv.size)
-            s.h_qkv = self.qkv.forward(space.input[:rows], s.qkv, space)
-            kernels.rotate(s.qkv, batch.cos, batch.sin, c.num_attention_heads + c.num_key_value_heads)
-        if not hasattr(s, "attended"):
-            s.attended = s.x.new_empty(rows, self.out.width + space.room)
-            attention = batch.last_attention if self.last else batch.attention
-            s.logsumexp = attention.forward(s.qkv, s.attended[:, : self.out.width])
+    def forward(self, x, delta, batch: Batch, buffers: Buffers, keep: str) -> tuple:
+        """The layer's input is x + delta [rows, hidden], and so is its output: that of the rows of the batch
+        that the last layer needs, if it is the last. Returns (x, delta, what `keep` keeps)."""
+        a = Activations()
+        a.x, a.inverse_1 = self.normalize(x, self.norm_1, self.qkv, batch, buffers, delta)
+        self.attend(a, batch, buffers)
+        self.project_out(a, batch, buffers)
+        self.project_gate_up(a, buffers)
+        inner, delta = buffers.inner[: len(a.residual)], torch.empty_like(a.residual)
+        dropped = buffers.dropped(len(inner), self.inner)
+        p = inner[:, : self.inner]  # [rows, inner]
+        kernels.swiglu(a.gate_up, p, dropped, self.seed(batch, self.down), self.down.dropout)
+        a.h_down = self.down.forward(inner, delta, buffers)
+        residual = a.residual
+        a.drop(keep)
+        return residual, delta, a
 
-    def project_out(self, s, batch: Batch, space: Space) -> None:
-        """The middle of the residual stream, and its norm in `space`; in the last layer of `rows` only."""
-        attended, x = (s.attended[batch.rows], s.x[batch.rows]) if self.last else (s.attended, s.x)
+    def normalize(self, x, weight, group: Group, batch: Batch, buffers: Buffers, delta=None) -> tuple:
+        """The norm of x + delta [rows, hidden], the input of `group`, into `buffers`. Returns that sum and
+        its inverse root mean squares [rows]."""
+        dropped, seed = buffers.dropped(len(x), self.hidden), self.seed(batch, group)
+        out = buffers.input[: len(x)]
+        return kernels.rms_norm(x, weight, self.epsilon, out, delta, dropped, seed, group.dropout)
+
+    def attend(self, a: Activations, batch: Batch, buffers: Buffers) -> None:
+        """From the normed input in `buffers`: rotated qkv, attention's output and softmax denominators, those
+        of them that are not there."""
+        rows = len(a.x)
+        if a.qkv is None:
+            a.qkv = a.x.new_empty(rows, self.qkv.size)
+            a.h_qkv = self.qkv.forward(buffers.input[:rows], a.qkv, buffers)
+            kernels.rotate(a.qkv, batch.cos, batch.sin, self.rotated_heads)
+        if a.attended is None:
+            a.attended = a.x.new_empty(rows, self.out.width + buffers.adapter_columns)
+            a.logsumexp = self.attention(batch).forward(a.qkv, a.attended[:, : self.out.width])
+
+    def project_out(self, a: Activations, batch: Batch, buffers: Buffers) -> None:
+        """The residual stream behind attention, and its norm in `buffers`; in the last layer of the rows of
+        the batch only."""
+        attended, x = (a.attended[batch.rows], a.x[batch.rows]) if self.last else (a.attended, a.x)
         delta = torch.empty_like(x)
-        self.drop_attended(attended, batch, space)
-        s.h_out = self.out.forward(attended, delta, space)
-        s.middle, s.inverse_2 = self.normalize(x, self.norm_2, self.gate_up, batch, space, delta)
+        self.drop_attended(attended, batch, buffers)
+        a.h_out = self.out.forward(attended, delta, buffers)
+        a.residual, a.inverse_2 = self.normalize(x, self.norm_2, self.gate_up, batch, buffers, delta)
 
-    def drop_attended(self, attended: torch.Tensor, batch: Batch, space: Space) -> torch.Tensor:
-        """Attention's output after dropout."""
+    def drop_attended(self, attended: torch.Tensor, batch: Batch, buffers: Buffers) -> torch.Tensor:
+        """Attention's output [rows, out] after dropout."""
         x = attended[:, : self.out.width]
         if self.out.dropout:
-            left = space.left(*x.shape)
-            kernels.dropout(x, left, self.seed(batch, self.out), self.out.dropout)
-            return left
+            dropped = buffers.dropped(*x.shape)
+            kernels.dropout(x, dropped, self.seed(batch, self.out), self.out.dropout)
+            return dropped
         return x
 
-    def project_gate_up(self, s, batch: Batch, space: Space) -> None:
-        rows = len(s.middle)
-        s.gate_up = s.x.new_empty(rows, self.gate_up.size + space.room)
-        out = s.gate_up[:, : self.gate_up.size]
-        s.h_gate_up = self.gate_up.forward(space.input[:rows], out, space)
+    def project_gate_up(self, a: Activations, buffers: Buffers) -> None:
+        """From the normed residual stream in `buffers`."""
+        rows = len(a.residual)
+        a.gate_up = a.residual.new_empty(rows, self.gate_up.size + buffers.adapter_columns)
+        out = a.gate_up[:, : self.gate_up.size]
+        a.h_gate_up = self.gate_up.forward(buffers.input[:rows], out, buffers)
 
-    def compute_again(self, s, batch: Batch, space: Space) -> None:
+    def compute_again(self, a: Activations, batch: Batch, buffers: Buffers) -> None:
         """What `forward` did not keep."""
-        if not hasattr(s, "attended") or not hasattr(s, "qkv"):
-            self.normalize(s.x, self.norm_1, self.qkv, batch, space)
-            self.attend(s, batch, space)
-        if not hasattr(s, "middle"):
-            self.project_out(s, batch, space)
-            self.project_gate_up(s, batch, space)
-        elif not hasattr(s, "gate_up"):
-            self.normalize(s.middle, self.norm_2, self.gate_up, batch, space)
-            self.project_gate_up(s, batch, space)
+        if a.attended is None or a.qkv is None:
+            self.normalize(a.x, self.norm_1, self.qkv, batch, buffers)
+            self.attend(a, batch, buffers)
+        if a.residual is None:
+            self.project_out(a, batch, buffers)
+            self.project_gate_up(a, buffers)
+        elif a.gate_up is None:
+            self.normalize(a.residual, self.norm_2, self.gate_up, batch, buffers)
+            self.project_gate_up(a, buffers)
 
-    def backward(self, grad: torch.Tensor, s, batch: Batch, space: Space) -> tuple[torch.Tensor, list]:
-        """Turn `grad` [rows, hidden + room], the gradient of the output, into that of the input, in place
-        where the rows are the same. Returns it and the gradients of `parameters`."""
-        self.compute_again(s, batch, space)
+    # Backward
+
+    def backward(self, grad: torch.Tensor, a: Activations, batch: Batch, buffers: Buffers) -> tuple:
+        """Turn `grad` [rows, hidden + adapter_columns], the gradient of the output, into that of the input,
+        in place where the rows are the same. Returns it and the gradients of `parameters`."""
+        self.compute_again(a, batch, buffers)
         seeds = {group: self.seed(batch, group) for group in self.groups}
-
-        dy = grad[:, : self.hidden]
-        dp = space.product[: len(dy), : self.inner]
-        _, dh = self.down.backward(grad, space, seeds[self.down], out=dp)
-        db_down = product(dy.T, s.h_down)
-        da_down, db_gate_up = self.through_swiglu(s, dp, dh, seeds[self.down])
-
-        dx, dh = self.gate_up.backward(s.gate_up, space, seeds[self.gate_up])
-        da_gate_up = self.norm_gradient(self.gate_up, dh, s.middle, self.norm_2, s.inverse_2, batch, space)
-        kernels.rms_norm_backward(dx, s.middle, self.norm_2, s.inverse_2, dy)
-        del dx, s.gate_up, s.middle
-
-        attended = s.attended[batch.rows] if self.last else s.attended
-        d_attended, dh = self.out.backward(grad, space, seeds[self.out])
-        db_out = product(dy.T, s.h_out)
-        da_out = product(dh.T, self.drop_attended(attended, batch, space))
-        del attended
+        of_gate_up, of_down = self.backward_mlp(grad, a, batch, buffers, seeds)
+        d_attended, of_out = self.backward_out(grad, a, batch, buffers, seeds)
         if self.last:  # back to all rows
-            grad, d_attended = (scatter(part, batch.rows, len(s.x)) for part in (grad, d_attended))
-            dy = grad[:, : self.hidden]
+            grad, d_attended = (scatter(part, batch.rows, len(a.x)) for part in (grad, d_attended))
+        dqkv = self.backward_attention(d_attended, a, batch, buffers)
+        del d_attended
+        of_qkv = self.backward_qkv(grad, dqkv, a, batch, buffers, seeds)
+        return grad, [*of_qkv, *of_out, *of_gate_up, *of_down]
 
-        dqkv = space.product[: len(s.x)]
-        if self.last:
-            dqkv.zero_()
-        attention = batch.last_attention if self.last else batch.attention
-        out = s.attended[:, : self.out.width]
-        attention.backward(d_attended, s.qkv, out, s.logsumexp, batch.cos, batch.sin, dqkv)
-        del d_attended, out, s.attended, s.qkv
-
-        if self.number:
-            dx, dh = self.qkv.backward(dqkv, space, seeds[self.qkv])
-            kernels.rms_norm_backward(dx, s.x, self.norm_1, s.inverse_1, dy)
-        else:  # its input is the embedding, which is frozen
-            dh = self.qkv.backward_h(dqkv)
-        db_qkv = product(dqkv[:, : self.qkv.size].T, s.h_qkv)
-        da_qkv = self.norm_gradient(self.qkv, dh, s.x, self.norm_1, s.inverse_1, batch, space)
-        gradients = []
-        for group, da, db in (
-            (self.qkv, da_qkv, self.qkv.blocks(db_qkv)),
-            (self.out, da_out, self.out.blocks(db_out)),
-            (self.gate_up, da_gate_up, db_gate_up),
-            (self.down, da_down, self.down.blocks(db_down)),
-        ):
-            gradients += [*da[: group.rank * len(group.sizes)].split(group.rank), *db]
-        return grad, gradients
-
-    def through_swiglu(self, s, dp, dh, seed: int) -> tuple[torch.Tensor, Sequence[torch.Tensor]]:
-        """Turn s.gate_up into its gradient; A's of down and B's of gate and of up come with it."""
-        down = self.down
-        da, db = kernels.swiglu_backward(
-            s.gate_up, dp, dh, down.a[: down.rank], s.h_gate_up, seed, down.dropout
+    def backward_mlp(self, grad, a: Activations, batch: Batch, buffers: Buffers, seeds: dict) -> tuple:
+        """Add to `grad` what comes through the MLP. Returns the gradients of the adapters of gate and up, and
+        of down."""
+        down, gate_up = self.down, self.gate_up
+        dy = grad[:, : self.hidden]  # [rows, hidden]
+        dp = buffers.inner[: len(dy), : self.inner]  # [rows, inner], p = silu(gate) * up
+        _, dh = down.backward(grad, buffers, seeds[down], out=dp)
+        db_down = product(dy.T, a.h_down)  # [hidden, ranks]
+        da_down, db_gate_up = kernels.swiglu_backward(  # from here on a.gate_up is its gradient
+            a.gate_up, dp, dh, down.a[: down.rank], a.h_gate_up, seeds[down], down.dropout
         )
-        return da, db.split(self.gate_up.sizes)
+        dx, dh = gate_up.backward(a.gate_up, buffers, seeds[gate_up])  # [rows, hidden], [rows, ranks]
+        da_gate_up = self.norm_gradient(gate_up, dh, a.residual, self.norm_2, a.inverse_2, batch, buffers)
+        kernels.rms_norm_backward(dx, a.residual, self.norm_2, a.inverse_2, dy)
+        a.gate_up = a.residual = None
+        db_gate_up = db_gate_up.split(gate_up.sizes)
+        return gate_up.gradients(da_gate_up, db_gate_up), down.gradients(da_down, down.blocks(db_down))
 
-    def norm_gradient(self, group: Group, dh, x, weight, inverse, batch: Batch, space: Space) -> torch.Tensor:
-        """A's gradient, dh^T dropout(norm(x)); without dropout the norm is not computed again."""
+    def backward_out(self, grad, a: Activations, batch: Batch, buffers: Buffers, seeds: dict) -> tuple:
+        """The gradient of attention's output [rows, out], and those of o_proj's adapter."""
+        attended = a.attended[batch.rows] if self.last else a.attended
+        dy = grad[:, : self.hidden]  # [rows, hidden]
+        d_attended, dh = self.out.backward(grad, buffers, seeds[self.out])
+        db = product(dy.T, a.h_out)  # [hidden, ranks]
+        da = product(dh.T, self.drop_attended(attended, batch, buffers))  # [ranks, out]
+        return d_attended, self.out.gradients(da, self.out.blocks(db))
+
+    def backward_attention(self, d_attended, a: Activations, batch: Batch, buffers: Buffers) -> torch.Tensor:
+        """The gradient of qkv before it was rotated [rows, qkv + adapter_columns], in `buffers`."""
+        dqkv = buffers.inner[: len(a.x)]
+        if self.last:
+            dqkv.zero_()  # queries of other rows have none
+        out = a.attended[:, : self.out.width]
+        attention = self.attention(batch)
+        attention.backward(d_attended, a.qkv, out, a.logsumexp, batch.cos, batch.sin, dqkv)
+        a.attended = a.qkv = None
+        return dqkv
+
+    def backward_qkv(self, grad, dqkv, a: Activations, batch: Batch, buffers: Buffers, seeds: dict) -> list:
+        """Add to `grad` what comes through attention. Returns the gradients of the adapters of q, k and v."""
+        qkv = self.qkv
+        if self.number:
+            dx, dh = qkv.backward(dqkv, buffers, seeds[qkv])  # [rows, hidden], [rows, ranks]
+            kernels.rms_norm_backward(dx, a.x, self.norm_1, a.inverse_1, grad[:, : self.hidden])
+        else:  # its input is the embedding, which is frozen
+            dh = qkv.backward_h(dqkv)
+        db = product(dqkv[:, : qkv.size].T, a.h_qkv)  # [qkv, ranks]
+        da = self.norm_gradient(qkv, dh, a.x, self.norm_1, a.inverse_1, batch, buffers)
+        return qkv.gradients(da, qkv.blocks(db))
+
+    def norm_gradient(
+        self, group: Group, dh, x, weight, inverse, batch: Batch, buffers: Buffers
+    ) -> torch.Tensor:
+        """A's gradient [ranks, hidden], dh^T dropout(norm(x)); without dropout the norm is not computed
+        again."""
         if not group.dropout:
             return product((dh * inverse[:, None]).to(dh.dtype).T, x) * weight
-        self.normalize(x, weight, group, batch, space)
-        return product(dh.T, space.left(len(x), self.hidden))
+        self.normalize(x, weight, group, batch, buffers)
+        return product(dh.T, buffers.dropped(len(x), self.hidden))
 
 
 def scatter(part: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """`part` [rows, columns] in its rows of a matrix [count, columns], which is 0 elsewhere."""
     whole = part.new_zeros(count, part.shape[1])
     whole[rows] = part
     return whole
@@ -565,118 +360,57 @@ class Stack(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, fused: "FusedModel", batch: Batch, *parameters: torch.Tensor) -> torch.Tensor:
-        x, delta, ctx.saved = F.embedding(batch.ids, fused.embedding), None, []
+        x, delta, ctx.kept = F.embedding(batch.ids, fused.embedding), None, []
         for layer in fused.layers:
-            x, delta, saved = layer.forward(x, delta, batch, fused.space, fused.plan.keep)
-            fused.store.put(layer.number, saved)
-            ctx.saved.append(saved)
+            x, delta, kept = layer.forward(x, delta, batch, fused.buffers, fused.plan.keep)
+            fused.store.put(layer.number, kept)
+            ctx.kept.append(kept)
         ctx.fused, ctx.batch = fused, batch
         return x + delta
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
         fused, gradients = ctx.fused, []
-        grad = F.pad(grad, (0, fused.space.room))
+        grad = F.pad(grad, (0, fused.buffers.adapter_columns))
         for layer in reversed(fused.layers):
-            saved = ctx.saved.pop()
-            fused.store.get(layer.number, saved)
-            grad, more = layer.backward(grad, saved, ctx.batch, fused.space)
+            kept = ctx.kept.pop()
+            fused.store.get(layer.number, kept)
+            grad, more = layer.backward(grad, kept, ctx.batch, fused.buffers)
             gradients = more + gradients
         return None, None, *gradients
-
-
-class Kept:
-    """Layer inputs stay on the device."""
-
-    def put(self, number: int, saved) -> None:
-        pass
-
-    get = put
-
-
-@dataclass
-class OnHost:
-    """Layer inputs wait in pinned host memory; each is fetched while the layer above it is at work."""
-
-    host: list[torch.Tensor]
-    stream: torch.cuda.Stream = field(default_factory=torch.cuda.Stream)
-    coming: dict[int, tuple] = field(default_factory=dict)
-
-    def put(self, number: int, saved) -> None:
-        rows = len(saved.x)
-        self.coming.pop(number, None)  # of a pass that ran out of memory
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            self.host[number][:rows].copy_(saved.x, non_blocking=True)
-        saved.x.record_stream(self.stream)
-        saved.rows, saved.x = rows, None
-
-    def get(self, number: int, saved) -> None:
-        if number not in self.coming:
-            self.fetch(number, saved.rows)
-        saved.x, ready = self.coming.pop(number)
-        torch.cuda.current_stream().wait_event(ready)
-        if number:
-            self.fetch(number - 1, saved.rows)
-
-    def fetch(self, number: int, rows: int) -> None:
-        x = torch.empty(rows, self.host[number].shape[1], dtype=self.host[number].dtype, device="cuda")
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            x.copy_(self.host[number][:rows], non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record(self.stream)
-        x.record_stream(self.stream)
-        self.coming[number] = x, ready
-
-
-def starts(lengths: np.ndarray) -> np.ndarray:
-    """Where each of several runs begins that lie end to end."""
-    return np.cumsum(lengths) - lengths
-
-
-def counting(lengths: np.ndarray) -> np.ndarray:
-    """0, 1, ... lengths[0] - 1, 0, 1, ... lengths[1] - 1, ..."""
-    return np.arange(lengths.sum()) - np.repeat(starts(lengths), lengths)
-
-
-def shared_tokens(examples: Sequence[Example], loss_on: str) -> int:
-    """How many tokens that none learns all of several examples begin with; 0 where that is not worth it."""
-    most = min(learned_places(example, loss_on).start for example in examples)
-    count = common_beginning([example.ids[:most] for example in examples])
-    return count if len(examples) > 1 and count >= SHARED_LEAST else 0
 
 
 class FusedModel:
     """The decoder layers, embedding and head of a PEFT model, for training on packed examples."""
 
     def __init__(self, model, plan: Plan):
-        base, config = model.get_base_model(), model.config
-        self.config, self.rotary = config, base.model.rotary_emb
-        self.embedding, self.norm, self.head = (
-            base.model.embed_tokens.weight,
-            base.model.norm.weight,
-            base.lm_head,
-        )
-        layers = base.model.layers
-        self.layers = [Layer(layer, config, i, i == len(layers) - 1) for i, layer in enumerate(layers)]
-        self.plan = plan
+        base, self.config, self.plan = model.get_base_model(), model.config, plan
+        self.rotary, self.head = base.model.rotary_emb, base.lm_head
+        self.embedding, self.norm = base.model.embed_tokens.weight, base.model.norm.weight
+        count = len(base.model.layers)
+        self.layers = [
+            TrainingLayer(layer, self.config, i, i == count - 1) for i, layer in enumerate(base.model.layers)
+        ]
         self.parameters = [parameter for layer in self.layers for parameter in layer.parameters()]
-        groups = [group for layer in self.layers for group in layer.groups]
-        room = max(group.room for group in groups)
-        widest = max(max(g.size * (g.width + g.room), (g.size + g.ranks) * g.width) for g in groups)
-        make = self.embedding.new_empty
-        self.space = Space(
-            weight=make(widest),
-            input=make(plan.tokens, config.hidden_size + room),
-            product=make(plan.tokens, max(config.intermediate_size, groups[0].size) + room),
-            dropped=make(plan.tokens * max(group.width for group in groups)) if groups[0].dropout else None,
-            room=room,
-        )
-        self.store = Kept()
+        self.buffers = self.make_buffers()
+        self.store = OnDevice()
         if plan.on_host:
-            shape, dtype = (plan.tokens, config.hidden_size), self.embedding.dtype
-            self.store = OnHost([torch.empty(shape, dtype=dtype, pin_memory=True) for _ in layers])
+            shape, dtype = (plan.tokens, self.config.hidden_size), self.embedding.dtype
+            self.store = OnHost([torch.empty(shape, dtype=dtype, pin_memory=True) for _ in self.layers])
+
+    def make_buffers(self) -> Buffers:
+        """Buffers for any group of any layer, and for `plan.tokens` rows."""
+        groups, config = [group for layer in self.layers for group in layer.groups], self.config
+        columns = max(group.padded_ranks for group in groups)
+        widest = max(max(g.size * (g.width + g.padded_ranks), (g.size + g.ranks) * g.width) for g in groups)
+        tokens, make = self.plan.tokens, self.embedding.new_empty
+        return Buffers(
+            weight=make(widest),
+            input=make(tokens, config.hidden_size + columns),
+            inner=make(tokens, max(config.intermediate_size, groups[0].size) + columns),
+            masked=make(tokens * max(group.width for group in groups)) if groups[0].dropout else None,
+            adapter_columns=columns,
+        )
 
     def refresh(self) -> None:
         """Take the adapters' weights over into the layers."""
@@ -692,34 +426,23 @@ class FusedModel:
             torch._foreach_copy_(views, torch._foreach_mul([p.detach() for p in parameters], scale))
 
     def batch(self, examples: Sequence[Example], loss_on: str, seed: int) -> Batch:
-        learned = [learned_places(example, loss_on) for example in examples]
-        shared = shared_tokens(examples, loss_on)
-        firsts, counts = np.array([places.start for places in learned]), np.array([len(p) for p in learned])
-        own = np.array([len(example.ids) for example in examples]) - shared
-        firsts -= shared
-        ids = np.concatenate([examples[0].ids[:shared], *(example.ids[shared:] for example in examples)])
-        positions = np.concatenate([np.arange(shared), counting(own) + shared])
-        rows = counting(own - firsts) + np.repeat(shared + starts(own) + firsts, own - firsts)
-        places = counting(counts) + np.repeat(starts(own - firsts), counts)
-        columns = [
-            column.astype(np.int64) for column in (ids, positions, rows, places, ids[rows[places] + 1])
-        ]
-        table = kernels.to_device(np.concatenate(columns), self.embedding.device)
-        ids, positions, rows, places, targets = table.split([len(column) for column in columns])
+        """The examples of a pass on the device."""
+        layout, c = lay_out(examples, loss_on), self.config
+        columns = layout.columns()
+        table = kernels.to_device(np.concatenate(columns), self.embedding.device)  # in one copy
+        ids, positions, rows, learned, targets = table.split([len(column) for column in columns])
         cos, sin = self.rotary(torch.empty(0, dtype=torch.float32, device=table.device), positions[None])
-        half, c = cos.shape[-1] // 2, self.config
-        lengths, all_queries, wanted = own.tolist(), [0] * len(own), firsts.tolist()
-        if shared:
-            lengths, all_queries, wanted = [shared, *lengths], [0, *all_queries], [shared, *wanted]
-        shape = c.num_attention_heads, c.num_key_value_heads, head_size(c), table.device, shared
+        half = cos.shape[-1] // 2  # transformers' tables [1, tokens, head size] hold each angle twice
+        shape = c.num_attention_heads, c.num_key_value_heads, head_size(c), table.device, layout.shared
+        lengths, firsts = layout.sequences()
         return Batch(
             ids=ids,
             cos=cos[0, :, :half].contiguous(),
             sin=sin[0, :, :half].contiguous(),
-            attention=kernels.Attention(lengths, all_queries, *shape),
-            last_attention=kernels.Attention(lengths, wanted, *shape),
+            attention=Attention(lengths, [0] * len(lengths), *shape),
+            last_attention=Attention(lengths, firsts, *shape),
             rows=rows,
-            places=places,
+            learned=learned,
             targets=targets,
             seed=seed,
         )
@@ -730,12 +453,14 @@ class FusedModel:
         with torch.autocast(self.embedding.device.type, enabled=False):
             self.refresh()
             batch = self.batch(examples, loss_on, seed)
-            hidden = Stack.apply(self, batch, *self.parameters)[batch.places]
+            hidden = Stack.apply(self, batch, *self.parameters)[batch.learned]  # [learned, hidden]
             if len(hidden) <= HEAD_ROWS:
                 return self.head_loss(hidden, batch.targets)
             pieces = zip(hidden.split(HEAD_ROWS), batch.targets.split(HEAD_ROWS), strict=True)
             return sum(checkpoint(self.head_loss, *piece, use_reentrant=False) for piece in pieces)
 
     def head_loss(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross-entropy summed over rows [learned, hidden] of the residual stream, by PyTorch."""
         normed = F.rms_norm(hidden.float(), hidden.shape[1:], self.norm.float(), self.config.rms_norm_eps)
-        return F.cross_entropy(self.head(normed.to(hidden.dtype)).float(), targets, reduction="sum")
+        logits = self.head(normed.to(hidden.dtype)).float()  # [learned, vocabulary]
+        return F.cross_entropy(logits, targets, reduction="sum")

@@ -224,11 +224,13 @@ def environment(seed: int | None) -> dict:
 
 
 def commit() -> str | None:
-    """That this code is of, with "-dirty" behind it where it was changed since; outside a checkout what the
-    variable GIT_COMMIT says."""
+    """That this code is of: what the variable GIT_COMMIT says, for a copy outside its repository, or else the
+    repository, with "-dirty" behind it where the code was changed since."""
+    if os.environ.get("GIT_COMMIT"):
+        return os.environ["GIT_COMMIT"]
     here = str(Path(__file__).resolve().parent)
     command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("GIT_COMMIT")
+        return None

@@ -1,6 +1,6 @@
 """The fast path computes what the plain layers compute: relative errors against float64, on random models.
 
-    python -m benchmarks.exactness --output exactness.json
+    python -m tests.exactness --output exactness.json
 
 Fused layers in float32 and bfloat16 stand beside PEFT and bitsandbytes in bfloat16, on the same packed
 examples; without CUDA it is a tiny model in float32, under Triton's interpreter. The layers in float64 take
@@ -30,7 +30,9 @@ from benchmarks.provenance import headline, provenance
 from study import packing
 from study.encoding import Example
 from study.fast import kernels
-from study.fast import train as fused
+from study.fast.decoder import NAMES
+from study.fast.memory import Plan
+from study.fast.train import FusedModel
 
 CUDA = torch.cuda.is_available()
 TINY = {
@@ -133,11 +135,11 @@ def mask_of(layer, group, batch, rows: int) -> torch.Tensor:
     return mask.double()
 
 
-def in_float64(model, path, batch) -> tuple:
+def in_float64(model, fused, batch) -> tuple:
     """The plain layers in float64, with the fast path's dropout, and their adapters in its order."""
     base, adapters = copy.deepcopy(model.get_base_model()), []
-    for layer, ours in zip(base.model.layers, path.layers, strict=True):
-        for i, (names, group) in enumerate(zip(fused.NAMES, ours.groups, strict=True)):
+    for layer, ours in zip(base.model.layers, fused.layers, strict=True):
+        for i, (names, group) in enumerate(zip(NAMES, ours.groups, strict=True)):
             parent = layer.self_attn if i < 2 else layer.mlp
             mask = mask_of(ours, group, batch, len(batch.ids))
             plain = [Plain(getattr(parent, name), mask) for name in names]
@@ -149,11 +151,11 @@ def in_float64(model, path, batch) -> tuple:
     return base, adapters
 
 
-def true_logits(model, path, examples, loss_on: str) -> tuple:
+def true_logits(model, fused, examples, loss_on: str) -> tuple:
     """In float64, packed: the logits at the learned places, the tokens to learn there, and the adapters."""
-    batch = path.batch(examples, loss_on, SEED)
+    batch = fused.batch(examples, loss_on, SEED)
     rows, device = len(batch.ids), batch.ids.device
-    base, adapters = in_float64(model, path, batch)
+    base, adapters = in_float64(model, fused, batch)
     shared = batch.attention.shared  # rows that all see, number -1
     own = [len(example.ids) - shared for example in examples]
     number = torch.arange(-1, len(own)).repeat_interleave(torch.tensor([shared, *own])).to(device)
@@ -163,27 +165,27 @@ def true_logits(model, path, examples, loss_on: str) -> tuple:
     positions = torch.cat(positions).to(device)
     mask = torch.where(seen, 0.0, -1e30).double()[None, None]
     output = base(batch.ids[None], position_ids=positions[None], attention_mask=mask, use_cache=False)
-    return output.logits[0, batch.rows[batch.places]], batch.targets, adapters
+    return output.logits[0, batch.rows[batch.learned]], batch.targets, adapters
 
 
 # Losses and gradients of the adapters, three ways
 
 
-def truth(model, path, examples, loss_on: str):
-    logits, targets, adapters = true_logits(model, path, examples, loss_on)
+def truth(model, fused, examples, loss_on: str):
+    logits, targets, adapters = true_logits(model, fused, examples, loss_on)
     loss = F.cross_entropy(logits, targets, reduction="sum")
     return loss.item(), torch.autograd.grad(loss, adapters)
 
 
-def ours(path, examples, loss_on: str):
-    loss = path.loss_sum(examples, loss_on, SEED)
-    return loss.item(), torch.autograd.grad(loss, path.parameters)
+def ours(fused, examples, loss_on: str):
+    loss = fused.loss_sum(examples, loss_on, SEED)
+    return loss.item(), torch.autograd.grad(loss, fused.parameters)
 
 
-def theirs(model, path, examples, loss_on: str):
+def theirs(model, fused, examples, loss_on: str):
     """By PEFT and bitsandbytes."""
     loss = plain_loss(model, examples, loss_on)
-    return loss.item(), torch.autograd.grad(loss, path.parameters)
+    return loss.item(), torch.autograd.grad(loss, fused.parameters)
 
 
 def plain_loss(model, examples, loss_on: str) -> torch.Tensor:
@@ -211,28 +213,28 @@ def error(got, expected) -> tuple[float, float, float]:
 def errors(base, examples, rank: int, dropout: float) -> dict[str, tuple]:
     """The errors of the fused path and, where the comparison is fair, of PEFT."""
     model = with_adapters(base, rank, dropout)
-    path = fused_path(model, examples)
-    expected = truth(model, path, examples, "answer")
-    found = {f"fused, {short(base.dtype)}": error(ours(path, examples, "answer"), expected)}
+    fused = fused_model(model, examples)
+    expected = truth(model, fused, examples, "answer")
+    found = {f"fused, {short(base.dtype)}": error(ours(fused, examples, "answer"), expected)}
     if not dropout and base.dtype == (torch.bfloat16 if CUDA else torch.float32):
-        got = theirs(model, path, examples, "answer")
+        got = theirs(model, fused, examples, "answer")
         found[f"PEFT + bitsandbytes, {short(base.dtype)}"] = error(got, expected)
     return found
 
 
-def fused_path(model, examples):
-    return fused.FusedModel(model, fused.Plan(sum(len(example.ids) for example in examples), "all"))
+def fused_model(model, examples):
+    return FusedModel(model, Plan(sum(len(example.ids) for example in examples), "all"))
 
 
-def isolation(path, examples) -> tuple[float, bool]:
+def isolation(fused, examples) -> tuple[float, bool]:
     """How far an example's loss moves, and whether it has one, when another example changes."""
     other = Example([5] * len(examples[0].ids), examples[0].answer_start)
 
     def last_loss(first: Example) -> float:
-        both = path.loss_sum([first, examples[1]], "answer", SEED)
-        return (both - path.loss_sum([first], "answer", SEED)).item()
+        both = fused.loss_sum([first, examples[1]], "answer", SEED)
+        return (both - fused.loss_sum([first], "answer", SEED)).item()
 
-    alone = path.loss_sum([examples[1]], "answer", SEED).item()
+    alone = fused.loss_sum([examples[1]], "answer", SEED).item()
     moved = abs(last_loss(other) - last_loss(examples[0]))
     return round(moved / alone, 5), alone > 0
 
@@ -241,10 +243,10 @@ def reloaded(base, examples, steps: int = 5) -> dict[str, float]:
     """Train `steps` steps by the fused path, load the saved adapter in plain PEFT on a fresh copy of the
     base, and compare the logits at the learned places."""
     model = with_adapters(base, 8, 0.0)
-    path = fused_path(model, examples)
-    optimizer = torch.optim.AdamW(path.parameters, lr=1e-3)
+    fused = fused_model(model, examples)
+    optimizer = torch.optim.AdamW(fused.parameters, lr=1e-3)
     for _ in range(steps):
-        path.loss_sum(examples, "answer", SEED).backward()
+        fused.loss_sum(examples, "answer", SEED).backward()
         optimizer.step()
         optimizer.zero_grad()
     with tempfile.TemporaryDirectory() as folder:
@@ -252,8 +254,8 @@ def reloaded(base, examples, steps: int = 5) -> dict[str, float]:
         # In eval mode bitsandbytes computes in bfloat16 on the CPU.
         plain = PeftModel.from_pretrained(copy.deepcopy(base), folder).train()
     with torch.no_grad():
-        expected = true_logits(model, path, examples, "answer")[0]
-        fast = head_output(model, lambda: path.loss_sum(examples, "answer", SEED))
+        expected = true_logits(model, fused, examples, "answer")[0]
+        fast = head_output(model, lambda: fused.loss_sum(examples, "answer", SEED))
         slow = head_output(plain, lambda: plain_loss(plain, examples, "answer"))
     return {
         "fused": relative([fast], [expected]),
@@ -285,8 +287,8 @@ def measure(sizes: dict, examples, dtypes) -> dict:
             for what, found in errors(bases[key_heads], examples, rank, dropout).items():
                 rows.append((key_heads, rank, dropout, what, *found))
         after_training[short(dtype)] = reloaded(bases[few], examples)
-        path = fused_path(with_adapters(bases[few], 8, 0.0), examples)
-        moved[short(dtype)] = isolation(path, examples)[0]
+        fused = fused_model(with_adapters(bases[few], 8, 0.0), examples)
+        moved[short(dtype)] = isolation(fused, examples)[0]
     rows.sort(key=lambda row: row[:3])
     rows = [dict(zip(TITLES, row, strict=True)) for row in rows]
     return {"errors": rows, "moved": moved, "reloaded": after_training}

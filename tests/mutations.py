@@ -1,6 +1,6 @@
 """Break each kernel and each copy of the fast paths in turn: do the self-checks of a run notice?
 
-    python -m benchmarks.mutations --output mutations.json
+    python -m tests.mutations --output mutations.json
 
 On a small random model, in bfloat16 on CUDA; without it a tiny one in float32, under Triton's interpreter.
 Beside what the self-checks of training and of scoring (study/fast/self_check.py) said stands the largest
@@ -20,27 +20,30 @@ from dataclasses import dataclass
 import torch
 from tabulate import tabulate
 
-from benchmarks.exactness import CUDA, LARGE, TINY, arguments, llama, make_examples, with_adapters
 from benchmarks.provenance import headline, provenance
-from study.fast import cache, decode, kernels, nf4, self_check
-from study.fast import train as fused
+from study import packing
+from study.fast import attention, cache, decode, kernels, memory, nf4, self_check
+from study.fast.memory import OnHost, Plan
+from study.fast.train import FusedModel, Group
 from study.model import merge
+from tests.exactness import CUDA, LARGE, TINY, arguments, llama, make_examples, with_adapters
 
 UNBROKEN = "nothing"
 
 
 class Broken:
-    """A Triton kernel that is launched with other arguments, or not at all."""
+    """A Triton kernel that is launched with other arguments, or not at all where these are None."""
 
-    def __init__(self, kernel, change: Callable[[dict], dict] | None):
+    def __init__(self, kernel, change: Callable[[dict], dict | None]):
         self.kernel, self.change = kernel, change
         self.names = list(inspect.signature(kernel.fn).parameters)
 
     def __getitem__(self, grid):
         def launch(*args, **options) -> None:
-            if self.change:
-                named = dict(zip(self.names, args, strict=False))
-                self.kernel[grid](*(named | self.change(named)).values(), **options)
+            named = dict(zip(self.names, args, strict=False))
+            changed = self.change(named)
+            if changed is not None:
+                self.kernel[grid](*(named | changed).values(), **options)
 
         return launch
 
@@ -67,8 +70,8 @@ class Mutation:
             setattr(self.owner, self.attribute, original)
 
 
-def launch(name: str, module, kernel: str, change=None, **cases) -> Mutation:
-    what = f"{module.__name__.removeprefix('study.')}.{kernel}: {name}"
+def launch(name: str, module, kernel: str, change: Callable = lambda given: None, **cases) -> Mutation:
+    what = f"{module.__name__.removeprefix('study.fast.')}.{kernel}: {name}"
     return Mutation(what, module, kernel, lambda original: Broken(original, change), **cases)
 
 
@@ -98,7 +101,10 @@ def of_kernels() -> list[Mutation]:
     another_seed = lambda given: {"seed": given["seed"] + 1}
     less = lambda name, by=1: lambda given: {name: given[name] - by}
     half = lambda name: lambda given: {name: given[name] // 2}
-    no_shared = lambda given: {"shared": 0}
+    no_shared, no_parts = lambda given: {"shared": 0}, lambda given: {"splits": 0}
+    nothing = lambda given: None
+    prompts = lambda change: lambda given: change(given) if given["reading"] else {}
+    tokens = lambda change: lambda given: {} if given["reading"] else change(given)
     return [
         launch("does nothing", nf4, "unpack_nf4_kernel", **plain, **packed),
         launch(
@@ -125,54 +131,72 @@ def of_kernels() -> list[Mutation]:
         launch("another share", kernels, "dropout_kernel", lambda g: {"probability": 0.2}, **dropout),
         launch("does nothing", kernels, "add_adapter_kernel", **dropout),
         launch("another mask", kernels, "add_adapter_kernel", another_seed, **dropout),
-        launch("does nothing", kernels, "attention_kernel", **plain),
-        launch("shared rows unseen", kernels, "attention_kernel", no_shared, **plain),
-        launch("another scale", kernels, "attention_kernel", lambda g: {"scale": g["scale"] / 2}, **plain),
-        launch("does nothing", kernels, "attention_dq_kernel", **plain),
-        launch("shared rows unseen", kernels, "attention_dq_kernel", no_shared, **plain),
-        launch("not turned back", kernels, "attention_dq_kernel", lambda g: {"sin": 0 * g["sin"]}, **plain),
-        launch("does nothing", kernels, "attention_dkv_kernel", **plain),
-        launch("shared gradient left out", kernels, "attention_dkv_kernel", lambda g: {"chunks": 0}, **plain),
-        launch("does nothing", kernels, "attention_shared_dkv_kernel", **plain),
-        launch("rows left out", kernels, "attention_shared_dkv_kernel", half("chunk"), **plain),
-        launch("does nothing", cache, "rotate_kernel", **dense),
-        launch("next place", cache, "rotate_kernel", lambda g: {"places": g["places"] + 1}, **dense),
-        launch("no positions", cache, "rotate_kernel", lambda g: {"positions": 0 * g["positions"]}, **dense),
-        launch("does nothing", cache, "prompts_kernel", **dense),
-        launch("shared rows unseen", cache, "prompts_kernel", no_shared, **dense),
-        launch("does nothing", cache, "tokens_kernel", **dense),
-        launch("shared rows unseen", cache, "tokens_kernel", no_shared, **dense),
-        launch("last row unseen", cache, "tokens_kernel", lambda g: {"lengths": g["lengths"] - 1}, **dense),
-        launch("does nothing", cache, "shared_kernel", **apart),
-        launch("rows left out", cache, "shared_kernel", half("shared"), **apart),
-        launch("parts of the shared rows unseen", cache, "tokens_kernel", lambda g: {"splits": 0}, **apart),
-        launch("parts of the shared rows unseen", cache, "prompts_kernel", lambda g: {"splits": 0}, **apart),
+        launch("does nothing", attention, "attention_kernel", **plain),
+        launch("shared rows unseen", attention, "attention_kernel", no_shared, **plain),
+        launch("another scale", attention, "attention_kernel", lambda g: {"scale": g["scale"] / 2}, **plain),
+        launch("does nothing", attention, "attention_dq_kernel", **plain),
+        launch("shared rows unseen", attention, "attention_dq_kernel", no_shared, **plain),
+        launch("not turned back", attention, "attention_dq_kernel", lambda g: {"sin": 0 * g["sin"]}, **plain),
+        launch("does nothing", attention, "attention_dkv_kernel", **plain),
+        launch(
+            "shared gradient left out", attention, "attention_dkv_kernel", lambda g: {"chunks": 0}, **plain
+        ),
+        launch("does nothing", attention, "attention_shared_dkv_kernel", **plain),
+        launch("rows left out", attention, "attention_shared_dkv_kernel", half("chunk"), **plain),
+        launch("does nothing", cache, "rotate_and_store_kernel", **dense),
+        launch(
+            "next place", cache, "rotate_and_store_kernel", lambda g: {"places": g["places"] + 1}, **dense
+        ),
+        launch(
+            "no positions",
+            cache,
+            "rotate_and_store_kernel",
+            lambda g: {"positions": 0 * g["positions"]},
+            **dense,
+        ),
+        launch("does nothing", cache, "cached_attention_kernel", **dense),
+        launch("does nothing for prompts", cache, "cached_attention_kernel", prompts(nothing), **dense),
+        launch("does nothing for tokens", cache, "cached_attention_kernel", tokens(nothing), **dense),
+        launch("prompts' shared rows unseen", cache, "cached_attention_kernel", prompts(no_shared), **dense),
+        launch("tokens' shared rows unseen", cache, "cached_attention_kernel", tokens(no_shared), **dense),
+        launch("last row unseen", cache, "cached_attention_kernel", tokens(less("lengths")), **dense),
+        launch("does nothing", cache, "prefix_attention_kernel", **apart),
+        launch("rows left out", cache, "prefix_attention_kernel", half("shared"), **apart),
+        launch(
+            "prompts' parts of the shared rows unseen",
+            cache,
+            "cached_attention_kernel",
+            prompts(no_parts),
+            **apart,
+        ),
+        launch(
+            "tokens' parts of the shared rows unseen",
+            cache,
+            "cached_attention_kernel",
+            tokens(no_parts),
+            **apart,
+        ),
     ]
 
 
 def of_copies() -> list[Mutation]:
     plain, dense, packed = {"training": "plain"}, {"scoring": "dense"}, {"scoring": "4 bits"}
-    groups = lambda path: [group for layer in path.layers for group in layer.groups]
-    path, batch = (
-        fused.FusedModel,
-        lambda **new: result(
-            lambda b: dataclasses.replace(
-                b, **{name: change(getattr(b, name)) for name, change in new.items()}
-            )
-        ),
+    groups = lambda fused: [group for layer in fused.layers for group in layer.groups]
+    batch = lambda **new: result(
+        lambda b: dataclasses.replace(b, **{name: change(getattr(b, name)) for name, change in new.items()})
     )
     flipped = lambda tensor: tensor.flip(0)
     rolled, one_less = lambda tensor: tensor.roll(1, 0), lambda tensor: tensor - 1
 
     def each(change) -> Callable:
-        return after(lambda path: [change(group) for group in groups(path)])
+        return after(lambda fused: [change(group) for group in groups(fused)])
 
     def with_(name: str, change) -> Callable:
         return after(lambda owner: setattr(owner, name, change(getattr(owner, name))))
 
     def of_first_layer(name: str) -> Callable:
         return after(
-            lambda path: setattr(path.layers[0], name, torch.ones_like(getattr(path.layers[0], name)))
+            lambda owner: setattr(owner.layers[0], name, torch.ones_like(getattr(owner.layers[0], name)))
         )
 
     def modules(order) -> Callable:
@@ -187,21 +211,23 @@ def of_copies() -> list[Mutation]:
     gate_up = lambda given: given[::-1] if len(given) == 2 else given
     head = lambda linear: type("Head", (), {"__call__": lambda _, x: linear(x).roll(1, -1)})()
     return [
-        Mutation("adapters never copied", path, "refresh", lambda original: lambda self: None, **plain),
-        Mutation("A not copied", path, "refresh", each(lambda group: group.a.zero_()), **plain),
-        Mutation("B not copied", path, "refresh", each(lambda group: group.b.zero_()), **plain),
-        Mutation("B not scaled", path, "refresh", each(lambda group: group.b.div_(group.scale)), **plain),
-        Mutation("first norm's weight", path, "__init__", of_first_layer("norm_1"), **plain),
-        Mutation("second norm's weight", path, "__init__", of_first_layer("norm_2"), **plain),
-        Mutation("last norm's weight", path, "__init__", with_("norm", torch.ones_like), **plain),
-        Mutation("embedding", path, "__init__", with_("embedding", rolled), **plain),
-        Mutation("head", path, "__init__", with_("head", head), **plain),
-        Mutation("rows off by one", path, "batch", batch(rows=one_less), **plain),
-        Mutation("places off by one", path, "batch", batch(places=one_less), **plain),
-        Mutation("targets off by one", path, "batch", batch(targets=rolled), **plain),
-        Mutation("positions backwards", path, "batch", batch(cos=flipped, sin=flipped), **plain),
-        Mutation("k and v swapped", fused.Group, "__init__", modules(keys_values), **plain),
-        Mutation("gate and up swapped", fused.Group, "__init__", modules(gate_up), **plain),
+        Mutation("adapters never copied", FusedModel, "refresh", lambda original: lambda self: None, **plain),
+        Mutation("A not copied", FusedModel, "refresh", each(lambda group: group.a.zero_()), **plain),
+        Mutation("B not copied", FusedModel, "refresh", each(lambda group: group.b.zero_()), **plain),
+        Mutation(
+            "B not scaled", FusedModel, "refresh", each(lambda group: group.b.div_(group.scale)), **plain
+        ),
+        Mutation("first norm's weight", FusedModel, "__init__", of_first_layer("norm_1"), **plain),
+        Mutation("second norm's weight", FusedModel, "__init__", of_first_layer("norm_2"), **plain),
+        Mutation("last norm's weight", FusedModel, "__init__", with_("norm", torch.ones_like), **plain),
+        Mutation("embedding", FusedModel, "__init__", with_("embedding", rolled), **plain),
+        Mutation("head", FusedModel, "__init__", with_("head", head), **plain),
+        Mutation("rows off by one", FusedModel, "batch", batch(rows=one_less), **plain),
+        Mutation("places off by one", FusedModel, "batch", batch(learned=one_less), **plain),
+        Mutation("targets off by one", FusedModel, "batch", batch(targets=rolled), **plain),
+        Mutation("positions backwards", FusedModel, "batch", batch(cos=flipped, sin=flipped), **plain),
+        Mutation("k and v swapped", Group, "__init__", modules(keys_values), **plain),
+        Mutation("gate and up swapped", Group, "__init__", modules(gate_up), **plain),
         Mutation(
             "A not copied",
             decode.Linear,
@@ -218,9 +244,11 @@ def of_copies() -> list[Mutation]:
         Mutation("embedding", decode.Engine, "__init__", with_("embedding", rolled), **dense),
         Mutation("head", decode.Engine, "__init__", with_("head", rolled), **dense),
         Mutation(
-            "a step's position", decode.Engine, "load", after(lambda path: path.state[1].add_(1)), **dense
+            "a step's position", decode.Engine, "load", after(lambda engine: engine.state[1].add_(1)), **dense
         ),
-        Mutation("a step's place", decode.Engine, "load", after(lambda path: path.state[2].sub_(1)), **dense),
+        Mutation(
+            "a step's place", decode.Engine, "load", after(lambda engine: engine.state[2].sub_(1)), **dense
+        ),
         Mutation("merged without adapters", None, "", None, scoring="merged without"),
         Mutation("merged unscaled", None, "", None, scoring="merged unscaled"),
     ]
@@ -229,7 +257,7 @@ def of_copies() -> list[Mutation]:
 def of_host() -> list[Mutation]:
     """Layer inputs that wait in the host's memory."""
     another = lambda original: lambda self, number, saved: original(self, max(number, 1) - 1, saved)
-    return [Mutation("another layer's input", fused.OnHost, "get", another, training="host")]
+    return [Mutation("another layer's input", OnHost, "get", another, training="host")]
 
 
 class Cases:
@@ -239,16 +267,20 @@ class Cases:
         dtype, device = (torch.bfloat16, "cuda") if CUDA else (torch.float32, "cpu")
         self.dtype = dtype
         sizes, lengths, shared = LARGE, ((200, 180), (90, 80), (110, 101)), 70
-        kernels.SHARED_CHUNK, self.apart = (64, 16) if CUDA else (2, 3)
+        memory.SHARED_CHUNK, self.apart = (64, 16) if CUDA else (2, 3)
         if not CUDA:  # the interpreter is slow
             sizes, lengths, shared = TINY, ((8, 6), (6, 5)), 4
-            fused.SHARED_LEAST = 4
+            packing.SHARED_LEAST = 4
             remember_unpacked()
         base = llama(device, dtype, **sizes)
         self.examples = make_examples(lengths, sizes["vocab_size"], shared)
         self.tuned = {name: with_adapters(base, 4, p) for name, p in (("plain", 0.0), ("dropout", 0.3))}
         if not CUDA:
-            base = llama(device, dtype, **sizes | {"hidden_size": nf4.MIXED, "intermediate_size": nf4.MIXED})
+            base = llama(
+                device,
+                dtype,
+                **sizes | {"hidden_size": nf4.PERMUTED_COLUMNS, "intermediate_size": nf4.PERMUTED_COLUMNS},
+            )
         self.scored = with_adapters(base, 4, 0.0).train()
         for name, parameter in self.scored.named_parameters():
             if "lora_" in name:
@@ -264,9 +296,9 @@ class Cases:
 
     def train(self, name: str) -> dict[str, float]:
         model = self.tuned["dropout" if name == "dropout" else "plain"]
-        path = fused.FusedModel(model, fused.Plan(600, "all" if name == "plain" else "input", name == "host"))
+        fused = FusedModel(model, Plan(600, "all" if name == "plain" else "input", name == "host"))
         groups = self_check.groups_of(self.examples, 600, "answer")
-        return self_check.training_errors(model, path, groups, "answer")
+        return self_check.training_errors(model, fused, groups, "answer")
 
     def score(self, name: str) -> dict[str, float]:
         model = {"4 bits": self.scored}.get(name, self.merged)
