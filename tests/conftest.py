@@ -6,9 +6,8 @@ import os
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
-from threading import Semaphore
+from threading import Event
 
 import pytest
 
@@ -42,7 +41,7 @@ def real_data() -> Path:
 
 # Programs of some minutes (`BESIDE` of a test module) run one at a time beside the tests, which take a core,
 # and two at a time once the tests only wait for them.
-QUEUE, CORES, PROGRAMS = ThreadPoolExecutor(2), Semaphore(1), {}
+QUEUE, ONLY_WAITING, PROGRAMS = ThreadPoolExecutor(2), Event(), {}
 # Triton's kernels on the CPU: chosen at import, so in a process of its own.
 INTERPRETED = "TRITON_INTERPRET=1"
 
@@ -51,6 +50,7 @@ def pytest_collection_modifyitems(items: list) -> None:
     """Start these programs; the tests of what comes of them are the last."""
     items.sort(key=lambda item: hasattr(item.module, "BESIDE"))
     modules = dict.fromkeys(item.module for item in items)
+    QUEUE.submit(ONLY_WAITING.wait)  # keeps one of the queue's two workers
     # Those of test_kernel_checks take longest and begin; short ones fill what is left.
     for module in reversed(modules):
         for command in getattr(module, "BESIDE", ()):
@@ -59,7 +59,8 @@ def pytest_collection_modifyitems(items: list) -> None:
 
 def pytest_sessionfinish() -> None:
     """What no test waits for any more is not begun."""
-    QUEUE.shutdown(cancel_futures=True)
+    QUEUE.shutdown(wait=False, cancel_futures=True)
+    ONLY_WAITING.set()
 
 
 def start_beside(*command: str) -> Future:
@@ -74,22 +75,15 @@ def run_beside(command: tuple[str, ...]) -> subprocess.CompletedProcess:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT)} | dict(word.split("=", 1) for word in words)
     program = [sys.executable, *command[len(words) :]]
-    with CORES:
-        return subprocess.run(program, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
+    return subprocess.run(program, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
 def ran_beside(*command: str) -> subprocess.CompletedProcess:
     """What has come of a program that a test module names in BESIDE."""
     started = start_beside(*command)
     if not started.done():
-        lend_core()
+        ONLY_WAITING.set()
     return started.result()
-
-
-@cache
-def lend_core() -> None:
-    """From now on the tests only wait: their core takes programs, too."""
-    CORES.release()
 
 
 def run_script(script: str, *flags: object, **options) -> subprocess.CompletedProcess:
