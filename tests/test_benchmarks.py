@@ -342,3 +342,10 @@ def test_a_random_checkpoint_is_one_that_the_fast_paths_take(tmp_path, monkeypat
     assert why_not(base) is None
     with pytest.raises(UserError, match="exists"):
         checkpoint.main()
+
+
+def test_every_result_names_the_commit_that_it_is_of():
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        commit = content.get("commit") or content["environment"]["git_commit"]
+        assert re.match("[0-9a-f]{40}", commit), path
