@@ -20,7 +20,9 @@ KERNELS = 2**28  # bytes for the code of kernels, which CUDA loads at their firs
 def name() -> str:
     """Of this process's GPU, or of the processor where there is none or torch was built for none."""
     torch = sys.modules.get("torch")
-    return processor() if torch and not torch.cuda.is_available() else gpu_name() or processor()
+    if torch:
+        return torch.cuda.get_device_name(current()) if torch.cuda.is_available() else processor()
+    return gpu_name() or processor()
 
 
 def gpu_name() -> str | None:
@@ -46,7 +48,8 @@ def processor() -> str:
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK") or 0)
+    """Which of this machine's processes this is, of several that were launched together."""
+    return int(os.environ.get("LOCAL_RANK") or 0) if launched() > 1 else 0
 
 
 def launched() -> int:

@@ -71,7 +71,11 @@ class KeptAnswers:
                     self.answers |= {int(index): ids for index, ids in step["answers"].items()}
                     self.seconds, self.wall_seconds = step["seconds"], step["wall_seconds"]
             print(f"resumed    {len(self.answers):,} of {len(prompts):,} answers are there", flush=True)
-        elif head.startswith(same):
+        elif head and not head.startswith(same):
+            print(
+                "resumed    no answer: the earlier attempt was of another run or of other prompts", flush=True
+            )
+        elif head:
             print(
                 f"resumed    no answer: the earlier attempt decoded with {head[len(same) + 1 :]}", flush=True
             )

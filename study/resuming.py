@@ -86,6 +86,8 @@ def kept_plan(checkpoint: Path | None, args) -> dict | None:
     same = all(progress["config"].get(name) == getattr(args, name) for name in asked if progress)
     plan = progress.get("plan")
     known = plan and (not plan["fused"] or plan.get("keep") in memory.KEEPS)
+    if same and plan and not known:
+        print("resumed    by another plan than it began with: its adapter will be another one by rounding")
     return plan if same and known else None
 
 

@@ -47,9 +47,15 @@ INTERPRETED = "TRITON_INTERPRET=1"
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """Start these programs; the tests of what comes of them are the last."""
+    """The tests of what comes of these programs are the last."""
     items.sort(key=lambda item: hasattr(item.module, "BESIDE"))
-    modules = dict.fromkeys(item.module for item in items)
+
+
+def pytest_collection_finish(session) -> None:
+    """Start the programs of the tests that will run."""
+    if session.config.option.collectonly:
+        return
+    modules = dict.fromkeys(item.module for item in session.items)
     QUEUE.submit(ONLY_WAITING.wait)  # keeps one of the queue's two workers
     # Those of test_kernel_checks take longest and begin; short ones fill what is left.
     for module in reversed(modules):

@@ -24,7 +24,7 @@ from study import cli, device
 from study.device import Process
 from study.errors import UserError
 from study.files import write_text
-from study.records import estimate, record, runs
+from study.records import estimate, record, runs, summary
 from study.records.schema import METHODS
 
 CLASSIFICATION = "experiments/classification-sampleFraction-1.0_epochs-5_rank-8_dropout-0.1_seed-42"
@@ -620,15 +620,22 @@ def test_a_finished_run_on_other_data_is_refused(tmp_path):
         find(tmp_path / "train.json", data=other)
 
 
+def training(finished: str, sha256: str, *words: object) -> dict:
+    return {"finished": finished, "train": {"adapter_sha256": sha256}, "config": vars(flags(*words))}
+
+
 def test_a_score_of_another_adapter_is_not_found_and_of_the_same_one_is_whenever_it_was_trained(tmp_path):
-    trainings = {
-        name: {"finished": name, "train": {"adapter_sha256": name[:1]}} for name in ("a1", "a2", "b")
-    }
-    content = make_record(tmp_path / "eval.json", **runs.scored_adapter(trainings["a1"]))
+    content = make_record(tmp_path / "eval.json", **runs.scored_adapter(training("2024", "a")))
     assert content["adapter_sha256"] == "a"
-    assert find(tmp_path / "eval.json", trained=trainings["a1"]) == content
-    assert find(tmp_path / "eval.json", trained=trainings["a2"]) == content
-    assert find(tmp_path / "eval.json", trained=trainings["b"]) is None
+    for again in (training("2024", "a"), training("2025", "a")):
+        assert find(tmp_path / "eval.json", trained=again) == content
+    assert find(tmp_path / "eval.json", trained=training("2024", "b")) is None
+
+
+def test_a_training_redone_with_another_test_file_has_no_score_though_the_adapter_is_the_same(tmp_path):
+    make_record(tmp_path / "eval.json", **runs.scored_adapter(training("2024", "a")))
+    redone = training("2025", "a", "--test_file", "other.jsonl")
+    assert find(tmp_path / "eval.json", "--test_file", "other.jsonl", trained=redone) is None
 
 
 def test_a_score_of_a_training_without_a_fingerprint_is_told_by_when_that_ended(tmp_path):
@@ -652,6 +659,20 @@ def test_a_training_whose_record_lacks_all_is_not_scored(tmp_path):
     record.write_json(tmp_path / "train.json", {"schema": 1, "status": "finished"})
     with pytest.raises(UserError, match=r"lacks config, .*, train: train the run again with --force"):
         runs.finished_training(tmp_path, flags("--experiment_dir", tmp_path))
+
+
+@pytest.mark.parametrize("method", ["guessed", None, ["qlora"], "zero-shot"])
+def test_a_training_of_a_method_that_trains_nothing_or_is_unknown_is_not_scored(tmp_path, trained, method):
+    path = tmp_path / "run" / "train.json"
+    record.write_json(path, trained | {"method": method})
+    with pytest.raises(UserError, match=r"train\.json .*method"):
+        runs.finished_training(tmp_path / "run", flags("--experiment_dir", tmp_path / "run"))
+
+
+def test_a_finished_training_of_unknown_speed_is_shown(tmp_path):
+    spent = MEASURED | {"tokens_per_second": None}
+    content = make_record(tmp_path / "train.json", train=spent, cost={"gpu": "CPU", "usd": None})
+    assert "at unknown speed" in summary.result_block(content)
 
 
 def test_an_adapter_of_another_prompt_is_not_scored(tmp_path, trained, monkeypatch):

@@ -607,6 +607,16 @@ def test_a_paired_test_pairs_rows_of_the_same_example_in_whatever_order_a_file_h
     assert "A alone is right 0 times, B alone 0 times" in compare([one, two])
 
 
+def test_of_a_folder_with_one_evaluation_that_one_is_compared_and_of_several_one_must_be_named(tmp_path):
+    one, two = predict(tmp_path / "one", "1100"), predict(tmp_path / "two", "1101")
+    for name, as_name in (("eval.json", "eval-0a.json"), ("predictions.jsonl", "predictions-0a.jsonl")):
+        (two / name).rename(two / as_name)
+    assert "A alone is right 0 times, B alone 1 times" in compare([one, two])
+    (two / "eval-0b.json").write_text((two / "eval-0a.json").read_text())
+    with pytest.raises(UserError, match=r"several evaluations: name one of eval-0a\.json, eval-0b\.json"):
+        compare([one, two])
+
+
 def test_a_run_does_not_differ_from_itself(tmp_path):
     text = compare([predict(tmp_path / "one", "1101")] * 2)
     rows = [re.split(r" +\| *", line)[3:6] for line in text.splitlines() if re.match(r"\| [ami]", line)]

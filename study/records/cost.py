@@ -99,7 +99,7 @@ def usd_text(usd: float | None) -> str:
 
 def gpus_of(train: dict) -> int:
     """How many GPUs the `train` of a record took: one for each process."""
-    return train.get("batching", {}).get("processes", 1)
+    return (train.get("batching") or {}).get("processes", 1)
 
 
 def device_of(cost: dict) -> str:

@@ -12,7 +12,7 @@ from study.device import Process
 from study.errors import UserError
 from study.records import cost, runs
 from study.records.record import locked, read, read_whole, recording, status
-from study.records.schema import METHODS, PARTS, part_of
+from study.records.schema import METHODS, PARTS, lookup, part_of
 
 
 def say_dry_run(path: Path, args: argparse.Namespace, method: str, process: Process) -> None:
@@ -31,7 +31,7 @@ def say_dry_run(path: Path, args: argparse.Namespace, method: str, process: Proc
     scores = path != trained
     if scores and state not in ("finished", "running", training):
         state = "trained" if training == "finished" else training
-    if scores and state == training == "finished" and not runs.has_scored(read(path), read(trained)):
+    if scores and state == training == "finished" and not runs.has_scored(path, read(path), read(trained)):
         state = "trained"
     print(f"{args.task} with {args.pretrained_ckpt} -> {path}")
     left = (0, 0)
@@ -101,7 +101,7 @@ def earlier(args: argparse.Namespace, here: str, part: str, method: str) -> list
             continue  # the report names it
         key = (content["status"], content["task"], content["method"], content["model"])
         same = key == ("finished", args.task, method, args.pretrained_ckpt)
-        if same and cost.measured_on(content) == here:
+        if same and (lookup(content, f"{part}.examples") or 0) > 0 and cost.measured_on(content) == here:
             found.append(content)
     return found
 
@@ -136,8 +136,9 @@ def available(args: argparse.Namespace, records: Sequence[dict], split: str, fla
     """How many examples the split has that the flags name, as a record of it says."""
     source = getattr(args, flag), args.dataset
     for content in records:
-        if (content["config"][flag], content["config"]["dataset"]) == source and split in content["data"]:
-            return content["data"][split]["available"]
+        rows = lookup(content, f"data.{split}.available")
+        if (content["config"].get(flag), content["config"].get("dataset")) == source and rows:
+            return rows
     return None
 
 

@@ -69,13 +69,14 @@ def read(path: Path) -> dict | None:
     return content
 
 
-def read_whole(path: Path) -> dict | None:
-    """A record, of a run that goes on what there is. Raises UserError for one that lacks what tables need."""
+def read_whole(path: Path, part: str | None = None) -> dict | None:
+    """A record, of a run that goes on what there is. Raises UserError for one that lacks what tables need of
+    its `part`, or of the one that its name says."""
     content = read(path)
     if content is None or content["status"] != "finished":
         content = read(beside(path)) or content
     if content is not None:
-        schema.check(content, path)
+        schema.check(content, path, part)
     return content
 
 

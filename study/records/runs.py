@@ -88,7 +88,9 @@ def find_finished(
     from other `data` (splits, described) or with another checkpoint than is here.
     """
     content = None if args.force else read(path)
-    if not content or content["status"] != "finished" or (trained and not has_scored(content, trained)):
+    if not content or content["status"] != "finished":
+        return None
+    if trained and not has_scored(path, content, trained):
         return None
     check(content, path)
     check_same(content["config"], args, settings_of(method, part_of(path), args.drop_overlap), path)
@@ -105,22 +107,27 @@ def scored_adapter(trained: dict) -> dict:
     return {"adapter_sha256": sha256} if sha256 else {"training": trained["finished"]}
 
 
-def has_scored(content: dict, trained: dict) -> bool:
-    """Whether the evaluation `content` is of the adapter of the training `trained`."""
+def has_scored(path: Path, content: dict, trained: dict) -> bool:
+    """Whether the evaluation `content` at `path` is of the adapter of the training `trained`, and its file
+    still named by what it has otherwise than that: a training redone with other flags may leave the same
+    adapter."""
     known = content.get("adapter_sha256"), lookup(trained, "train.adapter_sha256")
-    return known[0] == known[1] if all(known) else content.get("training") == trained["finished"]
+    if not all(known):
+        return content.get("training") == trained["finished"]
+    name = eval_name(argparse.Namespace(**content["config"]), trained["config"])
+    return known[0] == known[1] and name == path.name
 
 
 def identity(content: dict) -> dict:
     """What an evaluation's answers depend on, by its record so far."""
-    names = ("config_hash", "adapter_sha256", "training", "data", "checkpoint")
-    return {name: content.get(name) for name in names}
+    known = {name: content.get(name) for name in ("config_hash", "training", "data", "checkpoint")}
+    return known | {name: content[name] for name in ("adapter_sha256",) if name in content}
 
 
 def check_same_data(recorded: dict, data: dict, where: Path) -> None:
     """Raise UserError if the splits in `data` hold other examples than those `recorded`."""
     for name, split in data.items():
-        if recorded[name]["sha256"] != split["sha256"]:
+        if lookup(recorded, f"{name}.sha256") != split["sha256"]:
             raise UserError(
                 f"{where} was made from other {name} data than {split['source']} holds now: --force redoes it"
             )
@@ -166,6 +173,9 @@ def finished_training(folder: Path, args: argparse.Namespace) -> dict:
         raise UserError(
             f"{folder / 'train.json'} lacks {', '.join(lacking)}: train the run again with --force"
         )
+    check(content, folder / "train.json")
+    if not METHODS[content["method"]].trains:
+        raise UserError(f"{folder / 'train.json'} is of the method {content['method']}, which trains nothing")
     if content["task"] != args.task:
         raise UserError(
             f"--experiment_dir {folder} is a {content['task']} run: score it with that task's script"

@@ -117,8 +117,14 @@ def settings_of(method: str, part: str, drop_overlap: bool = False) -> tuple[str
     return (*METHODS[method].settings, *(["test_file"] if METHODS[method].trains and drop_overlap else []))
 
 
-def check(content: dict, path: Path) -> None:
-    """Raise UserError for a record that lacks what tables need, or is of no task or method of ours."""
+def check(content: dict, path: Path, part: str | None = None) -> None:
+    """Raise UserError for a record that lacks what tables need of its `part` (by default the one that the
+    file's name says), or is of no task or method of ours."""
+    part = part or part_of(path)
+    if part is None:
+        raise UserError(
+            f"{path} is named like no record of a run: {', '.join(p.files for p in PARTS.values())}"
+        )
     if content.get("task") not in tuple(SCORES):  # which may be anything, a list too
         raise UserError(f"{path} lacks a task of ours: --force redoes the run")
     refuse_lacking(content, path, ALWAYS | OPTIONAL)
@@ -132,9 +138,9 @@ def check(content: dict, path: Path) -> None:
     if method.trains:
         wanted["config.train_sample_fraction"] = NUMBER
     if content["status"] == "finished":
-        wanted |= FINISHED | PARTS[part_of(path)].holds | ({"prompt_sha256": str} if method.prompted else {})
+        wanted |= FINISHED | PARTS[part].holds | ({"prompt_sha256": str} if method.prompted else {})
     refuse_lacking(content, path, wanted)
-    if content["status"] == "finished" and part_of(path) == "eval":
+    if content["status"] == "finished" and part == "eval":
         refuse_lacking(content, path, scores_of(content))
 
 
@@ -142,7 +148,7 @@ def scores_of(content: dict) -> dict:
     """What a finished evaluation holds of its split and its task's metrics."""
     split = f"data.{content['config']['split']}"
     wanted = {f"{split}.sha256": str, f"{split}.source": str, f"{split}.rows": int}
-    for metric in SCORES[content["task"]]:
+    for metric in {**SCORES[content["task"]], **content["eval"]["metrics"]}:
         wanted |= {f"eval.metrics.{metric}.{name}": NUMBER for name in ("value", "ci95.0", "ci95.1")}
     return wanted
 

@@ -8,7 +8,7 @@ from study import metrics
 from study.errors import UserError
 from study.records import runs
 from study.records.record import read_whole
-from study.records.schema import NUMBER, SCORES
+from study.records.schema import NUMBER, PARTS, SCORES
 
 
 def compare(paths: Sequence[Path]) -> str:
@@ -16,7 +16,7 @@ def compare(paths: Sequence[Path]) -> str:
     not scored on the same examples in the same way."""
     from tabulate import tabulate
 
-    sides = [read_scored(path / "eval.json" if path.is_dir() else path) for path in paths]
+    sides = [read_scored(scored_in(path)) for path in paths]
     (ours, rows), (_, others) = sides
     for what, one, other in (
         (
@@ -45,9 +45,20 @@ def compare(paths: Sequence[Path]) -> str:
     return "\n".join(lines)
 
 
+def scored_in(path: Path) -> Path:
+    """The evaluation's record that `path` is, or that lies in this folder of a run: eval.json, or the only
+    one. Raises UserError where there are several others."""
+    if not path.is_dir():
+        return path
+    names = sorted(found.name for found in path.glob(PARTS["eval"].files))
+    if "eval.json" in names or len(names) < 2:
+        return path / (names[0] if len(names) == 1 else "eval.json")
+    raise UserError(f"--compare {path} has several evaluations: name one of {', '.join(names)}")
+
+
 def read_scored(path: Path) -> tuple[dict, list[dict]]:
     """A finished evaluation's record and predictions. Raises UserError where either lacks or is not whole."""
-    content, predictions = read_whole(path), runs.predictions_beside(path)
+    content, predictions = read_whole(path, "eval"), runs.predictions_beside(path)
     if not content or content["status"] != "finished":
         raise UserError(f"--compare {path}: there is no finished evaluation")
     try:
