@@ -71,14 +71,10 @@ class KeptAnswers:
                     self.answers |= {int(index): ids for index, ids in step["answers"].items()}
                     self.seconds, self.wall_seconds = step["seconds"], step["wall_seconds"]
             print(f"resumed    {len(self.answers):,} of {len(prompts):,} answers are there", flush=True)
-        elif head and not head.startswith(same):
-            print(
-                "resumed    no answer: the earlier attempt was of another run or of other prompts", flush=True
-            )
         elif head:
-            print(
-                f"resumed    no answer: the earlier attempt decoded with {head[len(same) + 1 :]}", flush=True
-            )
+            decoded = f"decoded with {head[len(same) + 1 :]}"
+            other = decoded if head.startswith(same) else "was of another run or of other prompts"
+            print(f"resumed    no answer: the earlier attempt {other}", flush=True)
         step = self.step(self.answers, self.seconds, self.wall_seconds)
         write_text(self.path, f"{same} {how}\n{step}")
         self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115

@@ -638,6 +638,24 @@ def test_a_training_redone_with_another_test_file_has_no_score_though_the_adapte
     assert find(tmp_path / "eval.json", "--test_file", "other.jsonl", trained=redone) is None
 
 
+@pytest.mark.parametrize("config", [None, [], {}], ids=["none", "a list", "empty"])
+def test_a_score_whose_config_is_damaged_is_refused_in_one_line(tmp_path, capsys, config):
+    trained = make_record(tmp_path / "train.json", train=MEASURED | {"adapter_sha256": "a"})
+    content = make_record(tmp_path / "eval.json", **runs.scored_adapter(trained))
+    record.write_json(tmp_path / "eval.json", content | {"config": config})
+    with pytest.raises(UserError, match=r"eval\.json lacks config.*--force"):
+        find(tmp_path / "eval.json", trained=trained)
+    with pytest.raises(UserError, match=r"eval\.json lacks config.*--force"):
+        estimate.say_dry_run(tmp_path / "eval.json", flags(), "qlora", PROCESS)
+
+
+def test_a_score_is_found_by_what_its_record_says_of_the_task_whatever_its_config_does(tmp_path):
+    content = make_record(tmp_path / "eval.json", **runs.scored_adapter(training("2024", "a")))
+    config = {name: value for name, value in content["config"].items() if name != "task"}
+    record.write_json(tmp_path / "eval.json", content | {"config": config})
+    assert find(tmp_path / "eval.json", trained=training("2024", "a"))
+
+
 def test_a_score_of_a_training_without_a_fingerprint_is_told_by_when_that_ended(tmp_path):
     old, newer = ({"finished": stamp, "train": {}} for stamp in ("2024-01-01", "2024-01-02"))
     content = make_record(tmp_path / "eval.json", **runs.scored_adapter(old))
@@ -819,9 +837,9 @@ def test_a_dry_run_leaves_nothing_behind(tmp_path):
 
 
 def test_the_commit_is_that_of_the_repository_or_what_a_copy_outside_it_is_told(monkeypatch):
-    monkeypatch.setenv("GIT_COMMIT", "c0ffee")
+    monkeypatch.setenv("STUDY_COMMIT", "c0ffee")
     assert record.commit() == "c0ffee"
-    monkeypatch.delenv("GIT_COMMIT")
+    monkeypatch.delenv("STUDY_COMMIT")
     words = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     head = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
     assert (record.commit() or "").removesuffix("-dirty") == head  # "" where there is no repository

@@ -225,10 +225,11 @@ def environment(seed: int | None) -> dict:
 
 
 def commit() -> str | None:
-    """That this code is of: what the variable GIT_COMMIT says, for a copy outside its repository, or else the
-    repository, with "-dirty" behind it where the code was changed since."""
-    if os.environ.get("GIT_COMMIT"):
-        return os.environ["GIT_COMMIT"]
+    """That this code is of: what the variable STUDY_COMMIT says, for a copy outside its repository, or else
+    the repository, with "-dirty" behind it where the code was changed since. (Not GIT_COMMIT, by which build
+    servers mean whatever they build.)"""
+    if os.environ.get("STUDY_COMMIT"):
+        return os.environ["STUDY_COMMIT"]
     here = str(Path(__file__).resolve().parent)
     command = ["git", "-C", here, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:

@@ -110,12 +110,14 @@ def scored_adapter(trained: dict) -> dict:
 def has_scored(path: Path, content: dict, trained: dict) -> bool:
     """Whether the evaluation `content` at `path` is of the adapter of the training `trained`, and its file
     still named by what it has otherwise than that: a training redone with other flags may leave the same
-    adapter."""
+    adapter. Raises UserError where that can't be told."""
     known = content.get("adapter_sha256"), lookup(trained, "train.adapter_sha256")
     if not all(known):
         return content.get("training") == trained["finished"]
-    name = eval_name(argparse.Namespace(**content["config"]), trained["config"])
-    return known[0] == known[1] and name == path.name
+    if known[0] != known[1]:
+        return False
+    check(content, path)
+    return eval_name(flags_of(content), trained["config"]) == path.name
 
 
 def identity(content: dict) -> dict:
@@ -221,12 +223,15 @@ def has_other_price(trained: dict, args: argparse.Namespace) -> bool:
     return there != here
 
 
+def flags_of(content: dict) -> argparse.Namespace:
+    """The flags that a record was made with."""
+    return argparse.Namespace(**content["config"] | {"task": content["task"]})
+
+
 def command(content: dict) -> str:
     """The command line of a record: its script with the flags that differ from their defaults."""
-    config = content["config"]
-    plain = defaults(argparse.Namespace(**config | {"task": content["task"]}))
-    words = ["python", content["script"]]
-    for name, value in config.items():
+    plain, words = defaults(flags_of(content)), ["python", content["script"]]
+    for name, value in content["config"].items():
         if name in plain and value != plain[name] and value is not None:
             values = [] if value is True else value if isinstance(value, list) else [value]
             words += [f"--{name}", *map(str, values)]

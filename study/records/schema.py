@@ -77,7 +77,7 @@ class Part:
     """A stage of a run that leaves a record: the files' pattern, and what a finished one holds, by dots."""
 
     files: str
-    holds: dict[str, type | tuple | object]
+    holds: dict[str, type | tuple[type, ...]]
 
 
 MEASURED = ("examples", "seconds", "wall_seconds", "peak_memory_gib")

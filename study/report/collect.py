@@ -108,7 +108,7 @@ def runs_of(folder: Path) -> list[Run]:
     for path in (folder / name for name in sorted(names)):
         content, state = record.read_whole(path), record.status(path)
         if finished and state == "finished" and not runs.has_scored(path, content, trained):
-            raise UserError(f"{path} scored another adapter than the one beside it: score it again")
+            raise UserError(f"{path} scored an earlier training than the one beside it: score it again")
         found.append(Run(path, content, trained if finished else None, state))
     if not found and trained:
         path = folder / "train.json"

@@ -81,7 +81,8 @@ def share_table(task: str, group: Sequence[Run]) -> Table:
 def method_table(task: str, group: Sequence[Run]) -> Table:
     """Table 2: the methods, for each model: the published ones for a language model, whether run or not, and
     others that were run."""
-    shown = [method for method in METHODS.values() if method.published or is_run(method, group)]
+    run = {run.content["method"] for run in group}
+    shown = [method for name, method in METHODS.items() if method.published or name in run]
     title = " and ".join([", ".join(method.title for method in shown[:-1]), shown[-1].title])
     table = Table("Table 2", title, ["model", "method", "trained on", *SCORES[task].values()], 2)
     names = {run.content["model"]: run for run in group}
@@ -99,10 +100,6 @@ def method_table(task: str, group: Sequence[Run]) -> Table:
                 scores = (score_cell(of, metric) for metric in SCORES[task])
                 table.add(model, method.title, trained_on(of), *scores)
     return table
-
-
-def is_run(method, group: Iterable[Run]) -> bool:
-    return any(run.method is method for run in group)
 
 
 def model_table(task: str, group: Sequence[Run]) -> Table:
