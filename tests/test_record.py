@@ -15,6 +15,7 @@ import sys
 import time
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import MEASURED, PROCESS, ROOT, run_script
@@ -198,6 +199,7 @@ def test_the_test_file_counts_where_training_drops_its_overlap():
 ATOMIC = """
 import json, sys
 from pathlib import Path
+from types import SimpleNamespace
 from study.errors import UserError
 from study.records import record
 path = Path(sys.argv[1]) / "train.json"
@@ -428,6 +430,7 @@ def test_a_run_that_goes_on_is_running_and_leaves_its_record_alone(tmp_path, err
 KILLED = """
 import os, signal, sys
 from pathlib import Path
+from types import SimpleNamespace
 from study import cli
 from study.device import Process
 from study.records import record
@@ -843,3 +846,14 @@ def test_the_commit_is_that_of_the_repository_or_what_a_copy_outside_it_is_told(
     words = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     head = subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
     assert (record.commit() or "").removesuffix("-dirty") == head  # "" where there is no repository
+
+
+def test_a_device_is_what_torch_computes_on_and_without_torch_what_the_driver_sees(monkeypatch):
+    monkeypatch.setattr(device, "gpu_name", lambda: "NVIDIA A10G")
+    monkeypatch.setattr(device, "current", lambda: "cuda:0")
+    for available, name in ((True, "NVIDIA L4"), (False, device.processor())):
+        cuda = SimpleNamespace(is_available=lambda a=available: a, get_device_name=lambda _: "NVIDIA L4")
+        monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+        assert device.name() == name  # a build of torch for no GPU computes on the processor
+    monkeypatch.delitem(sys.modules, "torch")
+    assert device.name() == "NVIDIA A10G"
