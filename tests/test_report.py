@@ -24,6 +24,7 @@ from study.report.tables import all_tables
 GPU = "NVIDIA A10G"
 TABLE_1 = "Table 1: classification: accuracy by training share"
 TRAINING, SERVING = "Tables 4 and 5: time and cost to train", "Inference: speed and cost to serve"
+SERVED = "Inference, published: speed and cost to serve"
 COST = {"gpu": GPU, "price_per_hour": 3.6, "price_source": "x", "price_date": "2024"}  # $0.001 a s
 METRICS = {  # by task, with how far below the first each is
     "classification": {"accuracy": 0, "macro_f1": 1, "invalid_answers": 10},
@@ -408,6 +409,15 @@ def test_rows_of_cost_can_be_told_apart_where_a_training_is_scored_on_two_splits
 # Published figures
 
 
+@pytest.fixture(scope="module")
+def load_test() -> dict[str, dict[str, str]]:
+    """The published rows of serving, as printed: the cells by column of each model, task, GPU and server."""
+    columns, *rows = printed(report("--published").stdout)[SERVED]
+    cells = [dict(zip(columns, row, strict=True)) for row in rows]
+    name = "{model} {task} {GPU} {server}"
+    return {name.format(**row).removeprefix("Llama-").replace(" †", ""): row for row in cells}
+
+
 def test_published_figures_leave_ours_as_they_are_and_are_marked(study):
     alone, beside = (printed(report(study, *words).stdout) for words in ((), ("--published",)))
     for title, (columns, *rows) in alone.items():
@@ -434,12 +444,59 @@ def test_the_published_figures_stand_alone_and_add_up():
     _, *rows = printed(done.stdout)[TABLE_1]
     sums = [sum(float(row[i]) for row in rows) for i in range(2, 10)]
     assert sums == pytest.approx([348.02, 316.41, 425.27, 412.50, 388.36, 401.71, 376.38, 434.67])
-    columns, *served = printed(done.stdout)["Inference, published: speed and cost to serve"]
-    times = [float(row[columns.index("times more")]) for row in served]
-    assert (len(times), min(times), max(times)) == (30, 1.7, 36.4)
+    columns, *served = printed(done.stdout)[SERVED]
     # FastApi on A10G, Llama-7B: 1.624 / 3600 / 0.11 * 1000 / 100 = 0.0410; 4 / 0.11 = 36.4
+    assert columns[-3:] == ["per 1K tokens, served", "offered / served", "fits the formula"]
     assert served[0][:5] == ["Llama-7B †", "classification", "A10G", "1.624", "FastApi"]
-    assert served[0][-2:] == ["$0.041", "36.4"]
+    assert served[0][-3:] == ["$0.041", "36.4", "yes"]
+    assert "times more" not in done.stdout
+    assert "times the" not in done.stdout
+
+
+def test_the_published_rate_offered_is_a_factor_of_the_rate_served_and_a_bound_stays_one(load_test):
+    factors = {row: cells["offered / served"] for row, cells in load_test.items()}
+    numbers = [float(factor.removeprefix("> ")) for factor in factors.values()]
+    assert (len(numbers), min(numbers), max(numbers)) == (30, 1.7, 36.4)
+    bounds = {row: factor for row, factor in factors.items() if factor.startswith(">")}
+    assert bounds == {
+        "7B classification A10G vLLm": "> 8.8",  # 185 / 21.03
+        "7B classification A100 40GB vLLm": "> 3.2",  # 280 / 87.96
+        "13B classification A100 40GB vLLm": "> 5.4",  # 280 / 51.46
+    }
+    prices = [cells["per 1K tokens"] for cells in load_test.values()]
+    assert [price for price in prices if not price.startswith("$")] == [
+        *("< $0.00002", "< $0.00001", "< $0.00003", "< $0.00001", "< $0.00002")
+    ]
+
+
+def test_the_formula_gives_15_of_the_30_published_prices_and_the_others_are_flagged(load_test):
+    fits = {row for row, cells in load_test.items() if cells["fits the formula"] == "yes"}
+    classification = {row for row in load_test if "classification" in row}
+    assert classification - fits == {"7B classification A100 40GB vLLm", "13B classification A100 40GB Ray"}
+    assert fits - classification == {"7B summarization A10G vLLm", "13B summarization A100 40GB FastApi"}
+    assert (len(fits), len(load_test)) == (15, 30)
+    rounded = 0
+    for cells in load_test.values():
+        number, offered = cells["per 1K tokens"].strip("< $"), float(cells["requests/s offered"].strip("> "))
+        rounded += f"{float(cells['USD per hour']) / 360 / offered:.{len(number) - 2}f}" == number
+    assert rounded == 8  # docs/numbers.md: what rounding alone would give
+    assert "gives 15 of the 30 published prices" in FIGURES["tables"]["Inference, published"]["note"]
+
+
+def test_a_published_price_that_does_not_fit_says_which_hourly_prices_would(load_test):
+    found = {row: cells["fits the formula"] for row, cells in load_test.items()}
+    # 0.000055 to 0.00007 * 360 * 55: 0.00006 by rounding up or by cutting off
+    assert found["13B summarization A10G Ray"] == "no: $1.09 to 1.39 an hour would"
+    assert found["7B classification A100 40GB vLLm"] == "no: < $2.02 an hour would"  # < 0.00002 * 360 * 280
+    ranges = {"A10G": [], "A100": []}
+    for row, text in found.items():
+        if "summarization" in row and text != "yes":
+            low, high = re.fullmatch(r"no: (?:\$(\S+) to |< \$)(\S+) an hour would", text).groups("0")
+            ranges[row.split()[2]].append((float(low), float(high)))
+    shared = {
+        gpu: (max(low for low, _ in ends), min(high for _, high in ends)) for gpu, ends in ranges.items()
+    }
+    assert shared == {"A10G": (1.09, 1.35), "A100": (2.67, 3.13)}
 
 
 # Prices

@@ -4,6 +4,7 @@ Such a cell has no value, so that no mean, interval or comparison of ours can ta
 """
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -41,14 +42,32 @@ def with_published(tables: Sequence[Table]) -> list[Table]:
 
 
 def rows_of(table: dict) -> list[dict[str, Cell]]:
-    """Its rows by column; for the load test also the price at the rate that was served, and by how many times
-    the published one is less."""
+    """Its rows by column; of the load test also USD per 1K tokens at the rate served, rate offered / rate
+    served, and whether the formula gives the published price."""
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
     for row in rows:
         if "requests/s served" in row:
-            offered, served = (float(row[f"requests/s {rate}"].strip("> ")) for rate in ("offered", "served"))
-            row["per 1K tokens, served"] = cost.usd_text(
-                cost.usd(float(row["USD per hour"]), 1000 / TOKENS / served)
-            )
-            row["times more"] = f"{offered / served:.1f}"
+            served, usd_per_hour = float(row["requests/s served"]), float(row["USD per hour"])
+            more, offered = bound(row["requests/s offered"])
+            low, high = prices_that_fit(row["per 1K tokens"], float(offered))
+            would = f"${low:.2f} to {high:.2f}" if low else f"< ${high:.2f}"
+            row["per 1K tokens, served"] = cost.usd_text(cost.usd(usd_per_hour, 1000 / TOKENS / served))
+            row["offered / served"] = f"{more}{float(offered) / served:.1f}"
+            row["fits the formula"] = "yes" if low <= usd_per_hour < high else f"no: {would} an hour would"
     return [{column: Cell(text) for column, text in row.items()} for row in rows]
+
+
+def prices_that_fit(printed: str, offered: float) -> tuple[float, float]:
+    """The USD per hour, from and below, at which price per hour / 3600 / `offered` per second / TOKENS x 1000
+    gives the `printed` USD per 1K tokens, rounded or cut off at its last digit; from 0 for a bound "< $x"."""
+    less, number = bound(printed)
+    digit = 10.0 ** -len(number.partition(".")[2])
+    low, high = 0 if less else float(number) - digit / 2, float(number) + digit
+    per_hour = 3600 * offered * TOKENS / 1000
+    return low * per_hour, high * per_hour
+
+
+def bound(printed: str) -> tuple[str, str]:
+    """The sign of a bound, "> " or "< ", else "", and the number without its "$"."""
+    sign, number = re.fullmatch(r"([<>] )?\$?([\d.]+)", printed).groups("")
+    return sign, number
