@@ -166,6 +166,7 @@ def describe(answers: Answers, process: Process, metrics: dict, decoding: str) -
         "examples": examples,
         "seconds": answers.seconds,
         "wall_seconds": answers.earlier_seconds + process.seconds(),
+        "earlier_seconds": answers.earlier_seconds,
         "examples_per_second": examples / answers.seconds,
         "invalid_answers": None if invalid is None else round(invalid["value"] * examples / 100),
         "peak_memory_gib": device.peak_memory_gib(),

@@ -275,6 +275,7 @@ def train(
         "tokens": sum(tokens),
         "seconds": seconds,
         "wall_seconds": spent["wall_seconds"] + process.seconds(),
+        "earlier_seconds": spent["wall_seconds"],
         "tokens_per_second": sum(tokens) / seconds,
         "peak_memory_gib": max(spent["peak_memory_gib"], device.peak_memory_gib()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),

@@ -25,7 +25,7 @@ from study import cli, device
 from study.device import Process
 from study.errors import UserError
 from study.files import write_text
-from study.records import estimate, record, runs, summary
+from study.records import cost, estimate, record, runs, summary
 from study.records.schema import METHODS
 
 CLASSIFICATION = "experiments/classification-sampleFraction-1.0_epochs-5_rank-8_dropout-0.1_seed-42"
@@ -47,13 +47,18 @@ def baseline_dir(*words: object) -> Path:
 
 
 def make_record(
-    path: Path, *words: object, error: BaseException | None = None, task="classification", **more
+    path: Path,
+    *words: object,
+    error: BaseException | None = None,
+    task="classification",
+    process=PROCESS,
+    **more,
 ):
     """Write a record as a script does, by its own flags; return it as it then stands on the disk."""
     args = flags(*words, task=task)
     path.parent.mkdir(exist_ok=True)
     try:
-        with record.recording(path, args, "qlora", PROCESS) as content:
+        with record.recording(path, args, "qlora", process) as content:
             prompt = prompt_sha256(task, "instruction")
             parts = {"labels": ["a", "b"], "prompt_sha256": prompt, "quantization": {}}
             parts |= {
@@ -383,10 +388,10 @@ def test_an_interruption_and_a_known_error_pass_through_as_they_are(tmp_path, er
 @pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), MemoryError(), UserError("x")])
 def test_a_failure_never_replaces_a_finished_record(tmp_path, error):
     path = tmp_path / "train.json"
-    make_record(path, train=MEASURED | {"loss": 1.0})
-    before = path.read_bytes()
-    make_record(path, error=error)
-    assert path.read_bytes() == before
+    before = make_record(path, train=MEASURED | {"loss": 1.0})
+    after = make_record(path, error=error)
+    assert len(after.pop("spent_before")) == 1
+    assert after == before
 
 
 def test_a_finished_record_replaces_a_failure_an_older_one_and_a_damaged_one(tmp_path):
@@ -509,6 +514,159 @@ def test_a_lock_that_fails_otherwise_is_one_line(tmp_path, monkeypatch):
         record.locked(tmp_path, PROCESS),
     ):
         pass
+
+
+# What was spent
+
+
+def lasting(seconds: float) -> Process:
+    """A process that began so long ago."""
+    return Process("test", began=time.monotonic() - seconds)
+
+
+def fail(path: Path, seconds: float, *words: object, error: BaseException | None = None) -> dict:
+    """A run at $3.60 an hour, which is $0.001 a second, that fails after so many."""
+    words = ("--price_per_hour", 3.6, *words)
+    return make_record(path, *words, error=error or ValueError("x"), process=lasting(seconds))
+
+
+def finish(path: Path, seconds: float, earlier: float = 0.0) -> dict:
+    """The same run, finished; `earlier` of its seconds are of attempts that it went on from."""
+    spent = MEASURED | {"wall_seconds": seconds, "earlier_seconds": earlier, "loss": 1.0}
+    cost = {"device": "CPU", "gpus": 1, "gpu": "CPU", "price_per_hour": 3.6, "usd": seconds / 1000}
+    part = path.name.removesuffix(".json")
+    return make_record(path, "--price_per_hour", 3.6, cost=cost, **{part: spent})
+
+
+def before(content: dict) -> list[tuple]:
+    """Status, seconds and dollars of each attempt before that of a record."""
+    return [
+        (of["status"], pytest.approx(of["wall_seconds"], abs=1), pytest.approx(of["cost"]["usd"], abs=0.001))
+        for of in content["spent_before"]
+    ]
+
+
+@pytest.mark.parametrize("part", ["train", "eval"])
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), MemoryError(), UserError("x")])
+def test_a_run_without_a_result_has_the_seconds_and_the_cost_of_its_process(tmp_path, part, error):
+    content = fail(tmp_path / f"{part}.json", 1000, error=error)
+    assert 1000 <= content["wall_seconds"] < 1001
+    assert content["cost"]["usd"] == pytest.approx(content["wall_seconds"] / 1000)
+    assert content["cost"]["device"] == content["cost"]["gpu"] == device.name()
+    assert content["cost"]["price_per_hour"] == 3.6
+    assert "spent_before" not in content
+
+
+def test_a_training_that_fails_on_two_gpus_pays_for_both_and_an_evaluation_for_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    words, spent = ("--gpu_name", "g5.2xlarge"), []  # $1.212 an hour
+    for name in ("train.json", "eval.json"):
+        make_record(tmp_path / name, *words, error=ValueError("x"), process=lasting(3600))
+        spent.append(record.read(tmp_path / name)["cost"])
+    assert [(of["gpus"], round(of["usd"], 3)) for of in spent] == [(2, 2.424), (1, 1.212)]
+
+
+def break_device(monkeypatch):
+    monkeypatch.setattr(device, "name", lambda: 1 / 0)
+
+
+def break_prices(monkeypatch):
+    monkeypatch.setattr(cost, "PRICES", ROOT / "no such file")
+
+
+@pytest.mark.parametrize("break_one", [break_device, break_prices])
+def test_a_price_that_can_not_be_told_hides_no_error_and_no_time(tmp_path, monkeypatch, break_one):
+    break_one(monkeypatch)
+    path = tmp_path / "train.json"
+    with (
+        pytest.raises(UserError, match="KeyError: 'mine'"),
+        record.recording(path, flags(), "qlora", PROCESS),
+    ):
+        raise KeyError("mine")
+    content = record.read(path)
+    assert (content["status"], content["error"]["type"]) == ("failed", "KeyError")
+    assert content["wall_seconds"] > 0
+    assert "cost" not in content
+
+
+def test_what_a_record_replaces_is_not_forgotten(tmp_path):
+    path = tmp_path / "train.json"
+    fail(path, 100)
+    assert before(fail(path, 200, error=MemoryError())) == [("failed", 100, 0.1)]
+    assert before(finish(path, 400)) == [("failed", 100, 0.1), ("oom", 200, 0.2)]
+    content = finish(path, 800)  # by --force
+    assert before(content) == [("failed", 100, 0.1), ("oom", 200, 0.2), ("finished", 400, 0.4)]
+    assert content["train"]["wall_seconds"] == 800
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt()])
+def test_what_fails_over_a_finished_record_is_added_to_what_that_has_spent(tmp_path, error):
+    path = tmp_path / "eval.json"
+    fail(path, 50)
+    whole = finish(path, 100)
+    for seconds in (200, 400):
+        fail(path, seconds, "--force", error=error)
+    content, status = record.read(path), record.describe_error(error)["status"]
+    assert before(content) == [("failed", 50, 0.05), (status, 200, 0.2), (status, 400, 0.4)]
+    assert content | {"spent_before": whole["spent_before"]} == whole
+    assert not record.beside(path).exists()
+    assert len(before(finish(path, 100))) == 4
+
+
+def test_seconds_that_a_later_attempt_goes_on_with_are_counted_once(tmp_path):
+    path = tmp_path / "train.json"
+    finish(path, 1000)
+    fail(path, 100)  # its checkpoint has 90 of them
+    fail(path, 200)  # went on from there; the next one has 90 + 180
+    content = finish(path, 670, earlier=270)
+    assert before(content) == [("failed", 30, 0.03), ("failed", 0, 0), ("finished", 1000, 1)]
+    assert sum(of["wall_seconds"] for of in content["spent_before"]) + 670 == pytest.approx(1700, abs=1)
+
+
+def test_seconds_of_attempts_that_left_no_record_take_none_from_those_that_did(tmp_path):
+    content = finish(tmp_path / "train.json", 500, earlier=300)  # killed after 300
+    assert "spent_before" not in content
+    assert before(finish(tmp_path / "train.json", 500, earlier=300)) == [("finished", 500, 0.5)]
+
+
+def test_a_record_of_an_earlier_version_tells_of_what_it_has(tmp_path):
+    path = tmp_path / "train.json"
+    failed = fail(path, 100)
+    record.write_json(path, {name: failed[name] for name in failed.keys() - {"wall_seconds", "cost"}})
+    assert record.read_whole(path)["status"] == "failed"
+    finished = finish(path, 400)
+    [attempt] = finished["spent_before"]
+    assert (attempt["status"], attempt["wall_seconds"], attempt["cost"]) == ("failed", None, None)
+    on_two = MEASURED | {"wall_seconds": 400, "batching": {"processes": 2}}
+    old = finished | {"cost": {"gpu": "CPU", "price_per_hour": 3.6}, "train": on_two}
+    record.write_json(path, {name: old[name] for name in old.keys() - {"spent_before"}})
+    [attempt] = finish(path, 500)["spent_before"]
+    assert (attempt["wall_seconds"], attempt["cost"]["gpus"], attempt["cost"]["price_per_hour"]) == (
+        400,
+        2,
+        3.6,
+    )
+
+
+@pytest.mark.parametrize(
+    "more", [{"spent_before": "x"}, {"train": MEASURED | {"batching": {"processes": "2"}}}]
+)
+@pytest.mark.parametrize("error", [None, ValueError("x")])
+def test_an_earlier_record_that_is_damaged_stops_no_other(tmp_path, more, error):
+    path = tmp_path / "train.json"
+    record.write_json(path, finish(path, 100) | more)
+    content = make_record(path, error=error)
+    assert content["status"] == "finished"
+    assert len(content.get("spent_before", [])) == (1 if error else 0)
+
+
+def test_a_failure_that_a_loop_records_for_a_script_is_of_unknown_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("CELL_FAILED", "exit 1")
+    path = tmp_path / "run" / "train.json"
+    estimate.say_dry_run(path, flags("--price_per_hour", 3.6, "--dry_run"), "qlora", lasting(100))
+    content = record.read(path)
+    assert (content["status"], content["wall_seconds"]) == ("failed", None)
+    assert (content["cost"]["price_per_hour"], content["cost"]["usd"]) == (3.6, None)
 
 
 # Clocks

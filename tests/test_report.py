@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -584,6 +585,89 @@ def test_a_price_list_that_is_none_is_refused_by_name(study, tmp_path, old, new)
     assert done.returncode == 1
 
 
+# What was spent in all
+
+
+def tried(status: str, seconds: float | None, **cost) -> dict:
+    """An attempt before that of a record, or what a record of a failure has of its own."""
+    return {"status": status, "wall_seconds": seconds, "cost": COST | {"gpus": 1} | cost}
+
+
+def note(text: str, heading: str = TRAINING) -> str:
+    """What is said of the spending below a table."""
+    [section] = [part for part in text.split("## ") if part.startswith(heading)]
+    return section[section.index("Spent in all") :].strip()
+
+
+@pytest.fixture
+def spending(tmp_path) -> Path:
+    """Records of every kind; a second is $0.001."""
+    root = tmp_path / "runs"
+    # 400 s and 100 s; before the evaluation 1,000 s and, at twice the price, 2,000 s
+    before = [tried("failed", 1000.0), tried("finished", 2000.0, price_per_hour=7.2)]
+    content = json.loads((tuned(root / "kept", 70, spent_before=before) / "eval.json").read_text())
+    # 50 s: another evaluation of the same training
+    content["data"] = {"validation": OTHER_TEST["data"]["test"]}
+    content["config"]["split"], content["eval"]["wall_seconds"] = "validation", 50.0
+    record.write_json(root / "kept" / "eval-12345678.json", content | {"spent_before": []})
+    # 400 s and 100 s: an older twin
+    tuned(root / "twin", 60, finished="2023-01-01T00:00:00.000+00:00")
+    failures = {
+        "memory": tried("oom", 30.0),
+        "stopped": tried("interrupted", 20.0, gpu="CPU", price_per_hour=None),
+        "old": {"status": "failed"},  # as earlier versions left it
+    }
+    for name, failure in failures.items():
+        save(root / name, "train", "classification", "--seed 9", "qlora", **failure)
+    (root / "damaged").mkdir()
+    (root / "damaged" / "train.json").write_text("{")
+    shutil.copytree(root / "twin", root / ".calibration")  # counts nowhere
+    return root
+
+
+def test_the_total_is_that_of_every_record_and_every_attempt_worked_out_by_hand(spending, tmp_path):
+    seconds = (400 + 100 + 1000 + 2000) + 50 + (400 + 100) + 30 + 20
+    usd = (0.4 + 0.1 + 1.0 + 4.0) + 0.05 + (0.4 + 0.1) + 0.03
+    assert (seconds, usd) == (4100, pytest.approx(6.08))  # 68.3 min
+    said = "Spent in all, with 4 failed and 1 repeated runs: {} "
+    said += "(and 1 run of unknown price and 1 run of unknown time); not counted: 1 unreadable record."
+    for folders in ([spending], [spending, spending / "kept", spending]):  # each once
+        assert note(report(*folders).stdout) == said.format("68.3 min, $6.08")
+    # All 4,080 s of an A10G, of which 2,000 were at this price before, at $0.002.
+    repriced = with_prices(spending, tmp_path / "prices.json", PRICE).stdout
+    assert note(repriced) == said.format("68.3 min, $8.16")
+
+
+def test_the_total_on_two_gpus_is_priced_for_both(tmp_path):
+    train = {"batching": {"processes": 2}}
+    tuned(tmp_path / "run", 70, train=train, spent_before=[tried("failed", 500.0, gpus=2)])
+    # 400 s of two, 100 s of one, and 500 s of two at $0.002
+    assert note(with_prices(tmp_path, tmp_path / "prices.txt", PRICE).stdout).endswith(": 16.7 min, $3.80.")
+
+
+def test_runs_that_none_failed_or_was_repeated_are_added_up(study):
+    seconds, usd = 6 * 500 + 7300 + 500 + 100 + 100, 6 * 0.5 + 7.3 + 0.5 + 0.1 + 0.1
+    assert f"{seconds / 3600:.1f} h, ${usd:.2f}" == "3.1 h, $11.00"
+    assert note(report(study).stdout) == "Spent in all: 3.1 h, $11.00."
+
+
+def test_where_nothing_was_trained_the_total_stands_under_the_last_table(tmp_path):
+    baseline(tmp_path / "scored", 20)
+    assert note(report(tmp_path / "scored").stdout, SERVING) == "Spent in all: 1.7 min, $0.10."
+    leave_unfinished(tmp_path / "failed", "", ValueError("x"))
+    said = r"Spent in all, with 1 failed run: [\d.]+ \w+, unknown price\.$"
+    assert re.search(said, report(tmp_path / "failed").stdout.strip())
+
+
+def test_a_run_that_goes_on_or_was_killed_is_of_unknown_time(tmp_path):
+    content = save(tmp_path / "run", "train", "classification", "", "qlora", status="running")
+    (tmp_path / "run" / "train.json").rename(tmp_path / "run" / ".train.json")
+    assert report(tmp_path).stdout.strip().endswith("Spent in all: unknown time, unknown price.")
+    record.write_json(tmp_path / "run" / "train.json", content | tried("failed", 600.0))
+    said = "Spent in all, with 1 failed run: 10.0 min, $0.60 (and 1 run of unknown time)."
+    assert report(tmp_path).stdout.strip().endswith(said)
+
+
 # For programs, and traces
 
 
@@ -735,7 +819,10 @@ LACKING = {
     "cost.gpu eval.metrics eval.metrics.accuracy eval.metrics.accuracy.ci95",
 }
 ODD = {
-    "train": {"train.seconds": "360", "train.wall_seconds": -1, "train.examples": "480"},
+    "train": {
+        **{"train.seconds": "360", "train.wall_seconds": -1, "train.examples": "480"},
+        **{"spent_before": [{"status": "failed", "wall_seconds": -1}], "cost.gpus": "2"},
+    },
     "eval": {
         **{"eval": "x", "eval.seconds": -1, "eval.metrics.accuracy.value": "70", "config.lora_r": "8"},
         **{
@@ -746,6 +833,8 @@ ODD = {
         },
         **{
             "cost.device": 1,
+            "wall_seconds": -1,
+            "spent_before": {"failed": 1},
             "status": ["finished"],
             "config": ["a"],
             "data.test": [],

@@ -68,6 +68,8 @@ def test_killed_twice_and_started_again_it_ends_with_the_same_adapter(whole, tmp
     for name in ("loss", "tokens", "steps", "learned_tokens", "loss_history"):
         assert resumed["train"][name] == record["train"][name]
     assert list((tmp_path / "checkpoints").iterdir()) == [copy]
+    assert 0 < resumed["train"]["earlier_seconds"] < resumed["train"]["wall_seconds"]
+    assert "spent_before" not in resumed
 
 
 def test_checkpoints_of_the_run_are_told_from_copies_and_sorted_by_their_step(tmp_path):
@@ -142,13 +144,21 @@ def test_a_checkpoint_of_other_settings_is_refused_and_kept(tmp_path):
     assert marked()
 
 
-def test_ctrl_c_is_recorded_as_interrupted_and_exits_130(tmp_path):
-    saved = lambda: list(tmp_path.glob("checkpoints/checkpoint-*"))
-    process = train_until(saved, tmp_path, "--epochs=50")
+def test_ctrl_c_is_recorded_as_interrupted_with_a_cost_that_counts_once_when_it_goes_on(tmp_path):
+    saved = lambda: list(tmp_path.glob("checkpoints/checkpoint-*/progress.json"))
+    process = train_until(saved, tmp_path, *WHOLE, "--price_per_hour=3.6")
     os.kill(process.pid, signal.SIGINT)
     process.join()
     assert process.exitcode == 130
-    assert json.loads((tmp_path / "train.json").read_text())["status"] == "interrupted"
+    stopped = json.loads((tmp_path / "train.json").read_text())
+    assert stopped["status"] == "interrupted"
+    assert stopped["cost"]["usd"] == pytest.approx(stopped["wall_seconds"] / 1000)
+
+    resumed = train(tmp_path, *WHOLE)
+    [before], taken_over = resumed["spent_before"], resumed["train"]["earlier_seconds"]
+    assert 0 < taken_over < min(stopped["wall_seconds"], resumed["train"]["wall_seconds"])
+    assert before["wall_seconds"] + taken_over == pytest.approx(stopped["wall_seconds"])
+    assert before["cost"]["usd"] == pytest.approx(before["wall_seconds"] / 1000)
 
 
 def test_how_a_batch_is_split_changes_the_adapter_by_rounding_only(tmp_path):

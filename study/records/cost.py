@@ -15,6 +15,7 @@ import re
 from pathlib import Path
 
 from study.errors import UserError
+from study.records.schema import lookup
 
 PRICES = Path(__file__).with_name("prices.json")
 ENTRY = {"gpu": str, "instance": str, "usd_per_hour": (int, float), "source": str, "date": str}
@@ -86,8 +87,8 @@ def stands_in(name: str, device: str) -> bool:
     return bool(re.search(rf"(?<!\w){re.escape(name)}(?!\w)", device, re.IGNORECASE))
 
 
-def usd(price_per_hour: float | None, seconds: float) -> float | None:
-    return None if price_per_hour is None else price_per_hour * seconds / 3600
+def usd(price_per_hour: float | None, seconds: float | None) -> float | None:
+    return None if price_per_hour is None or seconds is None else price_per_hour * seconds / 3600
 
 
 def usd_text(usd: float | None) -> str:
@@ -99,7 +100,7 @@ def usd_text(usd: float | None) -> str:
 
 def gpus_of(train: dict) -> int:
     """How many GPUs the `train` of a record took: one for each process."""
-    return (train.get("batching") or {}).get("processes", 1)
+    return lookup(train, "batching.processes") or 1
 
 
 def device_of(cost: dict) -> str:
@@ -121,15 +122,19 @@ def shown(cost: dict) -> str:
 
 
 def of_run(args: argparse.Namespace, device: str, seconds: float, gpus: int = 1) -> dict:
-    """The `cost` of a record: price and dollars of `seconds` on `gpus` devices `device`, priced as --gpu_name
-    calls them. Says so where the price is ambiguous."""
+    """The `cost` of a record, see `of`. Says so where the price is ambiguous."""
     say_ambiguity(args, device)
+    return of(args, device, seconds, gpus)
+
+
+def of(args: argparse.Namespace, device: str, seconds: float, gpus: int = 1) -> dict:
+    """Price and dollars of `seconds` on `gpus` devices `device`, priced as --gpu_name calls them."""
     cost = price(args.gpu_name or device, args.price_per_hour, gpus=gpus)
-    return {"device": device, **cost, "usd": usd(cost["price_per_hour"], seconds)}
+    return {"device": device, "gpus": gpus, **cost, "usd": usd(cost["price_per_hour"], seconds)}
 
 
 def repriced(cost: dict, prices: list[dict], gpus: int = 1) -> float | None:
     """USD per hour of a record's devices: by `prices` where they are listed there, else as recorded."""
     if listed(cost["gpu"], prices):
         return price(cost["gpu"], prices=prices, gpus=gpus)["price_per_hour"]
-    return cost["price_per_hour"]
+    return cost.get("price_per_hour")

@@ -43,14 +43,15 @@ def say_dry_run(path: Path, args: argparse.Namespace, method: str, process: Proc
 
 def leave_failure(path: Path, args: argparse.Namespace, method: str, process: Process, how: str) -> None:
     """Record a run as failed whose script ended before it began a record, so that tables show it, and print
-    its folder."""
+    its folder. What that script took is not known here."""
     if status(path) == "not started":
         args = argparse.Namespace(**vars(args) | {"dry_run": False})
         with (
             contextlib.suppress(UserError),
             locked(path.parent, process),
-            recording(path, args, method, process),
+            recording(path, args, method, process) as content,
         ):
+            content["wall_seconds"] = None
             raise UserError(f"it ended before it began ({how}): its output says why")
     print(path.parent)
 

@@ -1,6 +1,7 @@
 """Records: one JSON object for each training and each evaluation, which appears whole or not at all.
 
-A run that fails is recorded as failed; a finished record is replaced by a finished one only. While a run goes
+A run that fails is recorded as failed; a finished record is replaced by a finished one only. What a record
+replaces and what fails over it were paid for, so it keeps what they took as `spent_before`. While a run goes
 on, its record so far stands beside it as .train.json or .eval.json, with the status "running".
 """
 
@@ -22,10 +23,11 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
+from study import device
 from study.device import Process
 from study.errors import UserError, is_out_of_memory
 from study.files import write_text
-from study.records import schema
+from study.records import attempts, cost, schema
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 PACKAGES = "torch transformers peft bitsandbytes accelerate datasets rouge-score numpy flash-attn"
@@ -143,7 +145,8 @@ def is_locked(folder: Path) -> bool:
 @contextlib.contextmanager
 def recording(path: Path, args: argparse.Namespace, method: str, process: Process) -> Iterator[dict]:
     """Yield the record to fill, of a part of a run by `method`; write it at the end, as finished, failed, oom
-    or interrupted.
+    or interrupted. One without a result has the `wall_seconds` and the `cost` of the process until then; a
+    block that knows better sets them.
 
     Out of the block come only UserError and KeyboardInterrupt.
     """
@@ -169,6 +172,10 @@ def recording(path: Path, args: argparse.Namespace, method: str, process: Proces
         for part in schema.PARTS:
             content.pop(part, None)
         content.update(describe_error(error))
+        content.setdefault("wall_seconds", process.seconds())
+        with contextlib.suppress(Exception):  # without a price; the error at hand is the one to raise
+            gpus = device.launched() if schema.part_of(path) == "train" else 1
+            content["cost"] = cost.of(args, device.name(), content["wall_seconds"], gpus)
         if process.main:
             with contextlib.suppress(UserError):  # the error at hand says more than that it can't be recorded
                 close(path, content)
@@ -195,16 +202,24 @@ def describe_error(error: BaseException) -> dict:
 
 
 def close(path: Path, content: dict) -> None:
-    """Write a record, but no failure over a finished one, and none as finished that readers would refuse."""
+    """Write a record with the attempts before it, but none as finished that readers would refuse. A failure
+    over a finished one adds itself to that one's attempts alone."""
     content["environment"] = environment(content["config"].get("seed"))
     content["finished"] = utc(time.time())
     if content["status"] == "finished":
         schema.check(content, path)
-    earlier = None
-    with contextlib.suppress(UserError):
+    earlier, before = None, []
+    with contextlib.suppress(UserError):  # what can't be read tells of no attempts
         earlier = read(path)
-    if content["status"] == "finished" or not earlier or earlier["status"] != "finished":
-        write_json(path, content)
+        if earlier:
+            schema.check(earlier, path)
+            before = attempts.of_record(earlier)
+    if content["status"] != "finished" and earlier and earlier["status"] == "finished":
+        content = earlier | {"spent_before": [*before[:-1], *attempts.of_record(content)]}
+    elif before:
+        resumed = attempts.measured(content).get("earlier_seconds", 0)
+        content["spent_before"] = attempts.without(before, resumed)
+    write_json(path, content)
     beside(path).unlink(missing_ok=True)
 
 

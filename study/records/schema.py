@@ -96,11 +96,18 @@ PARTS = {
 }
 ALWAYS = dict.fromkeys(("method", "model", "script"), str) | {"config": dict, "config.seed": int}
 FINISHED = dict.fromkeys(("finished", "cost.gpu"), str) | {"data": dict, "environment": dict}
-OPTIONAL = {  # which need not be there, or are null where they are not known
+SPENT = {  # which need not be there, or are null where they are not known
+    "wall_seconds": int | float | None,
     "cost.price_per_hour": int | float | None,
     "cost.device": str | None,
-    "checkpoint.sha256": str | None,
+    "cost.gpus": int | None,
 }
+OPTIONAL = SPENT | {
+    "checkpoint.sha256": str | None,
+    "train.batching.processes": int | None,
+    "spent_before": list | None,
+}
+ATTEMPT = SPENT | {"status": str, "finished": str | None}  # of `spent_before`
 
 
 def part_of(path: Path) -> str | None:
@@ -142,6 +149,18 @@ def check(content: dict, path: Path, part: str | None = None) -> None:
     refuse_lacking(content, path, wanted)
     if content["status"] == "finished" and part == "eval":
         refuse_lacking(content, path, scores_of(content))
+    check_spent(content, path)
+
+
+def check_spent(content: dict, path: Path) -> None:
+    """Raise UserError where it can't be told what a record or an attempt before it took."""
+    earlier = content.get("spent_before") or []
+    places = [f"spent_before.{i}." for i in range(len(earlier))]
+    wanted = {f"{place}{name}": kind for place in places for name, kind in ATTEMPT.items()}
+    wanted |= {f"{place}cost.gpu": str for place in ["", *places] if lookup(content, f"{place}cost")}
+    refuse_lacking(content, path, wanted)
+    if any((spent.get("wall_seconds") or 0) < 0 for spent in (content, *earlier)):
+        raise UserError(f"{path} has a time that is negative: --force redoes the run")
 
 
 def scores_of(content: dict) -> dict:

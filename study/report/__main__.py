@@ -25,6 +25,7 @@ from study.files import write_text
 from study.records import cost, record, runs
 from study.report.cells import Table
 from study.report.collect import Run, comparable, find_runs
+from study.report.spent import spent_in_all
 from study.report.tables import all_tables
 
 
@@ -90,7 +91,7 @@ def write(
 def several_prices(found: Sequence[Run], prices: list[dict]) -> list[str]:
     """The cards in the records of which a price list says different prices, in words."""
     contents = [content for run in found for content in (run.content, run.train) if content]
-    names = {content["cost"]["gpu"] for content in contents if "cost" in content}
+    names = {content["cost"]["gpu"] for content in contents if content.get("cost")}
     return [line for name in sorted(names) if (line := cost.ambiguity(name, prices))]
 
 
@@ -127,11 +128,12 @@ def main() -> None:
 
         return print(compare(args.compare))
     prices = cost.read_prices(args.prices) if args.prices else []
-    found, problems = find_runs(args.folders or ([] if args.published else [Path("experiments")]))
+    folders = args.folders or ([] if args.published else [Path("experiments")])
+    found, problems = find_runs(folders)
     for several in several_prices(found, prices):
         print(f"--prices {args.prices}: {several}, so its price is unknown: leave one entry", file=sys.stderr)
     groups = comparable(found)
-    tables = all_tables(groups, prices)
+    tables = all_tables(groups, prices, spent_in_all(folders, prices))
     if args.published:
         from study.report.published import with_published
 

@@ -68,16 +68,11 @@ class Run:
 
 
 def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """Every run in the folders, and a line for each record that is left out, with the reason. Hidden folders,
-    where the loops calibrate, do not count."""
+    """Every run in the folders, and a line for each record that is left out, with the reason."""
     found: dict[tuple, Run] = {}
     problems = []
     for folder in folders:
-        paths = [
-            path
-            for path in folder.rglob("*.json")
-            if part_of(path) and not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1])
-        ]
+        paths = records_in(folder)
         if not paths:
             problems.append(f"{folder} holds no records: name the folder of a run, or one above it")
         for run_folder in sorted({path.parent for path in paths}):
@@ -95,6 +90,15 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
                     )
                     found[run.identity()] = new
     return list(found.values()), problems
+
+
+def records_in(folder: Path) -> list[Path]:
+    """The records below a folder; hidden folders, where the loops calibrate, do not count."""
+    return [
+        path
+        for path in folder.rglob("*.json")
+        if part_of(path) and not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1])
+    ]
 
 
 def runs_of(folder: Path) -> list[Run]:

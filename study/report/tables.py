@@ -297,8 +297,9 @@ def served_usd(run: Run, prices: Sequence[dict], per: str) -> float | None:
     return None if usd is None or not run.scored[per] else 1000 * usd / run.scored[per]
 
 
-def all_tables(groups: Sequence[tuple], prices: Sequence[dict]) -> list[Table]:
-    """Every table of the study. A group that stands apart says so in its tables' titles."""
+def all_tables(groups: Sequence[tuple], prices: Sequence[dict], spent: str = "") -> list[Table]:
+    """Every table of the study. A group that stands apart says so in its tables' titles. What was `spent` in
+    all stands under Tables 4 and 5, or where nothing was trained under the last one."""
     tables = []
     for task, why, group in groups:
         ours = [share_table(task, group)] if task == "classification" else []
@@ -310,5 +311,8 @@ def all_tables(groups: Sequence[tuple], prices: Sequence[dict]) -> list[Table]:
             table.title = f"{task}: {table.title}" + (f", apart: {why}" if why else "")
             table.note = f"Over {' or '.join(counts) or 'no'} test examples. {table.note}".strip()
         tables += ours
-    tables += [training_table(groups, prices), inference_table(groups, prices)]
-    return [table for table in tables if table.rows]
+    training = training_table(groups, prices)
+    shown = [table for table in [*tables, training, inference_table(groups, prices)] if table.rows]
+    for table in [training] if training.rows else shown[-1:]:
+        table.note = f"{table.note} {spent}".strip()
+    return shown
