@@ -406,7 +406,7 @@ def equality(args: argparse.Namespace, mode: str, count: int) -> dict:
     def compare(answers: dict) -> dict:
         texts = [tokenizer.decode(answers[index], skip_special_tokens=True) for index in prompts]
         references = [tests.references[index] for index in prompts]
-        scores = metrics.score(args.task, texts, references, tests.labels)[0]
+        scores = metrics.score(args.task, texts, references, tests.labels)[0]["metrics"]
         return {
             "same": sum(answers[index] == found["generate"][index] for index in prompts),
             "exact": sum(answers[index] == truth[index] for index in prompts),

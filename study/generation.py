@@ -6,7 +6,6 @@ Answers are written down as they come, so an evaluation that was killed goes on 
 
 import contextlib
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import time
@@ -23,7 +22,6 @@ from study.encoding import sha256_of
 from study.errors import UserError, is_out_of_memory
 from study.fast import decoder, self_check
 from study.files import write_text
-from study.metrics import VERSION
 from study.model import base_of, merge, should_merge
 
 AUTO_EXAMPLES = 256
@@ -157,11 +155,10 @@ def generate(
     )
 
 
-def describe(answers: Answers, process: Process, metrics: dict, decoding: str) -> dict:
-    """The `eval` of a record."""
+def describe(answers: Answers, process: Process, scores: dict, decoding: str) -> dict:
+    """The `eval` of a record, with what `metrics.score` says of the answers."""
     examples = len(answers.texts)
-    invalid = metrics.get("invalid_answers")
-    version = VERSION["classification" if "accuracy" in metrics else "summarization"]
+    invalid = scores["metrics"].get("invalid_answers")
     return {
         "examples": examples,
         "seconds": answers.seconds,
@@ -176,8 +173,7 @@ def describe(answers: Answers, process: Process, metrics: dict, decoding: str) -
         "how": answers.how,
         "prompts_sha256": answers.prompts_sha256,
         "ends": answers.ends,
-        "metrics": metrics,
-        "metrics_version": f"{version}, rouge-score {importlib.metadata.version('rouge-score')}",
+        **scores,
     }
 
 

@@ -1,92 +1,112 @@
-"""Accuracy, F1 and ROUGE in percent, with 95 % bootstrap intervals over the test examples, and paired tests.
+"""Accuracy, F1 and ROUGE in percent, with 95 % intervals (intervals.py), from the answer to each example."""
 
-A statistic here is a function of weights [resamples, examples], how often each example is drawn, that returns
-values [resamples].
-"""
-
-from collections.abc import Callable, Sequence
+import importlib.metadata
+from collections.abc import Sequence
 
 import numpy as np
 
 from prompts import parse_label, parse_summary
+from study.errors import UserError
+from study.intervals import LEVEL, interval, p_by_swapping
 
-# Each counts up when a change to this module or to words.py changes a score of that task.
-VERSION = {"classification": 1, "summarization": 2}
-RESAMPLES = 1000  # percentile bootstrap (Efron and Tibshirani, 1993, chapter 13)
+# Each counts up when a change to this module, to intervals.py or to words.py changes a score of that task or
+# its interval.
+VERSION = {"classification": 2, "summarization": 3}
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-Statistic = Callable[[np.ndarray], np.ndarray]
+LEAST = 3  # test examples a class, below which macro F1 has no interval that holds
 
 
-def bootstrap(
-    statistics: dict[str, Statistic], examples: int, resamples: int = RESAMPLES, seed: int = 0
-) -> tuple[dict, np.ndarray]:
-    """Each statistic of the examples with its 95 % interval, in percent, and its values on every resample,
-    [statistics, resamples]."""
-    generator = np.random.default_rng(seed)
-    draws = []
-    for start in range(0, resamples, 100):  # a hundred at a time keep the weights of a large test set small
-        size = min(100, resamples - start)
-        weights = generator.multinomial(examples, np.full(examples, 1 / examples), size=size).astype(float)
-        draws.append([statistic(weights) for statistic in statistics.values()])
-    drawn = 100 * np.concatenate(draws, axis=1)
-    intervals = {}
-    for (name, statistic), row in zip(statistics.items(), drawn, strict=True):
-        value = 100 * statistic(np.ones((1, examples)))[0]
-        intervals[name] = {
-            "value": float(value),
-            "ci95": [float(end) for end in np.percentile(row, [2.5, 97.5])],
+class Answers:
+    """Of each test example the number of its class and of the class that the answer names, -1 for none
+    (an invalid answer), and what they come to: counts of hits, references and answers [classes]."""
+
+    def __init__(self, classes: int, references: np.ndarray, answers: np.ndarray):
+        self.classes, self.references, self.answers = classes, references, answers
+        self.right = references == answers
+        self.one_hot = np.eye(classes + 1)[:, :-1]  # the last row, which is number -1, is of no class
+        self.columns = self.one_hot[references], self.one_hot[answers]  # [examples, classes]
+        self.hits = (self.columns[0] * self.columns[1]).sum(axis=0)
+        self.counts = self.hits, self.columns[0].sum(axis=0), self.columns[1].sum(axis=0)
+
+    def scores(self) -> dict[str, float]:
+        """Accuracy, micro, macro and weighted F1, and the share of invalid answers, which count as wrong.
+
+        Macro F1 is the mean over the classes that occur as reference or as answer, as scikit-learn has it; an
+        invalid answer is a miss of its reference's class and no class of its own.
+        """
+        hits, references, answers = self.counts
+        f1 = f1_of(hits, references + answers)
+        return {
+            "accuracy": self.right.mean(),
+            "micro_f1": 2 * hits.sum() / (references + answers).sum(),
+            "macro_f1": f1.sum() / self.occurring(),
+            "weighted_f1": (references * f1).sum() / references.sum(),
+            "invalid_answers": (self.answers < 0).mean(),
         }
-    return intervals, drawn
+
+    def occurring(self) -> int:
+        """How many classes macro F1 is over."""
+        return int((self.counts[1] + self.counts[2] > 0).sum())
+
+    def values(self) -> dict[str, np.ndarray]:
+        """What each example adds to each score, [examples]: to F1 the jackknife's pseudo-value (Tukey, 1958),
+        N F1 - (N - 1) F1 without the example. The mean of these is F1 less its bias."""
+        number, scores = len(self.references), self.scores()
+        without = self.without_each()
+        shares = {"accuracy": self.right.astype(float), "invalid_answers": (self.answers < 0).astype(float)}
+        return shares | {name: number * scores[name] - (number - 1) * left for name, left in without.items()}
+
+    def without_each(self) -> dict[str, np.ndarray]:
+        """The F1 scores without each of the examples, [examples]. Only two classes change: the reference's,
+        and the answer's where that is another one."""
+        hits, references, answers = self.counts
+        total, number, right = references + answers, len(self.references), self.right
+        f1 = f1_of(hits, total)
+        mine, named, other = self.references, self.answers, (self.answers >= 0) & ~right
+        ours = f1_of(hits[mine] - right, total[mine] - 1 - right)
+        theirs = np.where(other, f1_of(hits[named], total[named] - 1), 0)
+        was = np.where(other, f1[named], 0)
+        gone = (total[mine] - 1 - right == 0).astype(int) + (other & (total[named] == 1))
+        summed = (references * f1).sum() - references[mine] * f1[mine] + (references[mine] - 1) * ours
+        summed += np.where(other, references[named], 0) * (theirs - was)
+        return {
+            "micro_f1": ratio(2 * (hits.sum() - right), total.sum() - 1 - (named >= 0)),
+            "macro_f1": ratio(f1.sum() - f1[mine] + ours - was + theirs, self.occurring() - gone),
+            "weighted_f1": ratio(summed, number - 1),
+        }
+
+    def macro_f1_after(self, other: "Answers"):
+        """Of swaps [repetitions, examples] the difference in macro F1 to `other`, where each example that is
+        swapped has the other's answer."""
+        more = [theirs - ours for ours, theirs in zip(self.filled(), other.filled(), strict=True)]
+        base = self.counts[1]
+
+        def change(swaps: np.ndarray) -> np.ndarray:
+            hits, answers = (swaps @ column for column in more)
+            ours = macro_f1(self.counts[0] + hits, base + self.counts[2] + answers)
+            return ours - macro_f1(other.counts[0] - hits, base + other.counts[2] - answers)
+
+        return change
+
+    def filled(self) -> tuple[np.ndarray, np.ndarray]:
+        """Hits and answers, [examples, classes]."""
+        return self.columns[0] * self.columns[1], self.columns[1]
 
 
-def classification_statistics(
-    parsed: Sequence[str | None], references: Sequence[str]
-) -> dict[str, Statistic]:
-    """Accuracy, micro, macro and weighted F1, and the share of invalid answers (None), which count as wrong.
-
-    Macro F1 is the mean over the classes that occur as reference or as answer, as scikit-learn has it; an
-    invalid answer is a miss of its reference's class and no class of its own.
-    """
-    labels = sorted({*references, *parsed} - {None})
-    number = {label: i for i, label in enumerate([*labels, None])}
-    truth = np.array([number[label] for label in references])
-    answer = np.array([number[label] for label in parsed])
-    one_hot = np.eye(len(number))
-    is_truth, is_answer = one_hot[truth][:, :-1], one_hot[answer][:, :-1]
-
-    def counts(weights: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Hits, references and answers of each class, [resamples, classes]."""
-        return weights @ (is_truth * is_answer), weights @ is_truth, weights @ is_answer
-
-    def micro_f1(weights):
-        hits, references, answers = (count.sum(axis=1) for count in counts(weights))
-        return 2 * hits / (references + answers)
-
-    def f1(weights):
-        hits, references, answers = counts(weights)
-        total = references + answers
-        return np.divide(2 * hits, total, out=np.zeros_like(hits), where=total > 0), references, total
-
-    def macro_f1(weights):
-        scores, _, total = f1(weights)
-        return scores.sum(axis=1) / (total > 0).sum(axis=1)
-
-    def weighted_f1(weights):
-        scores, references, _ = f1(weights)
-        return (scores * references).sum(axis=1) / references.sum(axis=1)
-
-    return {
-        "accuracy": mean_of(truth == answer),
-        "micro_f1": micro_f1,
-        "macro_f1": macro_f1,
-        "weighted_f1": weighted_f1,
-        "invalid_answers": mean_of(answer == len(labels)),
-    }
+def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """above / below, and 0 where there is nothing below."""
+    above, below = np.broadcast_arrays(np.asarray(above, float), np.asarray(below, float))
+    return np.divide(above, below, out=np.zeros(above.shape), where=below > 0)
 
 
-def mean_of(column: np.ndarray) -> Statistic:
-    column = column.astype(float)
-    return lambda weights: weights @ column / weights.sum(axis=1)
+def f1_of(hits: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """F1 of classes with so many hits, and references and answers in `total`."""
+    return ratio(2 * np.asarray(hits), total)
+
+
+def macro_f1(hits: np.ndarray, total: np.ndarray) -> np.ndarray:
+    """The mean of F1 over the classes that occur, of counts [repetitions, classes]."""
+    return f1_of(hits, total).sum(axis=1) / (total > 0).sum(axis=1)
 
 
 def rouge_scores(summaries: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
@@ -103,13 +123,6 @@ def rouge_scores(summaries: Sequence[str], references: Sequence[str]) -> list[di
     ]
 
 
-def statistics_of(rows: Sequence[dict]) -> dict[str, Statistic]:
-    """The metrics of a task as statistics of its rows of predictions.jsonl; of ROUGE, the means."""
-    if "correct" in rows[0]:
-        return classification_statistics([row["parsed"] for row in rows], [row["reference"] for row in rows])
-    return {name: mean_of(np.array([row[name] for row in rows]) / 100) for name in ROUGE}
-
-
 def score(
     task: str,
     answers: Sequence[str],
@@ -118,7 +131,7 @@ def score(
     numbers: Sequence[int] | None = None,
     places: Sequence[int] | None = None,
 ) -> tuple[dict, list[dict]]:
-    """Read generated answers and score them: the metrics, and for each test example a row of
+    """Read generated answers and score them: what a record says of that, and for each test example a row of
     predictions.jsonl. `numbers` and `places` are the examples' rows in their source (data.Split); all in
     order where not given."""
     numbers = range(1, len(references) + 1) if numbers is None else numbers
@@ -136,26 +149,105 @@ def score(
             places, numbers, answers, parsed, references, scores, strict=True
         )
     ]
-    return bootstrap(statistics_of(rows), len(rows))[0], rows
+    return summed_up(task, rows), rows
 
 
-def compare(rows: Sequence[dict], others: Sequence[dict], resamples: int = 10_000) -> dict:
-    """How much better `rows` score than `others`, predictions for the same examples: for each metric the
-    difference in points, its 95 % interval and the two-sided p of the paired bootstrap (Koehn, 2004); for
-    accuracy also the exact p of McNemar's test (1947)."""
+def summed_up(task: str, rows: Sequence[dict]) -> dict:
+    """What a record says of the rows of predictions.jsonl: `per_example`, from which all else can be computed
+    anew, `metrics` and `metrics_version`."""
+    if task == "classification":
+        classes = sorted({row[name] for row in rows for name in ("parsed", "reference")} - {None})
+        number = {None: None} | {label: i for i, label in enumerate(classes)}
+        per_example = {"classes": classes}
+        per_example |= {
+            name: [number[row[column]] for row in rows]
+            for name, column in (("references", "reference"), ("answers", "parsed"))
+        }
+    else:
+        per_example = {name: [round(row[name], 4) for row in rows] for name in ROUGE}
+    version = f"{VERSION[task]}, rouge-score {importlib.metadata.version('rouge-score')}"
+    return {"metrics": metrics_of(per_example), "metrics_version": version, "per_example": per_example}
+
+
+def answers_of(per_example: dict) -> Answers:
+    """Of what a record says of each example of a classification."""
+    named = [-1 if answer is None else answer for answer in per_example["answers"]]
+    return Answers(len(per_example["classes"]), np.array(per_example["references"]), np.array(named))
+
+
+def values_of(per_example: dict) -> dict[str, np.ndarray]:
+    """What each example adds to each metric, as a share of 1, [examples]."""
+    if "answers" in per_example:
+        return answers_of(per_example).values()
+    return {name: np.array(per_example[name]) / 100 for name in ROUGE}
+
+
+def metrics_of(per_example: dict) -> dict[str, dict]:
+    """Each metric's `value` and `ci95` in percent, null where that can't be trusted; of macro F1 also how
+    many `classes` it is over."""
+    values = values_of(per_example)
+    scores, classes = {name: column.mean() for name, column in values.items()}, 0
+    if "answers" in per_example:
+        answers = answers_of(per_example)
+        scores, classes = answers.scores(), answers.occurring()
+    found = {}
+    for name, value in scores.items():
+        ends = interval_of(name, values[name][None], classes)
+        found[name] = {"value": float(100 * value), "ci95": None if ends is None else list(ends)}
+    if classes:
+        found["macro_f1"]["classes"] = classes
+    return found
+
+
+def interval_of(
+    name: str, values: np.ndarray, classes: int = 0, level: float = LEVEL
+) -> tuple[float, float] | None:
+    """Low and high end of a metric's values [seeds, examples], in percent. None where no interval holds, as
+    of macro F1 with less than LEAST examples for each of its `classes`."""
+    ends = interval(values, name.endswith("_f1"), level)
+    if ends is None or (name == "macro_f1" and values.shape[1] < LEAST * classes):
+        return None
+    return 100 * float(ends[0]), 100 * float(ends[1])
+
+
+def check(scored: dict, where: object) -> None:
+    """Raise UserError unless `per_example` of a record's `eval` has each example, and gives its metrics."""
+    per_example, number = scored["per_example"], scored["examples"]
+    try:
+        columns = [column for name, column in per_example.items() if name != "classes"]
+        found = metrics_of(per_example) if {len(column) for column in columns} == {number} else {}
+        fits = all(
+            abs(found[name]["value"] - metric["value"]) < 0.001 for name, metric in scored["metrics"].items()
+        )
+    except (KeyError, TypeError, ValueError, IndexError):
+        fits = False
+    if not fits:
+        raise UserError(f"{where}: its per_example does not give its metrics: --force redoes the run")
+
+
+def p_of_two(name: str, ours: dict, theirs: dict) -> float:
+    """p of the difference of two runs in a metric, by swapping their answers to an example (intervals.py);
+    both as `per_example` of the same examples."""
+    if name == "macro_f1":
+        classes = sorted({*ours["classes"], *theirs["classes"]})
+        one, other = (answers_of(numbered(side, classes)) for side in (ours, theirs))
+        return p_by_swapping(one.macro_f1_after(other), len(one.references))
+    difference = values_of(ours)[name] - values_of(theirs)[name]
+    return p_by_swapping(lambda swaps: (1 - 2 * swaps) @ difference, len(difference))
+
+
+def numbered(per_example: dict, classes: Sequence[str]) -> dict:
+    """The same with the numbers that `classes` gives."""
+    number = {None: None} | {i: classes.index(label) for i, label in enumerate(per_example["classes"])}
+    columns = {name: [number[of] for of in per_example[name]] for name in ("references", "answers")}
+    return {"classes": list(classes), **columns}
+
+
+def mcnemar(ours: dict, theirs: dict) -> tuple[int, int, float]:
+    """How many examples only the first of two classifications has right, how many only the second, and the
+    exact two-sided p of McNemar's test (1947)."""
     from scipy.stats import binomtest
 
-    ours, theirs = statistics_of(rows), statistics_of(others)
-    differences = {
-        name: lambda weights, name=name: ours[name](weights) - theirs[name](weights) for name in ours
-    }
-    result, drawn = bootstrap(differences, len(rows), resamples)
-    for name, values in zip(differences, drawn, strict=True):
-        tail = min((values <= 0).sum(), (values >= 0).sum())
-        result[name]["p"] = float(min(1, 2 * (tail + 1) / (resamples + 1)))
-    if "correct" in rows[0]:
-        pairs = [(row["correct"], other["correct"]) for row, other in zip(rows, others, strict=True)]
-        won, lost = pairs.count((True, False)), pairs.count((False, True))
-        result["accuracy"] |= {"won": won, "lost": lost}
-        result["accuracy"]["mcnemar_p"] = float(binomtest(won, won + lost).pvalue) if won + lost else 1.0
-    return result
+    one, other = (answers_of(side).right for side in (ours, theirs))
+    won, lost = int((one & ~other).sum()), int((other & ~one).sum())
+    return won, lost, float(binomtest(won, won + lost).pvalue) if won + lost else 1.0

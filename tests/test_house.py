@@ -13,7 +13,7 @@ from conftest import ROOT
 # From the ground up. A module imports from its own line and from those above it.
 FLOORS = (
     "prompts study.errors study.device study.words",
-    "study.cli study.files",
+    "study.cli study.files study.intervals",
     "study.data study.encoding study.metrics study.checkpoint",
     "study.records",
     "study.report",
@@ -24,7 +24,7 @@ FLOORS = (
     "llama2_classification llama2_classification_inference llama2_summarization",
     "llama2_summarization_inference llama2_baseline_inference",
 )
-# What a report is made from: records, and the paired test of metrics.py.
+# What a report is made from: records, and what metrics.py makes of each example's score.
 READ_BY_REPORT = {
     "study.report",
     "study.records",
@@ -32,6 +32,7 @@ READ_BY_REPORT = {
     "study.cli",
     "study.files",
     "study.metrics",
+    "study.intervals",
 }
 
 

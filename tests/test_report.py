@@ -13,7 +13,7 @@ import pytest
 from conftest import PROCESS, ROOT, error_line, write_rows
 from matplotlib.text import Text
 
-from study import cli
+from study import cli, metrics
 from study.errors import UserError
 from study.records import record, runs, schema
 from study.report import plots
@@ -27,10 +27,6 @@ TABLE_1 = "Table 1: classification: accuracy by training share"
 TRAINING, SERVING = "Tables 4 and 5: time and cost to train", "Inference: speed and cost to serve"
 SERVED = "Inference, published: speed and cost to serve"
 COST = {"gpu": GPU, "price_per_hour": 3.6, "price_source": "x", "price_date": "2024"}  # $0.001 a s
-METRICS = {  # by task, with how far below the first each is
-    "classification": {"accuracy": 0, "macro_f1": 1, "invalid_answers": 10},
-    "summarization": {"rouge1": 0, "rouge2": 25, "rougeL": 8},
-}
 
 
 def save(folder: Path, part: str, task: str, words: str, method: str, /, **more) -> dict:
@@ -52,15 +48,25 @@ def save(folder: Path, part: str, task: str, words: str, method: str, /, **more)
     return content | more
 
 
-def evaluation(value: float, half: float = 2.0, task: str = "classification", **more) -> dict:
-    ends = {name: value - less for name, less in METRICS[task].items()}
-    metrics = {name: {"value": v, "ci95": [v - half, v + half]} for name, v in ends.items()}
-    sizes = {"examples": 1000, "input_tokens": 100_000, "output_tokens": 2000, "peak_memory_gib": 5.0}
-    speed = {"seconds": 50.0, "wall_seconds": 100.0, "examples_per_second": 20.0, "metrics_version": "1, r"}
-    return {"metrics": metrics, "decoding": "free", **sizes, **speed, **more}
+def evaluation(value: float, task: str = "classification", examples: int = 1000, **more) -> dict:
+    """The `eval` of a record: so many percent of the answers are right, and about half of the others invalid;
+    or ROUGE-1 is so much on average, ROUGE-2 half of it and ROUGE-L 4/5."""
+    right, order = round(examples * value / 100), np.random.default_rng(0).permutation(examples)
+    if task == "classification":
+        references = ["ab"[i % 2] for i in range(examples)]
+        rows = [{"parsed": reference, "reference": reference} for reference in references]
+        for i in order[right:]:
+            rows[i]["parsed"] = None if i % 4 < 2 else {"a": "b", "b": "a"}[references[i]]
+    else:
+        each = [value + (8 if i % 2 else -8) for i in range(examples)]
+        rows = [{"rouge1": v, "rouge2": v / 2, "rougeL": 0.8 * v, "rougeLsum": v} for v in each]
+    sizes = {"examples": examples, "input_tokens": 100_000, "output_tokens": 2000, "peak_memory_gib": 5.0}
+    speed = {"seconds": 50.0, "wall_seconds": 100.0, "examples_per_second": 20.0}
+    scores = metrics.summed_up(task, rows) | {"metrics_version": "2, r"}
+    return {**scores, "decoding": "free", **sizes, **speed, **more}
 
 
-def tuned(folder: Path, value: float | None, words="", half=2.0, task="classification", train=None, **more):
+def tuned(folder: Path, value: float | None, words="", task="classification", train=None, **more):
     """A finished training and, unless `value` is None, its evaluation."""
     spent = {"seconds": 360.0, "wall_seconds": 400.0, "tokens_per_second": 1000.0, "peak_memory_gib": 10.0}
     history = [[step, 2 / step] for step in range(1, 41)]
@@ -68,7 +74,7 @@ def tuned(folder: Path, value: float | None, words="", half=2.0, task="classific
     when = {"finished": more["finished"]} if "finished" in more else {}
     content = save(folder, "train", task, words, "qlora", train=spent, **when)
     if value is not None:
-        more = {"eval": evaluation(value, half, task), "training": content["finished"], **more}
+        more = {"eval": evaluation(value, task), "training": content["finished"], **more}
         save(folder, "eval", task, words, "qlora", **more)
     return folder
 
@@ -76,7 +82,7 @@ def tuned(folder: Path, value: float | None, words="", half=2.0, task="classific
 def baseline(root: Path, value: float, words: str = "", task: str = "classification", **more) -> None:
     kind = "few-shot" if "few-shot" in words else "zero-shot"
     folder = root / "baseline" / "a--small" / task / kind
-    more = {"eval": evaluation(value, 1.5, task, seconds=20.0, examples_per_second=50.0), **more}
+    more = {"eval": evaluation(value, task, seconds=20.0, examples_per_second=50.0), **more}
     save(folder, "eval", task, f"--task_type {task} {words}", kind, **more)
 
 
@@ -107,64 +113,85 @@ def tables(*folders: Path) -> dict:
 def study(tmp_path_factory) -> Path:
     """Two models, three seeds, a LoRA grid with a hole, a baseline, and both tasks."""
     root = tmp_path_factory.mktemp("study")
-    for seed, value, half in ((1, 60, 2), (2, 62, 3), (3, 64, 4)):
+    for seed, value in ((1, 60), (2, 62), (3, 64)):
         words = f"--train_sample_fraction 0.1 --seed {seed}"
-        tuned(root / f"seed {seed}", value, words, half, train={"examples": 48})
+        tuned(root / f"seed {seed}", value, words, train={"examples": 48})
     tuned(root / "whole", 70)
     tuned(root / "rank", 75, "--lora_r 16")
     tuned(root / "epochs", 72.5, "--epochs 10")
     long = {"seconds": 7000.0, "wall_seconds": 7200.0}
-    tuned(root / "big", 80, "--pretrained_ckpt b/big", half=1, train=long)
+    tuned(root / "big", 80, "--pretrained_ckpt b/big", train=long)
     baseline(root, 20)
-    tuned(root / "summaries", 50, half=1, task="summarization")
+    tuned(root / "summaries", 50, task="summarization")
     baseline(root, 30, "--prompt_type few-shot", task="summarization")
     return root
 
 
 # Tables
 
+SCORED = ("model", "method", "trained on")
 GOLDEN = {
     TABLE_1: [
-        ["training share", "examples", "a/small", "b/big"],
-        ["2.5 %", "—", "—", "—"],
-        ["5 %", "—", "—", "—"],
-        # t(2) = 4.3027: sqrt(((2 + 3 + 4) / 3)^2 + (4.3027 * 2 / sqrt(3))^2) = sqrt(9 + 24.68) = 5.80
-        ["10 %", "48", "62.00 ± 5.80 (3)", "—"],
-        ["25 %", "—", "—", "—"],
-        ["50 %", "—", "—", "—"],
-        ["100 %", "480", "70.00 ± 2.00", "80.00 ± 1.00"],
+        ["training share", "examples", "a/small", "b/big", "b/big - a/small"],
+        *([share, "—", "—", "—", "—"] for share in ("2.5 %", "5 %")),
+        # 600 of 1000 are right with all seeds, 20 with two, 20 with one: MS_seed = 1000 (2 * 0.02^2) / 2,
+        # MS_example = 0.6808, MS_rest = 0.0129, V = 0.000356 with 14.2 degrees of freedom: 0.0404.
+        # By the seeds alone: 4.303 sqrt(0.4 / 3000) = 0.0497. Wilson bends 0.62 +- 0.0497.
+        ["10 %", "48", "62.00 [56.9, 66.8] (3)", "—", "—"],
+        *([share, "—", "—", "—", "—"] for share in ("25 %", "50 %")),
+        # Wilson of 700 of 1000: (0.7 + 0.00192) / 1.00384 +- sqrt(0.00384 (0.21 + 0.00096)) / 1.00384
+        # 100 of 1000 won and none lost: 0.1 +- 1.962 sqrt((101 - 100^2 / 1002) / 1001 / 1002)
+        ["100 %", "480", "70.00 [67.1, 72.8] (1)", "80.00 [77.4, 82.4] (1)", "+10.00 [+8.1, +11.9] (1)"],
     ],
     "Table 2: classification: zero-shot, few-shot and fine-tuned": [
-        ["model", "method", "trained on", "accuracy", "macro F1", "invalid answers"],
-        ["a/small", "zero-shot", "—", "20.00 ± 1.50", "19.00 ± 1.50", "10.00 ± 1.50"],
-        ["a/small", "few-shot", "—", "—", "—", "—"],
-        ["a/small", "fine-tuned", "480", "70.00 ± 2.00", "69.00 ± 2.00", "60.00 ± 2.00"],
-        ["b/big", "zero-shot", "—", "—", "—", "—"],
-        ["b/big", "few-shot", "—", "—", "—", "—"],
-        ["b/big", "fine-tuned", "480", "80.00 ± 1.00", "79.00 ± 1.00", "70.00 ± 1.00"],
+        [*SCORED, "accuracy", "macro F1", "invalid answers", "accuracy - a/small, zero-shot"],
+        *(
+            line.split(" | ")
+            for line in (
+                "a/small | zero-shot | — | 20.00 [17.6, 22.6] | 25.04 [22.2, 28.1]"
+                " | 40.50 [37.5, 43.6] | reference",
+                "a/small | few-shot | — | — | — | — | —",
+                "a/small | fine-tuned | 480 | 70.00 [67.1, 72.8] (1) | 75.92 [73.3, 78.4] (1)"
+                " | 15.60 [13.5, 18.0] (1) | +50.00 [+46.9, +53.1] (1)",
+                "b/big | zero-shot | — | — | — | — | —",
+                "b/big | few-shot | — | — | — | — | —",
+                "b/big | fine-tuned | 480 | 80.00 [77.4, 82.4] (1) | 84.20 [81.9, 86.3] (1)"
+                " | 10.00 [8.3, 12.0] (1) | +60.00 [+57.0, +63.0] (1)",
+            )
+        ),
     ],
     "LoRA ablation: classification: accuracy by rank, epochs and dropout, a/small, 100 % of the examples": [
         ["dropout", "rank", "5 epochs", "10 epochs"],
-        ["0.1", "8", "70.00 ± 2.00", "72.50 ± 2.00"],
-        ["0.1", "16", "**75.00 ± 2.00**", "—"],
+        ["0.1", "8", "70.00 [67.1, 72.8] (1)", "72.50 [69.7, 75.2] (1)"],
+        ["0.1", "16", "**75.00 [72.2, 77.6] (1)** best", "—"],
     ],
-    "LoRA effects: classification: mean accuracy at each level, a/small, 100 % of the examples": [
-        ["knob", "level", "accuracy", "cells"],
-        ["rank", "8", "70.00", "1"],  # at 5 epochs: rank 16 has no score at 10
-        ["rank", "16", "75.00", "1"],
-        ["epochs", "5", "70.00", "1"],
-        ["epochs", "10", "72.50", "1"],
-        ["dropout", "0.1", "72.50", "3"],  # (70 + 72.5 + 75) / 3
+    "LoRA effects: classification: accuracy by steps of one knob, a/small, 100 % of the examples": [
+        ["knob", "from", "to", "difference in accuracy", "settings", "pairs"],
+        # 50 of 1000 more are right: 0.05 +- 1.962 sqrt(0.05 * 0.95 / 999)
+        ["rank", "8", "16", "+5.00 [+3.6, +6.4] (1)", "1", "1"],  # at 5 epochs: rank 16 has no score at 10
+        ["epochs", "5", "10", "+2.50 [+1.5, +3.5] (1)", "1", "1"],
     ],
     "Table 2: summarization: zero-shot, few-shot and fine-tuned": [
-        ["model", "method", "trained on", "ROUGE-1", "ROUGE-2", "ROUGE-L"],
-        ["a/small", "zero-shot", "—", "—", "—", "—"],
-        ["a/small", "few-shot", "—", "30.00 ± 1.50", "5.00 ± 1.50", "22.00 ± 1.50"],
-        ["a/small", "fine-tuned", "480", "50.00 ± 1.00", "25.00 ± 1.00", "42.00 ± 1.00"],
+        [*SCORED, "ROUGE-1", "ROUGE-2", "ROUGE-L", "ROUGE-1 - few-shot"],
+        ["a/small", "zero-shot", "—", "—", "—", "—", "—"],
+        # 8 points above and below the mean: 8 * 1.962 / sqrt(999) = 0.50
+        *(
+            line.split(" | ")
+            for line in (
+                "a/small | few-shot | — | 30.00 [29.5, 30.5] (1) | 15.00 [14.8, 15.3] (1)"
+                " | 24.00 [23.6, 24.4] (1) | reference",
+                "a/small | fine-tuned | 480 | 50.00 [49.5, 50.5] (1) | 25.00 [24.8, 25.2] (1)"
+                " | 40.00 [39.6, 40.4] (1) | +20.00 [+20.0, +20.0] (1)",
+            )
+        ),
     ],
     "Table 3: summarization: models fine-tuned on everything": [
         ["model", "trained on", "ROUGE-1", "ROUGE-2", "ROUGE-L"],
-        ["a/small", "480", "50.00 ± 1.00", "25.00 ± 1.00", "42.00 ± 1.00"],
+        [
+            "a/small",
+            "480",
+            *(f"{v} (1)" for v in ("50.00 [49.5, 50.5]", "25.00 [24.8, 25.2]", "40.00 [39.6, 40.4]")),
+        ],
     ],
     TRAINING: [
         [
@@ -233,11 +260,126 @@ def test_a_cell_of_a_grid_may_have_several_seeds_and_dropouts_make_rows(tmp_path
         tuned(tmp_path / f"{seed}", value, f"--seed {seed} --dropout 0.2")
     tuned(tmp_path / "other", 70, "--dropout 0.05")
     grid = next(table for name, table in tables(tmp_path).items() if name.startswith("LoRA ablation"))
-    # t(1) = 12.7062, s = 2.8284: sqrt(2^2 + (12.7062 * 2)^2) = 25.49
     assert [[cell.text for cell in row] for row in grid.rows] == [
-        ["0.05", "8", "**70.00 ± 2.00**"],
-        ["0.2", "8", "62.00 ± 25.49 (2)"],
+        ["0.05", "8", "**70.00 [67.1, 72.8] (1)** best"],
+        ["0.2", "8", "60.00, 64.00 (2)"],  # no seed in common: the first of each is compared
     ]
+    assert "(2): the scores of both seeds" in grid.note
+
+
+def ablation(*folders: Path):
+    return next(table for name, table in tables(*folders).items() if name.startswith("LoRA ablation"))
+
+
+def bold(table) -> dict[str, str]:
+    """The marked cells of a grid with one number of epochs, by rank."""
+    return {row[1].text: row[2].text for row in table.rows if "**" in row[2].text}
+
+
+def test_what_can_not_be_told_from_the_best_is_marked_with_it(tmp_path):
+    for rank, value in ((2, 60), (4, 70), (8, 70.1), (16, 69.9)):
+        tuned(tmp_path / str(rank), value, f"--lora_r {rank}")
+    found = ablation(tmp_path)
+    assert bold(found).keys() == {"4", "8", "16"}
+    assert bold(found)["8"].endswith("best")
+    # Wilson at 1 - 0.05 / 4: z = 2.498
+    assert "chosen among 4 by these very scores, so its own is too high." in found.note
+    assert "Its interval at such a choice is 66.4 to 73.6." in found.note
+    assert "Bold: it and the 2 that can't be told from it" in found.note
+
+
+def validate(folder: Path, value: float, words: str) -> None:
+    """Score a training on a validation split, too."""
+    content = record.read(folder / "eval.json")
+    content |= {"data": {"validation": OTHER_TEST["data"]["test"]}, "eval": evaluation(value)}
+    content["config"] |= {"split": "validation"}
+    record.write_json(folder / "eval-12345678.json", content)
+
+
+def test_the_best_is_chosen_by_validation_where_every_cell_was_scored_there(tmp_path):
+    for rank, value, validated in ((2, 60, 60), (4, 70, 75), (8, 72, 65)):
+        validate(tuned(tmp_path / str(rank), value, f"--lora_r {rank}"), validated, "")
+    found = {name: table for name, table in tables(tmp_path).items() if name.startswith("LoRA ablation")}
+    on_test, on_validation = sorted(found.values(), key=lambda table: "validation" in table.title)
+    assert {rank for rank, text in bold(on_test).items() if text.endswith("best")} == {"4"}
+    assert bold(on_test).keys() == {"4", "8"}  # 8 can't be said to be worse
+    assert "chosen among 3 by their validation scores" in on_test.note
+    assert "apart: 2,000 validation examples of t.csv" in on_validation.title
+    assert on_validation.note.startswith("Over 1,000 validation examples.")
+    (tmp_path / "8" / "eval-12345678.json").unlink()
+    assert "by these very scores" in ablation(tmp_path).note
+
+
+def test_effects_of_a_knob_are_paired_by_seed_so_that_a_lucky_seed_has_no_part_in_them(tmp_path):
+    for rank, of in (
+        (4, {1: 60, 2: 68}),
+        (8, {1: 60, 2: 68, 3: 76}),
+    ):  # seed 3 is 8 points better, at either rank
+        for seed, value in of.items():
+            tuned(tmp_path / f"{rank} {seed}", value, f"--lora_r {rank} --seed {seed}")
+    found = next(table for name, table in tables(tmp_path).items() if name.startswith("LoRA effects"))
+    [row] = [[cell.text for cell in row] for row in found.rows]
+    assert row == ["rank", "4", "8", "+0.00, +0.00 (2)", "1", "2"]  # means of 64 and 68 would make it +4
+
+
+def test_the_share_says_how_many_examples_were_really_taken_and_which_texts_stand_in_test(tmp_path):
+    split = {"source": "t.jsonl", "rows": 10, "available": 480, "also_in_test": 13, "sha256": "5" * 64}
+    folder = tuned(tmp_path, 60, "--train_sample_fraction 0.025", train={"examples": 10})
+    content = record.read(folder / "train.json")
+    record.write_json(folder / "train.json", content | {"data": {"train": split}})
+    found = tables(tmp_path)[TABLE_1]
+    assert [cell.text for cell in found.rows[0][:2]] == ["2.5 %", "10 of 480 (2.1 %)"]
+    assert "13 texts of the training split occur in the test split, too." in found.note
+    assert (
+        "A seed draws the training examples, their order and dropout; at 100 % the last two only."
+        in found.note
+    )
+
+
+def test_few_test_examples_carry_a_warning_and_a_run_without_a_seed_no_number_of_seeds(tmp_path):
+    baseline(tmp_path, 20, eval=evaluation(50, examples=20))
+    found = tables(tmp_path)["Table 2: classification: zero-shot, few-shot and fine-tuned"]
+    assert found.rows[0][3].text == "50.00 [29.9, 70.1]"
+    assert found.note.endswith("Fewer than 40 test examples: the intervals are rough.")
+    assert "(1)" not in found.note
+
+
+def test_differences_are_to_what_is_named_or_else_to_the_cheapest(study):
+    named = printed(report(study, "--reference", "b/big").stdout)
+    assert named[TABLE_1][0][-1] == "a/small - b/big"
+    assert named[TABLE_1][-1][-1] == "-10.00 [-11.9, -8.1] (1)"
+    methods = printed(report(study, "--reference", "fine-tuned").stdout)
+    table = methods["Table 2: summarization: zero-shot, few-shot and fine-tuned"]
+    assert [row[-1] for row in table] == [
+        "ROUGE-1 - fine-tuned",
+        "—",
+        "-20.00 [-20.0, -20.0] (1)",
+        "reference",
+    ]
+    assert "--reference nothing: no table has such a row or column" in error_line(
+        report(study, "--reference", "nothing")
+    )
+
+
+def test_the_spread_of_seeds_and_of_test_examples_stand_apart_on_request(study):
+    title = "Spread: classification: where the interval of accuracy comes from"
+    assert title not in printed(report(study).stdout)
+    columns, *rows = printed(report(study, "--spread").stdout)[title]
+    found = {row[0]: dict(zip(columns, row, strict=True)) for row in rows}
+    seeds = found["a/small, fine-tuned, 10 %, rank 8, epochs 5, dropout 0.1"]
+    # Of the mean squares in Table 1: sqrt((0.4 - 0.0129) / 1000) = 0.0197; 1.96 * 0.0197 / sqrt(3) = 0.0223;
+    # 1.96 sqrt(0.000356 - 0.0114^2) = 0.0295
+    assert (seeds["sd between seeds"], seeds["± of seeds"], seeds["± of test sampling"]) == (
+        "1.97",
+        "2.23",
+        "2.95",
+    )
+    assert seeds["± in all"] == "4.97"
+    assert float(seeds["± with one seed more"]) < 4.97
+    # To zero-shot: 42 points apart, each seed alike
+    assert float(seeds["smallest difference to show"]) > 0
+    assert found["a/small, fine-tuned, 100 %, rank 8, epochs 5, dropout 0.1"]["sd between seeds"] == "—"
+    assert found["a/small, zero-shot"]["smallest difference to show"] == "—"
 
 
 # Methods
@@ -285,13 +427,16 @@ def test_a_new_method_is_shown_by_its_entry_alone(tmp_path, monkeypatch):
         found[title]
         for title in (TABLE_1, f"Table 2: classification: {', '.join(TITLES)} and nearest example")
     )
-    assert shares.columns[2:] == ["a/small, fine-tuned", "a/small, nearest example"]
-    assert [cell.text for cell in shares.rows[-1]][2:] == ["70.00 ± 2.00", "40.00 ± 2.00"]
+    assert shares.columns[2:4] == ["a/small, fine-tuned", "a/small, nearest example"]
+    assert [cell.text for cell in shares.rows[-1]][2:][:2] == [
+        "70.00 [67.1, 72.8] (1)",
+        "40.00 [37.0, 43.1] (1)",
+    ]
     assert "a/small, nearest example: examples kept 9." in shares.note
     rows = [[cell.text for cell in row[:4]] for row in methods.rows]
     assert rows[-2:] == [
-        ["a/small", "fine-tuned", "480", "70.00 ± 2.00"],
-        ["a/small", "nearest example", "9", "40.00 ± 2.00"],
+        ["a/small", "fine-tuned", "480", "70.00 [67.1, 72.8] (1)"],
+        ["a/small", "nearest example", "9", "40.00 [37.0, 43.1] (1)"],
     ]
     [row] = [row for row in found[SERVING].rows if row[2].text == "nearest example"]
     assert row[0].text == "a/small"
@@ -325,7 +470,7 @@ def test_a_run_without_a_score_shows_how_it_stands_and_no_number(tmp_path):
         whole = record.read(tmp_path / "good" / "train.json")
         content.update({name: whole[name] for name in whole.keys() - content.keys()})
     states = [(text, None) for text in ("failed", "OOM", "interrupted", "not scored", "running")]
-    assert [(row[2].text, row[2].value) for row in column] == [*states, ("70.00 ± 2.00; 1 OOM", 70)]
+    assert [(row[2].text, row[2].value) for row in column] == [*states, ("70.00 [67.1, 72.8] (1); 1 OOM", 70)]
 
 
 def flags(words: str):
@@ -359,7 +504,7 @@ OTHER_TEST = {"data": {"test": {"source": "t.csv", "rows": 2000, "sha256": "9" *
     [
         (OTHER_TEST, "2,000 test examples of t.csv (sha256 99999999)"),
         ({"prompt_sha256": "b" * 64}, "fine-tuned prompt bbbbbbbb"),
-        ({"eval": evaluation(90, metrics_version="2, r")}, "metrics of version 2, r"),
+        ({"eval": evaluation(90, metrics_version="1, r")}, "metrics of version 1, r"),
     ],
 )
 def test_scores_that_can_not_be_compared_stand_apart_and_the_title_says_why(tmp_path, more, why):
@@ -386,14 +531,14 @@ def test_settings_without_a_place_in_the_tables_make_models_of_their_own(tmp_pat
     tuned(tmp_path / "three", 50, "--learning_rate 1e-3 --loss_on all --seed 2")
     shares = tables(tmp_path)[TABLE_1]
     rates = (("0.0002", "answer"), ("0.001", "all"), ("0.001", "answer"))
-    assert shares.columns[2:] == [f"a/small (learning_rate {rate}, loss_on {on})" for rate, on in rates]
-    assert [cell.value for cell in shares.rows[-1][2:]] == [70, 50, 60]
+    assert shares.columns[2:5] == [f"a/small (learning_rate {rate}, loss_on {on})" for rate, on in rates]
+    assert [cell.value for cell in shares.rows[-1][2:5]] == [70, 50, 60]
 
 
 def test_two_checkpoints_share_no_cell_though_their_folders_have_the_same_name(tmp_path):
     tuned(tmp_path / "one", 70, "--pretrained_ckpt v1/llama/7b")
     tuned(tmp_path / "two", 50, "--pretrained_ckpt v2/llama/7b")
-    assert [cell.value for cell in tables(tmp_path)[TABLE_1].rows[-1][2:]] == [70, 50]
+    assert [cell.value for cell in tables(tmp_path)[TABLE_1].rows[-1][2:4]] == [70, 50]
 
 
 def test_rows_of_cost_can_be_told_apart_where_a_training_is_scored_on_two_splits(tmp_path):
@@ -428,15 +573,15 @@ def test_published_figures_leave_ours_as_they_are_and_are_marked(study):
         if title != TABLE_1:
             assert all(row[0].endswith(" †") for row in others[len(rows) :])
     names = FIGURES["tables"]["Table 1"]["columns"][1:]
-    assert beside[TABLE_1][0][4:] == [f"{name} †" for name in names]
-    assert sum(cell != "—" for row in beside[TABLE_1][1:] for cell in row[5:]) == 48
+    assert beside[TABLE_1][0][5:] == [f"{name} †" for name in names]
+    assert sum(cell != "—" for row in beside[TABLE_1][1:] for cell in row[6:]) == 48
 
 
 def test_no_published_cell_has_a_value_or_records(study):
     alone, both = (json.loads(report(study, "--json", *words).stdout) for words in ((), ("--published",)))
     added = [cell for cell in both if cell not in alone]
     assert len(added) == len(both) - len(alone) > 48
-    assert not any(cell["value"] or cell["half_width"] or cell["records"] or cell["seeds"] for cell in added)
+    assert not any(cell["value"] or cell["ci95"] or cell["records"] or cell["seeds"] for cell in added)
 
 
 def test_the_published_figures_stand_alone_and_add_up():
@@ -674,8 +819,8 @@ def test_a_run_that_goes_on_or_was_killed_is_of_unknown_time(tmp_path):
 def test_every_cell_is_given_to_programs_with_its_records(study):
     found = json.loads(report(study, "--json").stdout)
     (cell,) = [cell for cell in found if cell["column"] == "a/small" and cell["row"] == ["10 %", "48"]]
-    assert (cell["value"], cell["seeds"], cell["text"]) == (62, 3, "62.00 ± 5.80 (3)")
-    assert cell["half_width"] == pytest.approx(5.8038, abs=1e-4)
+    assert (cell["value"], cell["seeds"], cell["text"]) == (62, 3, "62.00 [56.9, 66.8] (3)")
+    assert cell["ci95"] == pytest.approx([56.93, 66.82], abs=0.005)
     folders = [f"{study}/seed {seed}" for seed in (1, 2, 3)]
     files = [f"{folder}/{part}.json" for folder in folders for part in ("eval", "train")]
     assert sorted(cell["records"]) == files
@@ -686,7 +831,7 @@ def test_a_trace_names_records_commands_and_commit(study):
     assert done.returncode == 0
     head, *lines = done.stdout.splitlines()
     title = "Table 1 | classification: accuracy by training share"
-    assert head == f"{title} | 10 % | 48 | a/small = 62.00 ± 5.80 (3)"
+    assert head == f"{title} | 10 % | 48 | a/small = 62.00 [56.9, 66.8] (3)"
     stamp = "finished 2024-01-01T00:00:00.000+00:00, commit c0ffee"
     assert f"  {study}/seed 2/eval.json: {stamp}" in lines
     command = "--pretrained_ckpt a/small --seed 2 --train_sample_fraction 0.1"
@@ -701,7 +846,7 @@ def test_a_trace_takes_words_side_by_side(tmp_path):
     heads = [
         line for line in report(tmp_path, "--trace", "table 1, 10 %").stdout.splitlines() if line[0] != " "
     ]
-    assert [head.split(" | ")[2] for head in heads] == ["10 %"]
+    assert {head.split(" | ")[2] for head in heads} == {"10 %"}
 
 
 def test_a_trace_without_a_match_is_one_line(study):
@@ -713,70 +858,206 @@ def test_a_trace_without_a_match_is_one_line(study):
 # Paired tests
 
 
-def predict(folder: Path, right: str, **more) -> Path:
-    """An evaluation with one prediction for each letter of `right`, correct where it is "1"."""
-    rows = [
-        {
-            "index": i,
-            "prediction": "x\x85\u2028y",
-            "parsed": "yx"[int(mark)],
-            "reference": "x",
-            "correct": mark == "1",
-        }
-        for i, mark in enumerate(right)
-    ]
-    score = evaluation(100 * right.count("1") / len(right), examples=len(right))
-    save(folder, "eval", "classification", "", "qlora", **{"eval": score, **more})
+def predict(folder: Path, right: str, words: str = "", **more) -> Path:
+    """An evaluation with an answer for each letter of `right`, correct where it is "1"."""
+    rows = [{"parsed": "yx"[int(mark)], "reference": "x", "correct": mark == "1"} for mark in right]
+    score = evaluation(50, examples=len(right)) | metrics.summed_up("classification", rows)
+    save(folder, "eval", "classification", words, "qlora", **{"eval": score, **more})
+    rows = [{"index": i, "prediction": "x\x85\u2028y", **row} for i, row in enumerate(rows)]
     write_rows(folder / "predictions.jsonl", rows)
     return folder
 
 
-def test_a_paired_test_has_the_numbers_worked_out_by_hand(tmp_path):
+def rows_of(text: str) -> dict[str, list[str]]:
+    """The rows of a comparison's table, by metric."""
+    lines = [
+        re.split(r" +\| +", line.strip("| ")) for line in text.splitlines() if re.match(r"\| [amiR]", line)
+    ]
+    return {name: cells for name, *cells in lines}
+
+
+def test_two_runs_are_compared_as_worked_out_by_hand(tmp_path):
     one, two = predict(tmp_path / "one", "1111111100"), predict(tmp_path / "two", "1110000000")
     done = report("--compare", one, two)
     assert done.returncode == 0, done.stderr
-    # 5 of 10 differ: of Binomial(10, 0.5) 1.1 % are at most 1 and 5.5 % at most 2, so the interval is 2 to 8
-    row = r"\| accuracy +\| 80.00 +\| 30.00 +\| \+50.00 +\| \+20.00 to \+80.00 +\| 0.00\d\d"
-    assert re.search(row, done.stdout)
+    a, b, difference, ends, p = rows_of(done.stdout)["accuracy"]
+    assert (a, b, difference) == ("80.00", "30.00", "+50.00")
+    # 5 of 10 won, two more half won and half lost: t(11) = 2.201; sqrt((6 - 25 / 12) / 11 / 12) = 0.172
+    assert ends == "+12.09 to +87.91"
+    assert float(p) == pytest.approx(2 / 2**5, abs=0.01)  # of the 2^5 ways to swap what differs
     assert "A alone is right 5 times, B alone 0 times, p = 0.062." in done.stdout  # 2 * 0.5^5
+    assert "Of these two adapters, not of the settings" in done.stdout
 
 
-def test_a_paired_test_pairs_rows_of_the_same_example_in_whatever_order_a_file_has_them(tmp_path):
-    one, two = predict(tmp_path / "one", "11110000"), predict(tmp_path / "two", "11110000")
-    rows = [json.loads(line) for line in (two / "predictions.jsonl").read_text("utf-8").splitlines() if line]
-    write_rows(two / "predictions.jsonl", [{**row, "index": 2 * row["index"] + 5} for row in rows[::-1]])
-    assert "A alone is right 0 times, B alone 0 times" in compare([one, two])
+def test_p_that_is_as_small_as_swaps_can_make_it_says_so(tmp_path):
+    one, two = predict(tmp_path / "one", "1" * 60), predict(tmp_path / "two", "0" * 60)
+    assert rows_of(compare([one], [two]))["accuracy"][-1] == "<= 0.0002"
+
+
+def test_four_examples_that_differ_are_not_significant_whatever_they_are_among(tmp_path):
+    one, two = predict(tmp_path / "one", "1" * 160), predict(tmp_path / "two", "1" * 156 + "0000")
+    text = compare([one], [two])
+    _, _, difference, ends, p = rows_of(text)["accuracy"]
+    assert difference == "+2.50"
+    assert ends.startswith("-")
+    assert float(p) == pytest.approx(0.125, abs=0.02)
+    assert "p = 0.12." in text
+
+
+SEEDS = ("110100", "110110", "100111")  # of 6 examples with 3 seeds
+
+
+def sides(root: Path, ours=SEEDS, theirs=("100100", "110000", "000111")) -> list[list[Path]]:
+    return [
+        [
+            predict(root / f"{rank} {i}", right, f"--lora_r {rank} --seed {i}")
+            for i, right in enumerate(side, 1)
+        ]
+        for rank, side in ((8, ours), (16, theirs))
+    ]
+
+
+def test_several_seeds_a_side_are_paired_and_compared_by_the_two_way_variance(tmp_path):
+    from scipy.stats import t
+
+    ours, theirs = sides(tmp_path)
+    done = report("--compare", *ours, "--against", *theirs)
+    assert done.returncode == 0, done.stderr
+    a, b, difference, ends, p = rows_of(done.stdout)["accuracy"]
+    # Of 18 answers each: 11 against 7 right; by seed 3 - 2, 4 - 2, 4 - 3 of 6.
+    assert (a, b, difference) == ("61.11", "38.89", "+22.22")
+    assert "Of the settings: 3 pairs of seeds (1, 2, 3) on the same 6 test examples." in done.stdout
+    assert "McNemar" not in done.stdout
+    by_seed = np.array([1, 2, 1]) / 6
+    error = by_seed.std(ddof=1) / np.sqrt(3)
+    low, high = map(float, ends.split(" to "))
+    assert (high - low) / 200 >= t.ppf(0.975, 2) * error * 0.75  # less only for the two examples more
+    assert 0.05 < float(p) < 1
+
+
+def test_runs_whose_seed_the_other_side_has_not_are_left_out_by_name(tmp_path):
+    ours, theirs = sides(tmp_path)
+    text = compare(ours, theirs[:2])
+    assert "2 pairs of seeds (1, 2)" in text
+    assert f"Left out, for the other side has no such seed: {ours[2]}" in text
+    assert rows_of(text)["accuracy"][0] == "58.33"  # 3 and 4 of 6
+
+
+def test_seeds_that_no_side_shares_are_paired_in_their_order(tmp_path):
+    ours, _ = sides(tmp_path)
+    others = [predict(tmp_path / f"x{i}", "110000", f"--lora_r 16 --seed {i}") for i in (7, 8, 9)]
+    assert "3 pairs of seeds (1 with 7, 2 with 8, 3 with 9)" in compare(ours, others)
+
+
+def test_a_method_without_a_seed_stands_against_every_seed_of_the_other(tmp_path):
+    ours, _ = sides(tmp_path)
+    plain = predict(tmp_path / "plain", "100000")
+    content = record.read(plain / "eval.json") | {"method": "zero-shot"}
+    record.write_json(plain / "eval.json", content)
+    text = compare(ours, [plain])
+    assert rows_of(text)["accuracy"][:3] == ["61.11", "16.67", "+44.44"]
+    assert "3 pairs of seeds" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [("--lora_r 16 --seed 2", "differ in --lora_r"), ("--seed 1", "have the same seed (1)")],
+)
+def test_a_side_is_one_setting_with_several_seeds(tmp_path, words, reason):
+    one, two = predict(tmp_path / "one", "1101", "--seed 1"), predict(tmp_path / "two", "1100", words)
+    other = predict(tmp_path / "other", "0101", "--epochs 9 --seed 1")
+    done = report("--compare", one, two, "--against", other)
+    assert reason in error_line(done)
+    assert done.returncode == 1
+
+
+def test_sides_are_named_by_two_flags(tmp_path):
+    one = predict(tmp_path / "one", "1101")
+    for words in (["--compare", one], ["--compare", one, one, one], ["--against", one]):
+        assert "--compare: it takes two runs, or some runs and the others by --against" in error_line(
+            report(*words)
+        )
 
 
 def test_of_a_folder_with_one_evaluation_that_one_is_compared_and_of_several_one_must_be_named(tmp_path):
     one, two = predict(tmp_path / "one", "1100"), predict(tmp_path / "two", "1101")
-    for name, as_name in (("eval.json", "eval-0a.json"), ("predictions.jsonl", "predictions-0a.jsonl")):
-        (two / name).rename(two / as_name)
-    assert "A alone is right 0 times, B alone 1 times" in compare([one, two])
+    (two / "eval.json").rename(two / "eval-0a.json")
+    assert "A alone is right 0 times, B alone 1 times" in compare([one], [two])
     (two / "eval-0b.json").write_text((two / "eval-0a.json").read_text())
     with pytest.raises(UserError, match=r"several evaluations: name one of eval-0a\.json, eval-0b\.json"):
-        compare([one, two])
+        compare([one], [two])
 
 
-def test_a_run_does_not_differ_from_itself(tmp_path):
-    text = compare([predict(tmp_path / "one", "1101")] * 2)
-    rows = [re.split(r" +\| *", line)[3:6] for line in text.splitlines() if re.match(r"\| [ami]", line)]
-    assert rows == [["+0.00", "+0.00 to +0.00", "1.0000"]] * 3
+def test_a_run_does_not_differ_from_itself_but_may_elsewhere(tmp_path):
+    text = compare([predict(tmp_path / "one", "1" * 90 + "0" * 70)], [tmp_path / "one"])
+    # Half a win and half a loss among 162: 1.975 sqrt(1 / 161 / 162)
+    assert {(cells[2], cells[3], cells[4]) for cells in rows_of(text).values()} == {
+        ("+0.00", "-1.22 to +1.22", "1.0000")
+    }
     assert "0 times, B alone 0 times, p = 1." in text
 
 
-def test_a_paired_interval_of_rouge_is_that_of_another_bootstrap(tmp_path):
+def test_a_paired_interval_of_rouge_is_students(tmp_path):
+    from scipy.stats import ttest_rel
+
     generator, names = np.random.default_rng(7), ("rouge1", "rouge2", "rougeL", "rougeLsum")
-    scores = generator.uniform(20, 60, (2, 40))
+    scores = generator.uniform(20, 60, (2, 40)).round(4)
     for folder, row in zip(("one", "two"), scores, strict=True):
-        entry = evaluation(row.mean(), task="summarization", examples=40)
+        rows = [dict.fromkeys(names, value) for value in row]
+        entry = evaluation(50, "summarization", 40) | metrics.summed_up("summarization", rows)
         save(tmp_path / folder, "eval", "summarization", "", "qlora", eval=entry)
-        write_rows(tmp_path / folder / "predictions.jsonl", [dict.fromkeys(names, value) for value in row])
-    line = next(x for x in compare([tmp_path / "one", tmp_path / "two"]).splitlines() if "ROUGE-1" in x)
-    difference, low, high = map(float, re.findall(r"[+-]\d+\.\d+", line))
-    drawn = (scores[0] - scores[1])[generator.integers(40, size=(20_000, 40))].mean(axis=1)
-    assert difference == pytest.approx((scores[0] - scores[1]).mean(), abs=0.005)
-    assert [low, high] == pytest.approx(np.percentile(drawn, [2.5, 97.5]), abs=0.3)
+    _, _, difference, ends, p = rows_of(compare([tmp_path / "one"], [tmp_path / "two"]))["ROUGE-1"]
+    theirs = ttest_rel(*scores)
+    assert float(difference) == pytest.approx((scores[0] - scores[1]).mean(), abs=0.005)
+    assert [float(end) for end in ends.split(" to ")] == pytest.approx(
+        list(theirs.confidence_interval()), abs=0.01
+    )
+    assert float(p) == pytest.approx(theirs.pvalue, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (OTHER_TEST, "different test examples: 55555555, 99999999"),
+        ({"eval": evaluation(75, metrics_version="1, r", examples=4)}, "different metric versions"),
+        ({"status": "failed"}, "no finished evaluation"),
+        ({"eval": evaluation(75, examples=4) | {"per_example": None}}, "--rescore"),
+    ],
+)
+def test_a_pair_that_can_not_be_compared_is_refused_in_one_line(tmp_path, more, reason):
+    one, two = predict(tmp_path / "one", "0111"), predict(tmp_path / "two", "1101", **more)
+    done = report("--compare", one, two)
+    assert reason in error_line(done)
+    assert (done.returncode, done.stdout) == (1, "")
+
+
+# Older records
+
+
+def make_old(path: Path) -> None:
+    """As a record was before each example stood in it."""
+    content = record.read(path)
+    content["eval"].pop("per_example")
+    content["eval"]["metrics_version"] = "1, r"
+    content["eval"]["metrics"]["accuracy"]["ci95"] = [0.0, 100.0]
+    record.write_json(path, content)
+
+
+def test_an_older_record_is_read_without_an_interval_and_made_anew_from_its_predictions(tmp_path):
+    folder = predict(tmp_path / "runs", "1110" * 10)
+    new = record.read(folder / "eval.json")
+    make_old(folder / "eval.json")
+    shown = report(tmp_path).stdout
+    assert printed(shown)["Table 2: classification: zero-shot, few-shot and fine-tuned"][3][3] == "75.00 (1)"
+    assert "Older records have no intervals: --rescore makes them anew." in shown
+    done = report(tmp_path, "--rescore")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "accuracy 75.00 -> 75.00, metrics 1, r -> 2, rouge-score" in done.stdout
+    again = record.read(folder / "eval.json")
+    assert again["eval"] == new["eval"]
+    assert again.pop("rescored")["from"] == "1, r"
+    assert again == new
+    assert report(tmp_path, "--rescore").stdout.endswith("eval.json: as it was\n")
 
 
 def rewrite(change):
@@ -784,25 +1065,43 @@ def rewrite(change):
 
 
 @pytest.mark.parametrize(
-    ("more", "spoil", "reason"),
+    ("spoil", "reason"),
     [
-        (OTHER_TEST, None, "different test examples: 55555555, 99999999"),
-        ({"eval": evaluation(75, metrics_version="2, r", examples=4)}, None, "different metric versions"),
-        ({"status": "failed"}, None, "no finished evaluation"),
-        ({}, Path.unlink, "No such file"),
-        ({}, rewrite(lambda text: text[:-20]), "not readable"),
-        ({}, rewrite(lambda text: text.partition("\n")[0]), "not whole"),
-        ({}, rewrite(lambda text: "{}\n" * 4), "predictions.jsonl"),
-        ({}, rewrite(lambda text: "1\n" * 4), "predictions.jsonl"),
+        (Path.unlink, "No such file"),
+        (rewrite(lambda text: text[:-20]), "not readable"),
+        (rewrite(lambda text: text.partition("\n")[0]), "not whole"),
+        (rewrite(lambda text: "{}\n" * 4), "not whole"),
+        (rewrite(lambda text: "1\n" * 4), "not whole"),
+        (rewrite(lambda text: text.replace("false", "true")), "accuracy 75.00, its predictions 100.00"),
     ],
 )
-def test_a_pair_that_can_not_be_compared_is_refused_in_one_line(tmp_path, more, spoil, reason):
-    one, two = predict(tmp_path / "one", "0111"), predict(tmp_path / "two", "1101", **more)
-    if spoil:
-        spoil(two / "predictions.jsonl")
-    done = report("--compare", one, two)
+def test_a_record_whose_predictions_are_not_its_own_stays_as_it_is(tmp_path, spoil, reason):
+    one, two = predict(tmp_path / "one", "0111"), predict(tmp_path / "two", "1101")
+    for folder in (one, two):
+        make_old(folder / "eval.json")
+    before = (two / "eval.json").read_bytes()
+    spoil(two / "predictions.jsonl")
+    done = report(tmp_path, "--rescore")
     assert reason in error_line(done)
-    assert (done.returncode, done.stdout) == (1, "")
+    assert done.returncode == 1
+    assert "one/eval.json: accuracy 75.00 -> 75.00" in done.stdout
+    assert (two / "eval.json").read_bytes() == before
+
+
+def test_older_summaries_are_scored_anew_by_the_words_as_they_are_now(tmp_path):
+    scores, rows = metrics.score("summarization", ["Ann is late", "Bo waits"], ["Ann is late", "Cy came"])
+    entry = evaluation(50, "summarization", 2) | scores
+    save(tmp_path, "eval", "summarization", "", "qlora", eval=entry)
+    write_rows(tmp_path / "predictions.jsonl", rows)
+    make = record.read(tmp_path / "eval.json")
+    make["eval"].pop("per_example")
+    record.write_json(tmp_path / "eval.json", make | {"eval": make["eval"] | {"metrics_version": "1, r"}})
+    assert "rouge1 50.00 -> 50.00" in report(tmp_path, "--rescore").stdout
+    assert record.read(tmp_path / "eval.json")["eval"]["per_example"] == scores["per_example"]
+
+
+def test_rescoring_nothing_says_so(tmp_path):
+    assert "the folders hold no evaluation" in error_line(report(tmp_path, "--rescore"))
 
 
 # Bad input
@@ -816,7 +1115,7 @@ DAMAGE = {  # a file's text to another one
 LACKING = {
     "train": "status script cost train.examples",
     "eval": "status script prompt_sha256 config config.split config.train_sample_fraction data.test.sha256 "
-    "cost.gpu eval.metrics eval.metrics.accuracy eval.metrics.accuracy.ci95",
+    "cost.gpu eval.metrics eval.metrics.accuracy",
 }
 ODD = {
     "train": {
@@ -839,6 +1138,9 @@ ODD = {
             "config": ["a"],
             "data.test": [],
             "eval.metrics.accuracy": [60, 58, 62],
+            "eval.metrics.accuracy.ci95": [58],
+            "eval.per_example": {"classes": ["a"], "references": [0], "answers": [0]},
+            "eval.per_example.answers": [99] * 1000,
         },
     },
 }
@@ -862,7 +1164,7 @@ def test_a_damaged_record_is_named_and_left_out(two_runs, part, damage):
     done = report(two_runs)
     assert str(path) in error_line(done)
     assert done.returncode == 1
-    assert [row[2] for row in printed(done.stdout)[TABLE_1][5:]] == ["—", "70.00 ± 2.00"]
+    assert [row[2] for row in printed(done.stdout)[TABLE_1][5:]] == ["—", "70.00 [67.1, 72.8] (1)"]
 
 
 @pytest.mark.parametrize(("part", "key", "value"), KEYS)
@@ -877,7 +1179,7 @@ def test_a_record_that_lacks_a_key_or_has_an_odd_value_is_named_and_left_out(two
     record.write_json(path, content)
     found, problems = find_runs([two_runs])
     shares, *_ = all_tables(comparable(found), [])
-    assert [row[2].text for row in shares.rows[4:]] == ["—", "70.00 ± 2.00"]
+    assert [row[2].text for row in shares.rows[4:]] == ["—", "70.00 [67.1, 72.8] (1)"]
     assert [str(path) in problem for problem in problems] == [True]
 
 
@@ -892,7 +1194,7 @@ def test_of_two_records_of_one_cell_and_seed_the_newer_counts(tmp_path):
     for name, value, year in (("a", 50, 2023), ("b", 70, 2025), ("c", 60, 2024)):
         tuned(tmp_path / name, value, finished=f"{year}-01-01T00:00:00.000+00:00")
     done = report(tmp_path)
-    assert printed(done.stdout)[TABLE_1][-1][2] == "70.00 ± 2.00"
+    assert printed(done.stdout)[TABLE_1][-1][2] == "70.00 [67.1, 72.8] (1)"
     assert done.returncode == 1
     kept = f"is left out: {tmp_path}/b/eval.json is of the same cell and seed, and newer"
     assert done.stderr.splitlines() == [f"error: {tmp_path}/{name}/eval.json {kept}" for name in "ac"]
@@ -922,9 +1224,10 @@ def test_a_report_is_written_with_each_table_as_csv(written):
     assert len(files) == sum(bool(rows) for rows in found.values()) == 9
     with open(files[0], newline="") as file:
         rows = list(csv.DictReader(file))
-    assert (rows[2]["a/small"], rows[2]["training share"]) == ("62", "10 %")
-    assert float(rows[2]["a/small ±"]) == pytest.approx(5.8038, abs=1e-4)
-    assert (rows[2]["b/big"], rows[5]["b/big"], rows[5]["b/big ±"]) == ("—", "80", "1.0")
+    assert (rows[2]["a/small"], rows[2]["training share"]) == ("62.0", "10 %")
+    ends = [float(rows[2][f"a/small {end}"]) for end in ("low", "high")]
+    assert ends == pytest.approx([56.93, 66.82], abs=0.005)
+    assert (rows[2]["b/big"], rows[5]["b/big"], rows[5]["b/big low"][:4]) == ("—", "80.0", "77.4")
     assert rows[2]["Llama2-7B †"] == "55.97"
 
 
@@ -932,7 +1235,10 @@ PLOTS = {
     "classification-score-by-number-of-training-examples": [
         *("training examples", "accuracy (%)", "b/big", "Llama2-7B (published)")
     ],
-    "classification-score-by-training-cost": ["training cost (USD)", "accuracy (%)", "Pareto front"],
+    "classification-score-by-training-cost": [
+        *("training cost (USD)", "accuracy (%)", "b/big", "a/small, below the front"),
+        "Pareto front, found by 7 trainings for $9.60",
+    ],
     "classification-lora-grid-a-small-100-of-the-examples": ["epochs", "LoRA rank", "dropout 0.1"],
     "classification-training-loss": ["optimizer step"],
     "summarization-score-by-number-of-training-examples": ["training examples", "ROUGE-1 (%)"],
@@ -992,5 +1298,5 @@ def test_an_output_folder_that_is_a_file_is_refused_in_one_line(study, tmp_path)
 def test_the_pareto_front_has_no_point_that_a_cheaper_one_equals():
     from study.report.plots import pareto
 
-    points = [(4, 70), (2, 40), (1, 50), (3, 60), (2, 60), (5, 65)]
-    assert pareto(points) == [(1, 50), (2, 60), (4, 70)]
+    points = dict(enumerate([(4, 70), (2, 40), (1, 50), (3, 60), (2, 60), (5, 65)]))
+    assert [points[name] for name in pareto(points)] == [(1, 50), (2, 60), (4, 70)]

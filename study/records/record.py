@@ -15,6 +15,7 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -38,7 +39,10 @@ def short_hash(settings: dict) -> str:
 
 
 def write_json(path: Path, content: dict) -> None:
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Indented, with a list of numbers on one line."""
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    text = re.sub(r"\[\n[-+.\dEe\s,nul]*\]", lambda found: "[" + " ".join(found[0][1:-1].split()) + "]", text)
+    write_text(path, text + "\n")
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
@@ -205,7 +209,7 @@ def close(path: Path, content: dict) -> None:
     """Write a record with the attempts before it, but none as finished that readers would refuse. A failure
     over a finished one adds itself to that one's attempts alone."""
     content["environment"] = environment(content["config"].get("seed"))
-    content["finished"] = utc(time.time())
+    content["finished"] = now()
     if content["status"] == "finished":
         schema.check(content, path)
     earlier, before = None, []
@@ -223,6 +227,10 @@ def close(path: Path, content: dict) -> None:
     beside(path).unlink(missing_ok=True)
 
 
+def now() -> str:
+    return utc(time.time())
+
+
 def utc(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
 
@@ -235,8 +243,8 @@ def environment(seed: int | None) -> dict:
             versions[package] = importlib.metadata.version(package)
     torch = sys.modules.get("torch")
     gpu = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
-    seeds = {"run": seed, "bootstrap": 0}
-    return {"versions": versions, "gpu": gpu, "cpus": os.cpu_count(), "git_commit": commit(), "seeds": seeds}
+    found = {"versions": versions, "gpu": gpu, "cpus": os.cpu_count(), "git_commit": commit()}
+    return found | {"seeds": {"run": seed}}
 
 
 def commit() -> str | None:

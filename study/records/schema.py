@@ -19,6 +19,8 @@ SCORES = {  # of each task, the metrics that tables show, the first also in plot
     "summarization": {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"},
 }
 
+FEW = 40  # test examples, below which intervals are rough
+
 # Flags by what depends on them; all others change a run's speed, its price or its place.
 READ = (  # what a model reads, in training and scoring alike
     *("pretrained_ckpt", "dataset", "train_file", "text_column", "label_column", "dialogue_column"),
@@ -58,7 +60,7 @@ class Method:
 
 PROMPTED = "baseline/{pretrained_ckpt}/{task}/{prompt_type}"
 METHODS = {  # in the order of the tables' rows
-    "zero-shot": Method("zero-shot", PROMPTED, PROMPTING, published=True),
+    "zero-shot": Method("zero-shot", PROMPTED, PROMPTING[:-1], published=True),  # which draws nothing
     "few-shot": Method("few-shot", PROMPTED, PROMPTING, published=True),
     "qlora": Method(
         title="fine-tuned",
@@ -104,6 +106,7 @@ SPENT = {  # which need not be there, or are null where they are not known
 }
 OPTIONAL = SPENT | {
     "checkpoint.sha256": str | None,
+    "eval.per_example": dict | None,
     "train.batching.processes": int | None,
     "spent_before": list | None,
 }
@@ -168,7 +171,9 @@ def scores_of(content: dict) -> dict:
     split = f"data.{content['config']['split']}"
     wanted = {f"{split}.sha256": str, f"{split}.source": str, f"{split}.rows": int}
     for metric in {**SCORES[content["task"]], **content["eval"]["metrics"]}:
-        wanted |= {f"eval.metrics.{metric}.{name}": NUMBER for name in ("value", "ci95.0", "ci95.1")}
+        wanted[f"eval.metrics.{metric}.value"] = NUMBER
+        if lookup(content, f"eval.metrics.{metric}.ci95") is not None:
+            wanted |= {f"eval.metrics.{metric}.ci95.{end}": NUMBER for end in (0, 1)}
     return wanted
 
 

@@ -1,6 +1,7 @@
 """The result block that a script ends with."""
 
 from study.records import cost
+from study.records.schema import FEW
 
 
 def result_block(content: dict) -> str:
@@ -18,8 +19,12 @@ def result_block(content: dict) -> str:
         part, speed = content["eval"], f"{content['eval']['examples_per_second']:,.1f} examples/s"
         decoding = part.get("decoding", "unknown")
         for name, metric in part["metrics"].items():
-            low, high = metric["ci95"]
-            lines.append(f"{name:<16}{metric['value']:6.2f} %  (95 % interval {low:.2f} to {high:.2f})")
+            ends = "no interval holds: too few examples, or all alike"
+            if metric["ci95"]:
+                ends = "95 % interval {:.2f} to {:.2f}".format(*metric["ci95"])
+            over = f", over {metric['classes']} classes" if "classes" in metric else ""
+            lines.append(f"{name:<16}{metric['value']:6.2f} %  ({ends}{over})")
+        lines += [f"            {line}" for line in remarks(part)]
         lines.append(
             f"scored     {part['examples']:,} examples, {content['method']}, {decoding} decoding, "
             f"{part['input_tokens']:,} tokens in, {part['output_tokens']:,} out"
@@ -30,3 +35,18 @@ def result_block(content: dict) -> str:
         f"{cost.shown(content['cost'])}"
     )
     return "\n".join(lines)
+
+
+def remarks(scored: dict) -> list[str]:
+    """What a reader of the scores in a record's `eval` should know."""
+    value = {name: metric["value"] for name, metric in scored["metrics"].items()}
+    lines = ["The intervals are of this run, over other test examples; another seed may score otherwise."]
+    if scored["examples"] < FEW:
+        lines.append(f"Fewer than {FEW} test examples: the intervals are rough.")
+    above = [name for name in ("micro_f1", "macro_f1") if value.get(name, 0) > value.get("accuracy", 100)]
+    if above and value["invalid_answers"]:
+        lines.append(
+            f"{' and '.join(above)} above accuracy: an invalid answer is a miss of its class, and no false "
+            "alarm of another."
+        )
+    return lines

@@ -3,10 +3,11 @@
     python -m study.report experiments/                             # every table
     python -m study.report experiments/ --published --output_dir results/
     python -m study.report experiments/ --trace "table 1, 10 %"     # the records and commands behind cells
-    python -m study.report --compare RUN RUN                        # a paired test on the same test examples
+    python -m study.report --compare RUN... --against RUN...        # two settings, by the runs of their seeds
 
-A score is the mean over the seeds of a setting ± half of its 95 % interval: the bootstrap's over the test
-examples, and with n seeds, shown as (n), their spread too.
+A score is the mean over the seeds of a setting, with its 95 % interval in [brackets] and how many seeds in
+(brackets). The interval allows for other seeds and other test examples; with one seed, (1), for other test
+examples only; of two seeds, (2), both scores stand there. docs/statistics.md has the formulas.
 """
 
 import argparse
@@ -117,23 +118,51 @@ def main() -> None:
     )
     add(
         "--compare",
-        nargs=2,
+        nargs="+",
         type=Path,
         metavar="RUN",
-        help="a paired test of two runs, folders or eval.json files",
+        help="a paired test of two runs, or with --against of two settings: folders or eval.json files",
+    )
+    add(
+        "--against", nargs="+", type=Path, metavar="RUN", help="the runs that --compare is to be held against"
+    )
+    add(
+        "--reference", metavar="NAME", help="the row or column that tables show differences to (the cheapest)"
+    )
+    add(
+        "--spread", action="store_true", help="also where the intervals come from, and what would narrow them"
+    )
+    add(
+        "--rescore",
+        action="store_true",
+        help="make the scores of older records in FOLDER... anew from their predictions, and nothing else",
     )
     args = parser.parse_args([underscored(word) for word in sys.argv[1:]])
-    if args.compare:
+    if args.compare or args.against:
         from study.report.compare import compare
 
-        return print(compare(args.compare))
+        sides = args.compare or [], args.against or []
+        if not args.against and len(sides[0]) == 2:
+            sides = sides[0][:1], sides[0][1:]
+        if not all(sides):
+            raise UserError("--compare: it takes two runs, or some runs and the others by --against")
+        return print(compare(*sides))
+    if args.rescore:
+        from study.report.rescore import rescore
+
+        lines, problems = rescore(args.folders or [Path("experiments")])
+        print("\n".join(lines))
+        return end(problems)
     prices = cost.read_prices(args.prices) if args.prices else []
     folders = args.folders or ([] if args.published else [Path("experiments")])
     found, problems = find_runs(folders)
     for several in several_prices(found, prices):
         print(f"--prices {args.prices}: {several}, so its price is unknown: leave one entry", file=sys.stderr)
     groups = comparable(found)
-    tables = all_tables(groups, prices, spent_in_all(folders, prices))
+    tables = all_tables(groups, prices, args.reference, args.spread, spent_in_all(folders, prices))
+    columns = [column for table in tables for column in table.columns]
+    if args.reference and not any(args.reference in column.partition(" - ")[2] for column in columns):
+        raise UserError(f"--reference {args.reference}: no table has such a row or column with a score")
     if args.published:
         from study.report.published import with_published
 
@@ -146,6 +175,11 @@ def main() -> None:
         print("\n".join(table.markdown() for table in tables))
     if args.output_dir:
         write(tables, groups, prices, args, shlex.join(sys.argv[1:]))
+    end(problems)
+
+
+def end(problems: Sequence[str]) -> None:
+    """Say what went wrong, and exit 1 if anything did."""
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)
     if problems:

@@ -1,12 +1,14 @@
 """Cells, which keep the runs that stand behind them, and tables of them as text."""
 
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from statistics import mean, stdev
+from statistics import mean
 
+import numpy as np
+
+from study import intervals, metrics
 from study.report.collect import Run
 
 STATES = {"running": "running", "oom": "OOM", "failed": "failed", "interrupted": "interrupted"}
@@ -14,11 +16,11 @@ STATES = {"running": "running", "oom": "OOM", "failed": "failed", "interrupted":
 
 @dataclass(frozen=True)
 class Cell:
-    """`value` ± `half` of its interval as a number and, with its unit, as text."""
+    """`value` and the ends of its 95 % interval as numbers and, with its unit, as text."""
 
     text: str
     value: float | None = None
-    half: float | None = None
+    ends: tuple[float, float] | None = None
     runs: tuple[Run, ...] = ()
 
 
@@ -36,6 +38,13 @@ class Table:
     def add(self, *cells: Cell | str | float) -> None:
         self.rows.append([cell if isinstance(cell, Cell) else Cell(str(cell)) for cell in cells])
 
+    def extend(self, column: str, cells: Sequence[Cell]) -> None:
+        """By a column that has any number in it."""
+        if any(cell.value is not None for cell in cells):
+            self.columns.append(column)
+            for row, cell in zip(self.rows, cells, strict=True):
+                row.append(cell)
+
     def markdown(self) -> str:
         from tabulate import tabulate
 
@@ -44,15 +53,15 @@ class Table:
         return f"## {self.name}: {self.title}\n\n{text}\n\n{self.note}".rstrip() + "\n"
 
     def csv_rows(self) -> list[list]:
-        """Titles and rows; a column of scores has one with half of their intervals beside it."""
-        halves = [any(row[i].half is not None for row in self.rows) for i in range(len(self.columns))]
-        lines = [[[name, f"{name} ±"] for name in self.columns]]
+        """Titles and rows; a column of scores has two with the ends of their intervals beside it."""
+        of_scores = [any(row[i].ends for row in self.rows) for i in range(len(self.columns))]
+        lines = [[[name, f"{name} low", f"{name} high"] for name in self.columns]]
         lines += [
-            [[cell.text if cell.value is None else cell.value, cell.half] for cell in row]
+            [[cell.text if cell.value is None else cell.value, *(cell.ends or ("", ""))] for cell in row]
             for row in self.rows
         ]
         return [
-            list(chain(*(pair[: 1 + half] for pair, half in zip(line, halves, strict=True))))
+            list(chain(*(three[: 1 + 2 * has] for three, has in zip(line, of_scores, strict=True))))
             for line in lines
         ]
 
@@ -62,11 +71,8 @@ class Table:
             {
                 **{"table": self.name, "title": self.title},
                 **{"row": [key.text for key in row[: self.keys]], "column": column, "text": cell.text},
-                **{
-                    "value": cell.value,
-                    "half_width": cell.half,
-                    "seeds": sum(bool(run.scored) for run in cell.runs),
-                },
+                **{"value": cell.value, "ci95": cell.ends},
+                "seeds": sum(bool(run.scored) for run in cell.runs),
                 "records": [str(path) for run in cell.runs for path in run.records()],
             }
             for row in self.rows
@@ -75,24 +81,36 @@ class Table:
 
 
 def score_cell(of: Iterable[Run], metric: str) -> Cell:
-    """Mean over the seeds ± half of the 95 % interval; or how the runs stand that have no score.
-
-    One run: half = h, of its bootstrap. n runs: half = sqrt(mean(h)^2 + (t sd / sqrt(n))^2), with sd the
-    standard deviation of their values and t the 0.975 quantile of Student's t, n - 1 degrees of freedom.
-    """
+    """The mean over the seeds with its 95 % interval (intervals.py), or both values of two seeds; or how the
+    runs stand that have no score. An older record, which has no value of each example, gives no interval."""
     of = tuple(of)
-    scored = [run.scored["metrics"][metric] for run in of if run.scored]
+    scored = [run for run in of if run.scored]
     states = Counter(STATES.get(run.state, run.state) for run in of if not run.scored)
     if not scored:
         return Cell(", ".join(states) or "—", runs=of)
-    values = [entry["value"] for entry in scored]
-    half, count = mean((entry["ci95"][1] - entry["ci95"][0]) / 2 for entry in scored), len(scored)
-    if count > 1:
-        from scipy.stats import t
+    each = [run.scored["metrics"][metric]["value"] for run in scored]
+    found = ends_of(scored, metric)
+    text = "; ".join(
+        [shown(each, found, scored[0].seed is not None), *(f"{n} {s}" for s, n in states.items())]
+    )
+    return Cell(text, mean(each), found, of)
 
-        half = math.hypot(half, t.ppf(0.975, count - 1) * stdev(values) / math.sqrt(count))
-    text = f"{mean(values):.2f} ± {half:.2f}" + (f" ({count})" if count > 1 else "")
-    return Cell("; ".join([text, *(f"{n} {state}" for state, n in states.items())]), mean(values), half, of)
+
+def ends_of(scored: Sequence[Run], metric: str, level: float = intervals.LEVEL) -> tuple[float, float] | None:
+    """The interval of a metric over runs of one setting, in percent."""
+    if not all(run.values for run in scored):
+        return None
+    classes = max(run.scored["metrics"][metric].get("classes", 0) for run in scored)
+    return metrics.interval_of(metric, np.stack([run.values[metric] for run in scored]), classes, level)
+
+
+def shown(each: Sequence[float], ends: tuple[float, float] | None, seeds: bool, sign: str = "") -> str:
+    """E.g. "72.71 [61.3, 82.1] (3)", or of two seeds both values: "69.38, 75.00 (2)"."""
+    count = f" ({len(each)})" if seeds else ""
+    if len(each) == 2 and seeds:
+        return ", ".join(f"{value:{sign}.2f}" for value in each) + count
+    interval = " [{0:{2}.1f}, {1:{2}.1f}]".format(*ends, sign) if ends else ""
+    return f"{mean(each):{sign}.2f}{interval}{count}"
 
 
 def mean_cell(

@@ -3,8 +3,12 @@
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
+
+from study import metrics
 from study.errors import UserError
 from study.records import record, runs
 from study.records.schema import METHODS, PARTS, SCORES, SCORING, Method, lookup, part_of
@@ -31,6 +35,7 @@ class Run:
     variant: str = ""
     name: str = ""  # of the model
     label: str = ""  # the model, and the method where others trained it too: a column of what was trained
+    chosen_by: dict | None = None  # the metrics of the same training on the validation split
 
     def __post_init__(self):
         self.task, self.config = self.content["task"], self.content["config"]
@@ -38,6 +43,7 @@ class Run:
         self.scored = self.content["eval"] if self.state == "finished" else None
         self.share = self.config.get("train_sample_fraction")
         self.setting = tuple(self.config.get(name) for name in self.method.knobs)
+        self.seed = self.config.get("seed") if "seed" in self.method.settings else None
 
     @property
     def model(self) -> str:
@@ -48,8 +54,14 @@ class Run:
         beside = self.path.with_name("train.json")
         return [self.path] if self.train is None or self.path == beside else [beside, self.path]
 
+    @cached_property
+    def values(self) -> dict[str, np.ndarray]:
+        """What each test example adds to each metric, as a share of 1; empty for an older record."""
+        found = self.scored and self.scored.get("per_example")
+        return metrics.values_of(found) if found else {}
+
     def test(self) -> dict:
-        """The test split's description."""
+        """The description of the split that was scored."""
         return self.content["data"][self.config["split"]]
 
     def weights(self) -> str:
@@ -63,8 +75,8 @@ class Run:
         if self.scored:
             more = self.test()["sha256"], self.content.get("prompt_sha256"), self.weights()
         variant = tuple(str(self.config.get(name)) for name in variants(self.method))
-        seed, method = self.config.get("seed"), self.content["method"]
-        return self.task, self.content["model"], method, self.share, *self.setting, seed, variant, more
+        method = self.content["method"]
+        return self.task, self.content["model"], method, self.share, *self.setting, self.seed, variant, more
 
 
 def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
@@ -113,7 +125,13 @@ def runs_of(folder: Path) -> list[Run]:
         content, state = record.read_whole(path), record.status(path)
         if finished and state == "finished" and not runs.has_scored(path, content, trained):
             raise UserError(f"{path} scored an earlier training than the one beside it: score it again")
+        if state == "finished" and content["eval"].get("per_example"):
+            metrics.check(content["eval"], path)
         found.append(Run(path, content, trained if finished else None, state))
+    validated = [run.scored for run in found if run.scored and run.config["split"] == "validation"]
+    for run in found:
+        if validated and run.config["split"] != "validation":
+            run.chosen_by = max(validated, key=lambda scored: scored["examples"])["metrics"]
     if not found and trained:
         path = folder / "train.json"
         state = "not scored" if finished else record.status(path)
@@ -137,7 +155,8 @@ def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
         for run in ours:
             if run.scored:
                 test, prompt, title = run.test(), prompt_of(run), run.method.title
-                source = f"{test['rows']:,} test examples of {test['source']} (sha256 {test['sha256'][:8]})"
+                split = f"{test['rows']:,} {run.config['split']} examples"
+                source = f"{split} of {test['source']} (sha256 {test['sha256'][:8]})"
                 key = (
                     places.setdefault(test["sha256"], source),  # the same data has other names elsewhere
                     f"metrics of version {run.scored.get('metrics_version', 'unknown')}",

@@ -1,48 +1,178 @@
-"""A paired test of two evaluations of the same test examples."""
+"""The paired difference of two settings on the same test examples, for tables and for --compare."""
 
-import json
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from study import metrics
+import numpy as np
+
+from study import intervals, metrics
 from study.errors import UserError
-from study.records import runs
 from study.records.record import read_whole
-from study.records.schema import NUMBER, PARTS, SCORES
+from study.records.schema import PARTS, SCORES
+from study.report.cells import Cell, shown
+from study.report.collect import Run
 
 
-def compare(paths: Sequence[Path]) -> str:
-    """Both scores, their difference with its 95 % interval, and p. Raises UserError where the two runs were
-    not scored on the same examples in the same way."""
+@dataclass(frozen=True)
+class Difference:
+    """Of the first setting less the second, in a metric: of each pair of seeds in points, and of them all."""
+
+    each: list[float]
+    parts: intervals.Parts
+    pairs: list[tuple[Run, Run]]
+
+    @property
+    def value(self) -> float:
+        return sum(self.each) / len(self.each)
+
+    @property
+    def seeded(self) -> bool:
+        """Whether another seed might come out otherwise."""
+        return any(run.seed is not None for pair in self.pairs for run in pair)
+
+    def ends(self, level: float = intervals.LEVEL) -> tuple[float, float]:
+        """Of its interval, in points."""
+        middle, reach = 100 * self.parts.mean, 100 * self.parts.reach(level)
+        return max(middle - reach, -100.0), min(middle + reach, 100.0)
+
+    def cell(self) -> Cell:
+        runs = dict.fromkeys(run for pair in self.pairs for run in pair)
+        return Cell(shown(self.each, self.ends(), self.seeded, "+"), self.value, self.ends(), tuple(runs))
+
+    def pooled(self, square: float = 0, freedom: int = 0) -> "Difference":
+        """The same with the mean `square` of what a seed changes in a setting taken from many of them; as it
+        is without one."""
+        if not freedom:
+            return self
+        of_seeds = 2 * self.parts.examples * square
+        return replace(self, parts=replace(self.parts, of_seeds=of_seeds, freedom_of_seeds=freedom))
+
+    def worse(self) -> float:
+        """The one-sided p of the first being no worse than the second."""
+        return self.parts.p() / 2 if self.value < 0 else 1 - self.parts.p() / 2
+
+
+def difference(ours: Sequence[Run], theirs: Sequence[Run], metric: str) -> Difference | None:
+    """None where either setting has no score, or one of an older record without a value of each example."""
+    pairs = paired(*([run for run in side if run.values] for side in (ours, theirs)))
+    if not pairs:
+        return None
+    sides = (np.stack([run.values[metric] for run in side]) for side in zip(*pairs, strict=True))
+    each = [
+        one.scored["metrics"][metric]["value"] - other.scored["metrics"][metric]["value"]
+        for one, other in pairs
+    ]
+    return Difference(each, intervals.of_difference(*sides), pairs)
+
+
+def paired(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[Run, Run]]:
+    """Runs of two settings, seed by seed: those of the seeds that both have; where there are none, in their
+    order; and a run without a seed beside each of the others."""
+    sides = [sorted(side, key=lambda run: run.seed or 0) for side in (ours, theirs)]
+    for i, side in enumerate(sides):
+        if len(side) == 1 and side[0].seed is None:
+            sides[i] = side * max(len(sides[1 - i]), 1) if sides[1 - i] else []
+    common = {run.seed for run in sides[0]} & {run.seed for run in sides[1]}
+    if common - {None}:
+        sides = [[run for run in side if run.seed in common] for side in sides]
+    return list(zip(*sides, strict=False))
+
+
+def compare(ours: Sequence[Path], theirs: Sequence[Path]) -> str:
+    """Both scores of two settings, each given by the runs of its seeds, their difference with its 95 %
+    interval, and p. Raises UserError where they were not scored on the same examples in the same way, or
+    where the runs of a side differ in more than their seeds."""
     from tabulate import tabulate
 
-    sides = [read_scored(scored_in(path)) for path in paths]
-    (ours, rows), (_, others) = sides
-    for what, one, other in (
-        (
-            "test examples",
-            *(content["data"][content["config"]["split"]]["sha256"][:8] for content, _ in sides),
-        ),
-        ("metric versions", *(content["eval"].get("metrics_version") for content, _ in sides)),
+    sides = [[read_scored(scored_in(path)) for path in paths] for paths in (ours, theirs)]
+    runs = [run for side in sides for run in side]
+    for what, known in (
+        ("test examples", [run.test()["sha256"][:8] for run in runs]),
+        ("metric versions", [run.scored["metrics_version"] for run in runs]),
     ):
-        if one != other:
-            raise UserError(f"--compare: {paths[0]} and {paths[1]} have different {what}: {one}, {other}")
-    result, table = metrics.compare(rows, others), []
-    for name, title in SCORES[ours["task"]].items():
-        scores = [f"{content['eval']['metrics'][name]['value']:.2f}" for content, _ in sides]
-        low, high = result[name]["ci95"]
-        difference = f"{result[name]['value']:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{result[name]['p']:.4f}"
-        table.append([title, *scores, *difference])
-    lines = [f"A: {paths[0]}", f"B: {paths[1]}", ""]
-    lines.append(
-        tabulate(table, ["", "A", "B", "A - B", "95 % interval", "p"], "github", disable_numparse=True)
-    )
-    lines += ["", f"Paired bootstrap over the same {len(rows):,} test examples."]
-    if "mcnemar_p" in result.get("accuracy", {}):
-        exact = result["accuracy"]
-        alone = f"A alone is right {exact['won']:,} times, B alone {exact['lost']:,} times"
-        lines.append(f"McNemar's exact test: {alone}, p = {exact['mcnemar_p']:.2g}.")
+        for run, value in zip(runs, known, strict=True):
+            if value != known[0]:
+                both = f"{runs[0].path} and {run.path} have different {what}"
+                raise UserError(f"--compare: {both}: {known[0]}, {value}")
+    for side in sides:
+        check_side(side)
+    table, task = [], runs[0].task
+    for name, title in SCORES[task].items():
+        found = difference(*sides, name)
+        ends = "{:+.2f} to {:+.2f}".format(*found.ends())
+        scores = [score_of(side, name) for side in zip(*found.pairs, strict=True)]
+        table.append([title, *scores, f"{found.value:+.2f}", ends, p_text(*p_of(found, name))])
+    lines = [f"{letter}: {run.path.parent}" for letter, side in zip("AB", sides, strict=True) for run in side]
+    titles = ["", "A", "B", "A - B", "95 % interval", "p"]
+    lines += ["", tabulate(table, titles, "github", disable_numparse=True), "", *about(found, sides)]
     return "\n".join(lines)
+
+
+def score_of(side: Sequence[Run], metric: str) -> str:
+    values = [run.scored["metrics"][metric]["value"] for run in side]
+    return f"{sum(values) / len(values):.2f}"
+
+
+def p_of(found: Difference, metric: str) -> tuple[float, float]:
+    """p, and the least that it can be: of two runs by swapping, of several seeds by the interval's t."""
+    if len(found.pairs) > 1:
+        return found.parts.p(), 0.0001
+    per_example = (run.scored["per_example"] for run in found.pairs[0])
+    return metrics.p_of_two(metric, *per_example), 1 / (1 + intervals.SWAPS)
+
+
+def p_text(p: float, least: float) -> str:
+    return f"<= {least:.4f}" if p <= least else f"{p:.4f}"
+
+
+def about(found: Difference, sides: Sequence[Sequence[Run]]) -> list[str]:
+    """What was compared, and of what the interval and p hold."""
+    count, (one, other) = len(found.pairs), found.pairs[0]
+    examples = f"the same {one.scored['examples']:,} test examples"
+    left = [str(run.path.parent) for side in sides for run in side if run not in {*sum(found.pairs, ())}]
+    lines = []
+    if count > 1:
+        seeds = ", ".join(
+            str(a.seed if a.seed == b.seed else f"{a.seed} with {b.seed}") for a, b in found.pairs
+        )
+        lines.append(
+            f"Of the settings: {count} pairs of seeds ({seeds}) on {examples}. Interval and p allow for "
+            "other seeds and for other examples."
+        )
+    elif found.seeded:
+        lines.append(
+            f"Of these two adapters, not of the settings: one seed a side, on {examples}. Other seeds may "
+            "differ by as much: name several a side, by --against."
+        )
+    else:
+        lines.append(f"Two runs without a seed, on {examples}.")
+    if left:
+        lines.append(f"Left out, for the other side has no such seed: {', '.join(left)}")
+    if count == 1 and one.task == "classification":
+        won, lost, p = metrics.mcnemar(*(run.scored["per_example"] for run in (one, other)))
+        alone = f"A alone is right {won:,} times, B alone {lost:,} times"
+        lines.append(f"McNemar's exact test: {alone}, p = {p:.2g}.")
+    return lines
+
+
+def check_side(side: Sequence[Run]) -> None:
+    """Raise UserError where the runs of a side are not one setting with several seeds."""
+    first = side[0]
+    names = ["method", "task", "model"]
+    for run in side[1:]:
+        other = [name for name in names if run.content[name] != first.content[name]]
+        settings = {*first.method.settings} - {"seed"}
+        other += [f"--{n}" for n in sorted(settings) if run.config.get(n) != first.config.get(n)]
+        if other:
+            raise UserError(
+                f"--compare: {first.path.parent} and {run.path.parent} are on one side, and differ in "
+                f"{', '.join(other)}: put them on two sides, by --against"
+            )
+    seeds = [run.seed for run in side]
+    twice = next((seed for seed in seeds if seeds.count(seed) > 1), None)
+    if len(set(seeds)) < len(seeds):
+        raise UserError(f"--compare: two runs of one side have the same seed ({twice}): name each once")
 
 
 def scored_in(path: Path) -> Path:
@@ -56,26 +186,15 @@ def scored_in(path: Path) -> Path:
     raise UserError(f"--compare {path} has several evaluations: name one of {', '.join(names)}")
 
 
-def read_scored(path: Path) -> tuple[dict, list[dict]]:
-    """A finished evaluation's record and predictions. Raises UserError where either lacks or is not whole."""
-    content, predictions = read_whole(path, "eval"), runs.predictions_beside(path)
+def read_scored(path: Path) -> Run:
+    """The run of a finished evaluation's record. Raises UserError where there is none, or an older one."""
+    content = read_whole(path, "eval")
     if not content or content["status"] != "finished":
         raise UserError(f"--compare {path}: there is no finished evaluation")
-    try:
-        lines = predictions.read_text(encoding="utf-8").split("\n")  # texts hold other ends of lines
-        rows = [json.loads(line) for line in lines if line]
-    except (OSError, ValueError) as error:
-        raise UserError(f"--compare: {predictions} is not readable ({error}): --force redoes it") from None
-    kinds = dict.fromkeys(metrics.ROUGE, NUMBER)
-    if content["task"] == "classification":
-        kinds = {"correct": bool, "parsed": str | None, "reference": str}
-    if len(rows) != content["eval"]["examples"] or not all(
-        isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
-        for row in rows
-    ):
-        raise UserError(f"--compare: {predictions} is not whole: --force redoes it")
-    # In the order of the test data, whatever a file was sorted by since. Both sides have the same examples;
-    # the numbers of their rows may differ.
-    if all(isinstance(row.get("index"), int) for row in rows):
-        rows.sort(key=lambda row: row["index"])
-    return content, rows
+    if not content["eval"].get("per_example"):
+        raise UserError(
+            f"--compare {path} is an older record, without a value of each example: python -m study.report "
+            f"--rescore {path.parent} makes it anew from its predictions"
+        )
+    metrics.check(content["eval"], path)
+    return Run(path, content, None, "finished")

@@ -1,25 +1,30 @@
 """Runs -> plots, as PNG. Lines and points differ in marker and dash, to be told apart in grey."""
 
 import hashlib
+import math
 import re
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import cycle
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from study.records import cost
 from study.records.schema import METHODS, SCORES
-from study.report.cells import score_cell
+from study.report.cells import Cell, score_cell
+from study.report.choice import grids
 from study.report.collect import Run
+from study.report.compare import difference
 from study.report.published import FIGURES
-from study.report.tables import grids, labels_of, models_of, on_everything, reference, training_usd, tuned
+from study.report.selection import labels_of, models_of, on_everything, reference, tuned
+from study.report.spent import training_usd
 
 STYLE = {
     "font.size": 10,
@@ -98,9 +103,9 @@ def plot_examples(task: str, group: Sequence[Run], published: bool):
                 points.setdefault(run.train["train"]["examples"], []).append(run)
         cells = {count: score_cell(points[count], metric) for count in sorted(points)}
         if cells:
-            values, halves = zip(*((cell.value, cell.half) for cell in cells.values()), strict=True)
+            values, bars = bars_of(cells.values())
             axes.errorbar(
-                list(cells), values, halves, marker=marker, ls=dash, color="black", capsize=3, label=model
+                list(cells), values, bars, marker=marker, ls=dash, color="black", capsize=3, label=model
             )
     if published:
         table = FIGURES["tables"]["Table 1"]
@@ -117,8 +122,20 @@ def plot_examples(task: str, group: Sequence[Run], published: bool):
     return figure
 
 
+def bars_of(cells: Iterable[Cell]) -> tuple[list[float], list[list[float]]]:
+    """Scores, and how far below and above them the ends of their intervals lie; 0 without an interval."""
+    values, bars = [], [[], []]
+    for cell in cells:
+        low, high = cell.ends or (cell.value, cell.value)
+        values.append(cell.value)
+        for side, length in zip(bars, (cell.value - low, high - cell.value), strict=True):
+            side.append(max(length, 0))
+    return values, bars
+
+
 def plot_cost(task: str, group: Sequence[Run], prices: Sequence[dict]):
-    """Score over the dollars of training, the Pareto front as a line, and untuned models as levels."""
+    """Score over the dollars of training: the Pareto front as a line, the points that can't be told from it
+    black, and untuned models as levels."""
     metric, cells = next(iter(SCORES[task])), {}
     for run in tuned(group):
         if run.scored and run.train and training_usd(run, prices) is not None:
@@ -126,17 +143,29 @@ def plot_cost(task: str, group: Sequence[Run], prices: Sequence[dict]):
     if not cells:
         return None
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    points = {}
-    for key, of in cells.items():
-        points[key] = mean(training_usd(run, prices) for run in of), score_cell(of, metric)
+    points = {
+        key: (mean(training_usd(run, prices) for run in of), score_cell(of, metric))
+        for key, of in cells.items()
+    }
+    front, tied = pareto({key: (usd, cell.value) for key, (usd, cell) in points.items()}), set()
+    for key, (usd, _) in points.items():
+        best = [at for at in front if points[at][0] <= usd][-1]
+        found = difference(cells[key], cells[best], metric)
+        if key in front or not found or found.worse() >= 0.05 / len(points):
+            tied.add(key)
     for model, marker in zip(sorted({key[0] for key in points}), cycle(MARKERS), strict=False):
-        ours = [point for key, point in points.items() if key[0] == model]
-        costs, scores, halves = zip(*((usd, cell.value, cell.half) for usd, cell in ours), strict=True)
-        axes.errorbar(
-            costs, scores, halves, ls="", marker=marker, color="0.45", capsize=2, lw=0.8, label=model
-        )
-    front = pareto([(usd, cell.value) for usd, cell in points.values()])
-    axes.step(*zip(*front, strict=True), where="post", color="black", lw=1.5, label="Pareto front")
+        for chosen, color in ((False, "0.6"), (True, "black")):
+            ours = [point for key, point in points.items() if key[0] == model and (key in tied) == chosen]
+            if ours:
+                values, bars = bars_of(cell for _, cell in ours)
+                named = model if chosen else f"{model}, below the front"
+                look = {"ls": "", "marker": marker, "color": color, "capsize": 2, "lw": 0.8}
+                axes.errorbar([usd for usd, _ in ours], values, bars, label=named, **look)
+    line = [(points[key][0], points[key][1].value) for key in front]
+    searched = sum(training_usd(run, prices) for of in cells.values() for run in of)
+    count = sum(map(len, cells.values()))
+    label = f"Pareto front, found by {count} trainings for {cost.usd_text(searched)}"
+    axes.step(*zip(*line, strict=True), where="post", color="black", lw=1.5, label=label)
     untrained = [method for method in METHODS.values() if not method.trains]
     for method, dash in zip(untrained, cycle(LEVELS), strict=False):
         for model in models_of(run for run in group if run.method is method and run.scored):
@@ -147,43 +176,53 @@ def plot_cost(task: str, group: Sequence[Run], prices: Sequence[dict]):
     return figure
 
 
-def pareto(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (cost, score) points that no cheaper one equals or beats."""
+def pareto(points: dict) -> list:
+    """The names of the points (cost, score) that no cheaper one equals or beats, the cheapest first."""
     front = []
-    for usd, score in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or score > front[-1][1]:
-            front.append((usd, score))
+    for name, (_, score) in sorted(points.items(), key=lambda item: (item[1][0], -item[1][1])):
+        if not front or score > points[front[-1]][1]:
+            front.append(name)
     return front
 
 
 def plot_grid(task: str, cells: dict):
-    """A heat map of rank x epochs for each dropout, on one scale of grey."""
+    """A heat map of rank x epochs for each dropout, in steps of grey as wide as an interval, lest noise looks
+    like a landscape."""
     ranks, epochs, dropouts = (sorted(set(column)) for column in zip(*cells, strict=True))
-    values = [cell.value for cell in cells.values() if cell.value is not None]
-    if not values:
+    scored = [cell for cell in cells.values() if cell.value is not None]
+    if not scored:
         return None
-    size = (1.5 + 0.9 * len(epochs) * len(dropouts), 1.8 + 0.5 * len(ranks))
+    size = (1.5 + 1.1 * len(epochs) * len(dropouts), 1.8 + 0.5 * len(ranks))
     figure, all_axes = plt.subplots(
         1, len(dropouts), figsize=size, squeeze=False, sharey=True, layout="constrained"
     )
-    low, high = min(values), max(values)
+    low, high = min(cell.value for cell in scored), max(cell.value for cell in scored)
+    widths = [cell.ends[1] - cell.ends[0] for cell in scored if cell.ends]
+    step = max(median(widths) if widths else 0, (high - low) / 8, 0.01)
+    count = math.ceil((high - low) / step + 1e-9) or 1
+    edges = [high - step * (count - i) for i in range(count + 1)]
+    greys = ListedColormap(
+        [str(1 - 0.75 * i / max(count - 1, 1) if count > 1 else 0.85) for i in range(count)]
+    )
     for axes, dropout in zip(all_axes[0], dropouts, strict=True):
         rows = [[cells[rank, epoch, dropout] for epoch in epochs] for rank in ranks]
         shades = [[float("nan") if cell.value is None else cell.value for cell in row] for row in rows]
-        image = axes.imshow(shades, cmap="Greys", vmin=low - (high - low) / 4, vmax=high, aspect="auto")
+        image = axes.imshow(shades, cmap=greys, norm=BoundaryNorm(edges, count), aspect="auto")
         for y, row in enumerate(rows):
             for x, cell in enumerate(row):
-                dark = cell.value is not None and cell.value > (low + high) / 2
-                text = cell.text.strip("*").partition(" ")[0]
+                dark = count > 1 and cell.value is not None and cell.value > edges[(count + 1) // 2]
+                text = cell.text if cell.value is None else f"{cell.value:.2f}"
+                if cell.ends:
+                    text += "\n{:.1f} to {:.1f}".format(*cell.ends)
                 axes.text(
-                    x, y, text, ha="center", va="center", color="white" if dark else "black", fontsize=9
+                    x, y, text, ha="center", va="center", color="white" if dark else "black", fontsize=7
                 )
         axes.set_xticks(range(len(epochs)), [f"{epoch:g}" for epoch in epochs])
         axes.set_yticks(range(len(ranks)), [f"{rank:g}" for rank in ranks])
         axes.set(xlabel="epochs", title=f"dropout {dropout:g}")
         axes.grid(False)
     all_axes[0][0].set_ylabel("LoRA rank")
-    figure.colorbar(image, ax=all_axes[0], label=score_title(task))
+    figure.colorbar(image, ax=all_axes[0], label=f"{score_title(task)}, a step as wide as an interval")
     return figure
 
 

@@ -1,14 +1,144 @@
-"""What all records took together, whether a table shows them or not."""
+"""What training and serving took in time and dollars, and all records together, whether a table shows them or
+not."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from study.errors import UserError
 from study.records import attempts, cost, record, schema
-from study.report.cells import duration
-from study.report.collect import records_in
+from study.report.cells import Table, duration, mean_cell
+from study.report.collect import Run, records_in
+from study.report.selection import labels_of, on_everything, trained_on, tuned
 
 FAILED = ("failed", "oom", "interrupted")
+
+
+def training_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
+    """Tables 4 and 5: what training costs, for each model and task."""
+    columns = [
+        "model",
+        "task",
+        "trained on",
+        "epochs",
+        "seeds",
+        "loading",
+        "training",
+        "evaluation",
+        "all",
+        "tokens/s",
+    ]
+    columns += ["peak GiB", "GPU", "training cost", "evaluation cost", "cost"]
+    table = Table("Tables 4 and 5", "time and cost to train", columns, 2)
+    for task, why, group in groups:
+        place = f"{task} ({why})" if why else task
+        for label in labels_of(tuned(group)):
+            ours = [run for run in on_everything(group, label) if run.train]
+            for gpu in sorted({cost.shown(run.train["cost"]) for run in ours}):
+                of = [run for run in ours if cost.shown(run.train["cost"]) == gpu]
+                done = [run for run in of if run.scored]
+                table.add(
+                    *(label, place, trained_on(of), of[0].config.get("epochs", "—"), len(of)),
+                    mean_cell(
+                        of, lambda run: trained(run)["wall_seconds"] - trained(run)["seconds"], duration
+                    ),
+                    mean_cell(of, lambda run: trained(run)["seconds"], duration),
+                    mean_cell(done, lambda run: run.scored["wall_seconds"], duration),
+                    mean_cell(done, wall_seconds, duration),
+                    mean_cell(of, lambda run: trained(run)["tokens_per_second"], "{:,.0f}".format),
+                    mean_cell(of, lambda run: trained(run)["peak_memory_gib"], "{:.1f}".format),
+                    gpu,
+                    mean_cell(of, lambda run: training_usd(run, prices), cost.usd_text),
+                    mean_cell(done, lambda run: evaluation_usd(run, prices), cost.usd_text),
+                    mean_cell(done, lambda run: total_usd(run, prices), cost.usd_text),
+                )
+    table.note = (
+        "Time is of the whole process; loading includes imports, evaluation its own loading. Cost is time by "
+        "the hourly price; that of training includes its loading."
+    )
+    return table
+
+
+def served_as(run: Run) -> tuple[str, str, str]:
+    return run.model, run.method.title, cost.shown(run.content["cost"])
+
+
+def inference_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
+    """What serving the test set took: cost per 1,000 examples and per 1,000 tokens read or written."""
+    columns = [
+        "model",
+        "task",
+        "method",
+        "examples",
+        "examples/s",
+        "tokens in",
+        "tokens out",
+        "peak GiB",
+        "GPU",
+    ]
+    columns += ["per 1,000 examples", "per 1K input tokens", "per 1K output tokens"]
+    table = Table("Inference", "speed and cost to serve", columns, 3)
+    for task, why, group in groups:
+        place = f"{task} ({why})" if why else task
+        for served in sorted({served_as(run) for run in group if run.scored}):
+            of = [run for run in group if run.scored and served_as(run) == served]
+            if of[0].method.trains:
+                of = [run for run in on_everything(group, of[0].label) if run in of]
+            rates = [
+                lambda run, per=per: served_usd(run, prices, per)
+                for per in ("examples", "input_tokens", "output_tokens")
+            ]
+            if of:
+                table.add(
+                    *(served[0], place, served[1]),
+                    *(
+                        mean_cell(of, lambda run, name=name: run.scored[name], show)
+                        for name, show in SERVED.items()
+                    ),
+                    served[2],
+                    *(mean_cell(of, rate, cost.usd_text) for rate in rates),
+                )
+    table.note = (
+        "Cost is the seconds of decoding, without loading, by the hourly price, over what was served: "
+        "examples, tokens read, or tokens written, each of which alone bears all of it."
+    )
+    return table
+
+
+SERVED = {
+    "examples": "{:,.0f}".format,
+    "examples_per_second": "{:,.1f}".format,
+    "input_tokens": "{:,.0f}".format,
+    "output_tokens": "{:,.0f}".format,
+    "peak_memory_gib": "{:.1f}".format,
+}
+
+
+def trained(run: Run) -> dict:
+    return run.train["train"]
+
+
+def wall_seconds(run: Run) -> float:
+    return trained(run)["wall_seconds"] + run.scored["wall_seconds"]
+
+
+def training_usd(run: Run, prices: Sequence[dict]) -> float | None:
+    per_hour = cost.repriced(run.train["cost"], prices, cost.gpus_of(trained(run)))
+    return cost.usd(per_hour, trained(run)["wall_seconds"])
+
+
+def evaluation_usd(run: Run, prices: Sequence[dict]) -> float | None:
+    return cost.usd(cost.repriced(run.content["cost"], prices), run.scored["wall_seconds"])
+
+
+def total_usd(run: Run, prices: Sequence[dict]) -> float | None:
+    parts = evaluation_usd(run, prices), training_usd(run, prices)
+    return None if None in parts else sum(parts)
+
+
+def served_usd(run: Run, prices: Sequence[dict], per: str) -> float | None:
+    """USD per 1,000 of the examples or tokens that were served."""
+    usd = cost.usd(cost.repriced(run.content["cost"], prices), run.scored["seconds"])
+    return None if usd is None or not run.scored[per] else 1000 * usd / run.scored[per]
 
 
 def spent_in_all(folders: Iterable[Path], prices: Sequence[dict]) -> str:

@@ -1,91 +1,69 @@
 """Runs -> the tables of the study."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from statistics import mean
 
-from study.cli import DEFAULTS
-from study.records import cost
-from study.records.schema import LORA, METHODS, SCORES
-from study.report.cells import Cell, Table, duration, mean_cell, percent, score_cell
+import numpy as np
+
+from study import intervals
+from study.records.schema import FEW, METHODS, SCORES, lookup
+from study.report.cells import Cell, Table, percent, score_cell
+from study.report.choice import lora_tables
 from study.report.collect import Run
+from study.report.compare import difference
+from study.report.selection import (
+    labels_of,
+    models_of,
+    note_on,
+    on_everything,
+    reference,
+    settings_of,
+    trained_on,
+    tuned,
+)
+from study.report.spent import inference_table, trained, training_table
 
 SHARES = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
-def models_of(group: Iterable[Run]) -> list[str]:
-    return sorted({run.model for run in group})
-
-
-def labels_of(group: Iterable[Run]) -> list[str]:
-    return sorted({run.label for run in group})
-
-
-def tuned(group: Iterable[Run], label: str | None = None) -> list[Run]:
-    """The runs of methods that train: of all, or of the column `label`."""
-    return [run for run in group if run.method.trains and label in {None, run.label}]
-
-
-def reference(group: Iterable[Run], label: str) -> list[Run]:
-    """A column's runs of one setting of its method's knobs: those that were run with the most training
-    shares, or else seeds; or else the task's defaults, or else the most epochs and the highest rank."""
-    ours = tuned(group, label)
-
-    def rank(setting: tuple) -> tuple:
-        same = [run for run in ours if run.setting == setting]
-        usual = {name: DEFAULTS[same[0].task].get(name, 0.1) for name in LORA}
-        knobs = dict(zip(same[0].method.knobs, setting, strict=True))
-        size = knobs.get("epochs", 0), knobs.get("lora_r", 0), -knobs.get("dropout", 0), str(setting)
-        return len({run.share for run in same}), len(same), knobs == usual, *size
-
-    best = max({run.setting for run in ours}, key=rank, default=None)
-    return [run for run in ours if run.setting == best]
-
-
-def on_everything(group: Iterable[Run], label: str) -> list[Run]:
-    """Of the `reference` runs those with the largest training share."""
-    ours = reference(group, label)
-    return [run for run in ours if run.share == max(run.share for run in ours)]
-
-
-def settings_of(of: Sequence[Run]) -> str:
-    """E.g. "rank 8, epochs 5, dropout 0.1"; "" for a method without knobs."""
-    knobs = zip(of[0].method.knobs.values(), of[0].setting, strict=True)
-    return ", ".join(f"{title} {value:g}" for title, value in knobs)
-
-
-def note_on(settings: dict[str, Sequence[Run]]) -> str:
-    """Which settings the runs of each column have."""
-    told = {label: settings_of(of) for label, of in settings.items()}
-    return "".join(f"{label}: {knobs}. " for label, knobs in told.items() if knobs)
-
-
-def trained_on(of: Iterable[Run]) -> str:
-    """How many training examples, e.g. "480"."""
-    return " or ".join(sorted({f"{run.train['train']['examples']:,}" for run in of if run.train})) or "—"
-
-
-def share_table(task: str, group: Sequence[Run]) -> Table:
-    """Table 1: training share x what was trained."""
+def share_table(task: str, group: Sequence[Run], named: str | None = None) -> Table:
+    """Table 1: training share x what was trained, with differences to a column, or of one column to a row."""
     metric, title = next(iter(SCORES[task].items()))
     labels = labels_of(tuned(group))
-    table = Table("Table 1", f"{title} by training share", ["training share", "examples", *labels], 2)
     kept = {label: reference(group, label) for label in labels}
+    table = Table("Table 1", f"{title} by training share", ["training share", "examples", *labels], 2)
+    rows = {}
     for share in sorted({*SHARES, *(run.share for run in tuned(group))}):
-        of = {label: [run for run in kept[label] if run.share == share] for label in labels}
-        examples = trained_on(run for runs in of.values() for run in runs)
-        table.add(percent(share), examples, *(score_cell(of[label], metric) for label in labels))
-    table.note = note_on(kept)
+        row = {label: [run for run in kept[label] if run.share == share] for label in labels}
+        rows[percent(share)] = row
+        examples = trained_on((run for of in row.values() for run in of), share=True)
+        table.add(percent(share), examples, *(score_cell(of, metric) for of in row.values()))
+    if len(labels) > 1:
+        base = chosen(kept, named)
+        for label in [label for label in labels if base not in {None, label}]:
+            cells = [difference_cell(row[label], row[base], metric) for row in rows.values()]
+            table.extend(f"{label} - {base}", cells)
+    for label in labels if len(labels) == 1 else ():
+        column = {share: row[label] for share, row in rows.items()}
+        base = chosen(
+            column, named or next((name for name, of in column.items() if chosen({name: of})), None)
+        )
+        if base:
+            cells = [difference_cell(of, column[base], metric) for of in column.values()]
+            table.extend(f"{label} - {base}", cells)
+    table.note = f"{note_on(kept)}{about_seeds(group)}"
     return table
 
 
-def method_table(task: str, group: Sequence[Run]) -> Table:
+def method_table(task: str, group: Sequence[Run], named: str | None = None) -> Table:
     """Table 2: the methods, for each model: the published ones for a language model, whether run or not, and
     others that were run."""
     run = {run.content["method"] for run in group}
     shown = [method for name, method in METHODS.items() if method.published or name in run]
     title = " and ".join([", ".join(method.title for method in shown[:-1]), shown[-1].title])
-    table = Table("Table 2", title, ["model", "method", "trained on", *SCORES[task].values()], 2)
+    table = Table("Table 2", title, ["model", "method", "trained on"], 2)
     names = {run.content["model"]: run for run in group}
+    rows = {}
     for checkpoint in sorted(names):
         ours = [run for run in group if run.content["model"] == checkpoint]
         prompted = any(run.method.published for run in ours)
@@ -97,219 +75,163 @@ def method_table(task: str, group: Sequence[Run]) -> Table:
                 if method.trains and of:
                     of = on_everything(of, of[0].label)
                     table.note += note_on({of[0].label: of})
-                scores = (score_cell(of, metric) for metric in SCORES[task])
-                table.add(model, method.title, trained_on(of), *scores)
+                rows[model, method.title, trained_on(of)] = of
+    add_scores(table, rows, task, named)
+    table.note += about_seeds(group)
     return table
 
 
-def model_table(task: str, group: Sequence[Run]) -> Table:
+def model_table(task: str, group: Sequence[Run], named: str | None = None) -> Table:
     """Table 3: what was trained, on everything."""
-    columns = ["model", "trained on", *SCORES[task].values()]
-    table = Table("Table 3", "models fine-tuned on everything", columns, 1)
+    table = Table("Table 3", "models fine-tuned on everything", ["model", "trained on"], 1)
+    rows = {}
     for label in labels_of(tuned(group)):
         of = on_everything(group, label)
         table.note += note_on({label: of})
-        table.add(label, trained_on(of), *(score_cell(of, metric) for metric in SCORES[task]))
+        rows[label, trained_on(of)] = of
+    add_scores(table, rows, task, named)
+    table.note += about_seeds(group)
     return table
 
 
-def grid(group: Iterable[Run], metric: str, share: float) -> dict[tuple, Cell]:
-    """The cells of a LoRA grid by (rank, epochs, dropout), with those that were never run."""
-    ours = [run for run in group if run.share == share]
-    ranks, epochs, dropouts = (
-        sorted(set(column)) for column in zip(*(run.setting for run in ours), strict=True)
-    )
-    settings = [(rank, epoch, dropout) for dropout in dropouts for rank in ranks for epoch in epochs]
-    return {at: score_cell([run for run in ours if run.setting == at], metric) for at in settings}
+def add_scores(table: Table, rows: dict[tuple, Sequence[Run]], task: str, named: str | None) -> None:
+    """Fill a table with its rows' scores, and with the first metric's differences to the row of reference."""
+    metric, title = next(iter(SCORES[task].items()))
+    table.columns += SCORES[task].values()
+    for row, of in rows.items():
+        table.add(*row, *(score_cell(of, name) for name in SCORES[task]))
+    telling = [i for i in range(table.keys) if i == table.keys - 1 or len({row[i] for row in rows}) > 1]
+    by_name = {", ".join(row[i] for i in telling): of for row, of in rows.items()}
+    base = chosen(by_name, named)
+    if base:
+        cells = [difference_cell(of, by_name[base], metric) for of in by_name.values()]
+        table.extend(f"{title} - {base}", cells)
 
 
-def grids(task: str, group: Sequence[Run]) -> dict[str, dict[tuple, Cell]]:
-    """Every LoRA grid, at the training share with the most settings, where there are several."""
-    metric, found = next(iter(SCORES[task])), {}
-    lora = [run for run in tuned(group) if run.method.knobs == LORA]
-    for label in labels_of(lora):
-        ours = tuned(lora, label)
-        settings = {run.share: {r.setting for r in ours if r.share == run.share} for run in ours}
-        share = max(settings, key=lambda share: (len(settings[share]), share))
-        if len(settings[share]) > 1:
-            found[f"{label}, {percent(share)} of the examples"] = grid(ours, metric, share)
-    return found
+def chosen(settings: dict[str, Sequence[Run]], named: str | None = None) -> str | None:
+    """The setting to which others are compared: the one that is `named`, or the cheapest that has a score."""
+    scored = {name: [run for run in of if run.scored] for name, of in settings.items()}
+    scored = {name: of for name, of in scored.items() if of}
+    if named:
+        return next((name for name in scored if name == named or named in name.split(", ")), None)
+    return min(scored, key=lambda name: mean(spent(run) for run in scored[name]), default=None)
 
 
-def lora_tables(task: str, group: Sequence[Run]) -> list[Table]:
-    """The LoRA ablation and the marginal effect of each knob."""
-    title, tables = next(iter(SCORES[task].values())), []
-    for label, cells in grids(task, group).items():
-        epochs = sorted({at[1] for at in cells})
-        columns = ["dropout", "rank", *(f"{count} epochs" for count in epochs)]
-        table = Table("LoRA ablation", f"{title} by rank, epochs and dropout, {label}", columns, 2)
-        best = max((cell.value for cell in cells.values() if cell.value is not None), default=None)
-        for dropout, rank in sorted({(at[2], at[0]) for at in cells}):
-            row = [cells[rank, count, dropout] for count in epochs]
-            row = [Cell(f"**{c.text}**", c.value, c.half, c.runs) if c.value == best else c for c in row]
-            table.add(f"{dropout:g}", rank, *row)
-        table.note = "The best cell is bold."
-        effects = Table(
-            "LoRA effects", f"mean {title} at each level, {label}", ["knob", "level", title, "cells"], 2
-        )
-        for place, knob in enumerate(LORA.values()):
-            for level, values in marginal(cells, place).items():
-                effects.add(knob, f"{level:g}", f"{mean(values):.2f}" if values else "—", len(values))
-        effects.note = "Means over the settings of the other two knobs that have a score at every level."
-        tables += [table, effects]
-    return tables
+def spent(run: Run) -> float:
+    """Seconds of training and evaluation, by their price where that is known."""
+    parts = [(run.scored["wall_seconds"], run.content["cost"]["price_per_hour"])]
+    parts += [(trained(run)["wall_seconds"], run.train["cost"]["price_per_hour"])] if run.train else []
+    return sum(seconds * (price or 1) for seconds, price in parts)
 
 
-def marginal(cells: dict[tuple, Cell], place: int) -> dict[float, list[float]]:
-    """For each level of the knob at `place`, the scores of the settings that have one at every level."""
-    levels = sorted({at[place] for at in cells})
-    others = sorted({at[:place] + at[place + 1 :] for at in cells})
-    rows = [[cells[*other[:place], level, *other[place:]].value for level in levels] for other in others]
-    whole = [row for row in rows if None not in row]
-    return {level: [row[i] for row in whole] for i, level in enumerate(levels)}
+def difference_cell(of: Sequence[Run], base: Sequence[Run], metric: str) -> Cell:
+    if of is base or of == base:
+        return Cell("reference" if of else "—", runs=tuple(of))
+    found = difference(of, base, metric)
+    return found.cell() if found else Cell("—")
 
 
-def training_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
-    """Tables 4 and 5: what training costs, for each model and task."""
+def about_seeds(group: Sequence[Run]) -> str:
+    """What another seed changes, and how many texts of the training split stand in test."""
+    told = ""
+    if any(run.method.trains for run in group):
+        told += "A seed draws the training examples, their order and dropout; at 100 % the last two only. "
+    for run in group:
+        overlap = lookup(run.train or {}, "data.train.also_in_test")
+        if overlap:
+            return f"{told}{overlap:,} texts of the training split occur in the test split, too. "
+    return told
+
+
+def remarks(group: Sequence[Run], table: Table) -> str:
+    """What is to be known of the scores in a table: how many seeds and classes they are over, and why an F1
+    may exceed accuracy."""
+    cells = [cell for row in table.rows for cell in row if cell.value is not None and cell.runs]
+    scored = [[run for run in cell.runs if run.scored] for cell in cells]
+    told = "Score [95 % interval] (seeds)."
+    if any("(1)" in cell.text for cell in cells):
+        told += " (1): one seed, whose interval is of test sampling only."
+    if any("(2)" in cell.text for cell in cells):
+        told += " (2): the scores of both seeds, too few for an interval."
+    if any(run.scored and not run.values for run in group):
+        told += " Older records have no intervals: --rescore makes them anew."
+    metrics = [run.scored["metrics"] for of in scored for run in of]
+    if "macro F1" in table.columns:
+        classes = sorted({m["macro_f1"]["classes"] for m in metrics if "classes" in m.get("macro_f1", {})})
+        told += f" Macro F1 is over {' or '.join(map(str, classes))} classes." if classes else ""
+        if any(
+            m["invalid_answers"]["value"] and m["macro_f1"]["value"] > m["accuracy"]["value"] for m in metrics
+        ):
+            told += (
+                " It exceeds accuracy where answers are invalid, which are a miss of one class and no false"
+            )
+            told += " alarm of another."
+    if any(run.scored["examples"] < FEW for of in scored for run in of):
+        told += f" Fewer than {FEW} test examples: the intervals are rough."
+    return told
+
+
+def spread_table(task: str, group: Sequence[Run], named: str | None) -> Table:
+    """Where the uncertainty of the scores in Tables 1 to 3 comes from, and what would lessen it."""
+    metric, title = next(iter(SCORES[task].items()))
     columns = [
-        "model",
-        "task",
-        "trained on",
-        "epochs",
+        "setting",
+        "score",
         "seeds",
-        "loading",
-        "training",
-        "evaluation",
-        "all",
-        "tokens/s",
+        "test examples",
+        "sd between seeds",
+        "± of seeds",
+        "± of test sampling",
     ]
-    columns += ["peak GiB", "GPU", "training cost", "evaluation cost", "cost"]
-    table = Table("Tables 4 and 5", "time and cost to train", columns, 2)
-    for task, why, group in groups:
-        place = f"{task} ({why})" if why else task
-        for label in labels_of(tuned(group)):
-            ours = [run for run in on_everything(group, label) if run.train]
-            for gpu in sorted({cost.shown(run.train["cost"]) for run in ours}):
-                of = [run for run in ours if cost.shown(run.train["cost"]) == gpu]
-                done = [run for run in of if run.scored]
-                table.add(
-                    *(label, place, trained_on(of), of[0].config.get("epochs", "—"), len(of)),
-                    mean_cell(
-                        of, lambda run: trained(run)["wall_seconds"] - trained(run)["seconds"], duration
-                    ),
-                    mean_cell(of, lambda run: trained(run)["seconds"], duration),
-                    mean_cell(done, lambda run: run.scored["wall_seconds"], duration),
-                    mean_cell(done, wall_seconds, duration),
-                    mean_cell(of, lambda run: trained(run)["tokens_per_second"], "{:,.0f}".format),
-                    mean_cell(of, lambda run: trained(run)["peak_memory_gib"], "{:.1f}".format),
-                    gpu,
-                    mean_cell(of, lambda run: training_usd(run, prices), cost.usd_text),
-                    mean_cell(done, lambda run: evaluation_usd(run, prices), cost.usd_text),
-                    mean_cell(done, lambda run: total_usd(run, prices), cost.usd_text),
-                )
+    columns += ["± in all", "± with one seed more", "smallest difference to show"]
+    table = Table("Spread", f"where the interval of {title} comes from", columns, 1)
+    settings = {}
+    for run in group:
+        if run.values:
+            place = [run.label or run.model, run.method.title]
+            place += [percent(run.share), settings_of([run])] if run.method.trains else []
+            settings.setdefault(", ".join(dict.fromkeys(word for word in place if word)), []).append(run)
+    base = chosen(settings, named)
+    for name, of in sorted(settings.items()):
+        parts = intervals.parts_of(np.stack([run.values[metric] for run in of]))
+        found = None if name == base or base is None else difference(of, settings[base], metric)
+        seeds = 1.96 * parts.between_seeds() / len(of) ** 0.5
+        known = len(of) > 1
+        figures = [parts.between_seeds(), seeds] if known else [None, None]
+        figures += [(max(parts.variance() - seeds**2 / 1.96**2, 0)) ** 0.5 * 1.96]
+        figures += [parts.expected(len(of)).reach(), parts.expected(len(of) + 1).reach() if known else None]
+        figures += [found and found.parts.detectable()]
+        texts = ["—" if figure is None else f"{100 * figure:.2f}" for figure in figures]
+        table.add(name, score_cell(of, metric), len(of), f"{of[0].scored['examples']:,}", *texts)
     table.note = (
-        "Time is of the whole process; loading includes imports, evaluation its own loading. Cost is time by "
-        "the hourly price; that of training includes its loading."
+        "In points. ± is half of a 95 % interval. The smallest difference is what would be told from 0 in 80 "
+        f"of 100 repetitions, paired{f', to {base}' if base else ''}. "
     )
     return table
 
 
-def served_as(run: Run) -> tuple[str, str, str]:
-    return run.model, run.method.title, cost.shown(run.content["cost"])
-
-
-def inference_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
-    """What serving the test set took: cost per 1,000 examples and per 1,000 tokens read or written."""
-    columns = [
-        "model",
-        "task",
-        "method",
-        "examples",
-        "examples/s",
-        "tokens in",
-        "tokens out",
-        "peak GiB",
-        "GPU",
-    ]
-    columns += ["per 1,000 examples", "per 1K input tokens", "per 1K output tokens"]
-    table = Table("Inference", "speed and cost to serve", columns, 3)
-    for task, why, group in groups:
-        place = f"{task} ({why})" if why else task
-        for served in sorted({served_as(run) for run in group if run.scored}):
-            of = [run for run in group if run.scored and served_as(run) == served]
-            if of[0].method.trains:
-                of = [run for run in on_everything(group, of[0].label) if run in of]
-            rates = [
-                lambda run, per=per: served_usd(run, prices, per)
-                for per in ("examples", "input_tokens", "output_tokens")
-            ]
-            if of:
-                table.add(
-                    *(served[0], place, served[1]),
-                    *(
-                        mean_cell(of, lambda run, name=name: run.scored[name], show)
-                        for name, show in SERVED.items()
-                    ),
-                    served[2],
-                    *(mean_cell(of, rate, cost.usd_text) for rate in rates),
-                )
-    table.note = (
-        "Cost is the seconds of decoding, without loading, by the hourly price, over what was served: "
-        "examples, tokens read, or tokens written, each of which alone bears all of it."
-    )
-    return table
-
-
-SERVED = {
-    "examples": "{:,.0f}".format,
-    "examples_per_second": "{:,.1f}".format,
-    "input_tokens": "{:,.0f}".format,
-    "output_tokens": "{:,.0f}".format,
-    "peak_memory_gib": "{:.1f}".format,
-}
-
-
-def trained(run: Run) -> dict:
-    return run.train["train"]
-
-
-def wall_seconds(run: Run) -> float:
-    return trained(run)["wall_seconds"] + run.scored["wall_seconds"]
-
-
-def training_usd(run: Run, prices: Sequence[dict]) -> float | None:
-    per_hour = cost.repriced(run.train["cost"], prices, cost.gpus_of(trained(run)))
-    return cost.usd(per_hour, trained(run)["wall_seconds"])
-
-
-def evaluation_usd(run: Run, prices: Sequence[dict]) -> float | None:
-    return cost.usd(cost.repriced(run.content["cost"], prices), run.scored["wall_seconds"])
-
-
-def total_usd(run: Run, prices: Sequence[dict]) -> float | None:
-    parts = evaluation_usd(run, prices), training_usd(run, prices)
-    return None if None in parts else sum(parts)
-
-
-def served_usd(run: Run, prices: Sequence[dict], per: str) -> float | None:
-    """USD per 1,000 of the examples or tokens that were served."""
-    usd = cost.usd(cost.repriced(run.content["cost"], prices), run.scored["seconds"])
-    return None if usd is None or not run.scored[per] else 1000 * usd / run.scored[per]
-
-
-def all_tables(groups: Sequence[tuple], prices: Sequence[dict], spent: str = "") -> list[Table]:
-    """Every table of the study. A group that stands apart says so in its tables' titles. What was `spent` in
-    all stands under Tables 4 and 5, or where nothing was trained under the last one."""
+def all_tables(
+    groups: Sequence[tuple],
+    prices: Sequence[dict],
+    named: str | None = None,
+    spread: bool = False,
+    spent: str = "",
+) -> list[Table]:
+    """Every table of the study, with differences to what is `named`, or to the cheapest. A group that stands
+    apart says so in its tables' titles. What was `spent` in all stands under Tables 4 and 5, or where nothing
+    was trained under the last one."""
     tables = []
     for task, why, group in groups:
-        ours = [share_table(task, group)] if task == "classification" else []
-        ours.append(method_table(task, group))
-        ours += [model_table(task, group)] if task == "summarization" else []
+        ours = [share_table(task, group, named)] if task == "classification" else []
+        ours.append(method_table(task, group, named))
+        ours += [model_table(task, group, named)] if task == "summarization" else []
         ours += lora_tables(task, group)
-        counts = {f"{run.scored['examples']:,}" for run in group if run.scored}
+        ours += [spread_table(task, group, named)] if spread else []
+        counts = {f"{run.scored['examples']:,} {run.config['split']}" for run in group if run.scored}
         for table in ours:
             table.title = f"{task}: {table.title}" + (f", apart: {why}" if why else "")
-            table.note = f"Over {' or '.join(counts) or 'no'} test examples. {table.note}".strip()
+            over = f"Over {' or '.join(counts) or 'no test'} examples."
+            table.note = f"{over} {table.note}{remarks(group, table)}"
         tables += ours
     training = training_table(groups, prices)
     shown = [table for table in [*tables, training, inference_table(groups, prices)] if table.rows]

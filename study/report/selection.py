@@ -1,0 +1,66 @@
+"""Which runs of a group a table shows, and what is to be said of them."""
+
+from collections.abc import Iterable, Sequence
+
+from study.cli import DEFAULTS
+from study.records.schema import LORA, lookup
+from study.report.collect import Run
+
+
+def models_of(group: Iterable[Run]) -> list[str]:
+    return sorted({run.model for run in group})
+
+
+def labels_of(group: Iterable[Run]) -> list[str]:
+    return sorted({run.label for run in group})
+
+
+def tuned(group: Iterable[Run], label: str | None = None) -> list[Run]:
+    """The runs of methods that train: of all, or of the column `label`."""
+    return [run for run in group if run.method.trains and label in {None, run.label}]
+
+
+def reference(group: Iterable[Run], label: str) -> list[Run]:
+    """A column's runs of one setting of its method's knobs: those that were run with the most training
+    shares, or else seeds; or else the task's defaults, or else the most epochs and the highest rank."""
+    ours = tuned(group, label)
+
+    def rank(setting: tuple) -> tuple:
+        same = [run for run in ours if run.setting == setting]
+        usual = {name: DEFAULTS[same[0].task].get(name, 0.1) for name in LORA}
+        knobs = dict(zip(same[0].method.knobs, setting, strict=True))
+        size = knobs.get("epochs", 0), knobs.get("lora_r", 0), -knobs.get("dropout", 0), str(setting)
+        return len({run.share for run in same}), len(same), knobs == usual, *size
+
+    best = max({run.setting for run in ours}, key=rank, default=None)
+    return [run for run in ours if run.setting == best]
+
+
+def on_everything(group: Iterable[Run], label: str) -> list[Run]:
+    """Of the `reference` runs those with the largest training share."""
+    ours = reference(group, label)
+    return [run for run in ours if run.share == max(run.share for run in ours)]
+
+
+def settings_of(of: Sequence[Run]) -> str:
+    """E.g. "rank 8, epochs 5, dropout 0.1"; "" for a method without knobs."""
+    knobs = zip(of[0].method.knobs.values(), of[0].setting, strict=True)
+    return ", ".join(f"{title} {value:g}" for title, value in knobs)
+
+
+def note_on(settings: dict[str, Sequence[Run]]) -> str:
+    """Which settings the runs of each column have."""
+    told = {label: settings_of(of) for label, of in settings.items()}
+    return "".join(f"{label}: {knobs}. " for label, knobs in told.items() if knobs)
+
+
+def trained_on(of: Iterable[Run], share: bool = False) -> str:
+    """How many training examples, e.g. "10", and with `share` of how many: "10 of 480 (2.1 %)"."""
+    found = set()
+    for run in of:
+        if run.train:
+            count, all_of_them = run.train["train"]["examples"], lookup(run.train, "data.train.available")
+            taken = share and all_of_them and count < all_of_them
+            part = f" of {all_of_them:,} ({100 * count / all_of_them:.1f} %)" if taken else ""
+            found.add(f"{count:,}{part}")
+    return " or ".join(sorted(found)) or "—"

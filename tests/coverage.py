@@ -1,0 +1,306 @@
+"""What intervals and tests claim, held against simulated studies whose truth is known.
+
+    python -m tests.coverage        # the tables of docs/statistics.md, in some minutes
+
+"Usual" is the percentile bootstrap over the test examples and, of several seeds, sqrt(e^2 + s^2) with e the
+mean of its halves and s Student's of the seeds' scores: what these tables showed before.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+from types import SimpleNamespace
+
+import numpy as np
+from scipy.stats import norm, t
+
+from study import metrics
+from study.intervals import Parts, interval, of_difference, p_by_swapping
+from study.report.cells import Cell
+from study.report.choice import Best
+
+Generator = np.random.Generator
+HARD = 1.5  # how much examples differ in difficulty, in units of what else decides an answer
+
+
+def answers(generator: Generator, seeds: int, examples: int, share: float, spread: float) -> np.ndarray:
+    """Right or wrong, [seeds, examples], of a setting that is right on `share` of all examples, and whose
+    trainings' scores have a standard deviation of `spread` points: a probit, with effects of both."""
+    seed, middle = seed_effect(share, spread)
+    latent = (
+        middle + seed * generator.standard_normal((seeds, 1)) + HARD * generator.standard_normal(examples)
+    )
+    return (latent + generator.standard_normal((seeds, examples)) > 0).astype(float)
+
+
+@cache
+def seed_effect(share: float, spread: float) -> tuple[float, float]:
+    """The probit's standard deviation between seeds that gives `spread` points, and its middle."""
+    at, low, high = np.linspace(-5, 5, 401), 0.0, 4.0
+    weights = norm.pdf(at) / norm.pdf(at).sum()
+    for _ in range(40):
+        size = (low + high) / 2
+        middle = norm.ppf(share) * math.sqrt(1 + HARD**2 + size**2)
+        scores = norm.cdf((middle + size * at) / math.sqrt(1 + HARD**2))
+        sd = 100 * math.sqrt(max(weights @ scores**2 - (weights @ scores) ** 2, 0))
+        low, high = (size, high) if sd < spread else (low, size)
+    return size, middle
+
+
+def rouge(generator: Generator, seeds: int, examples: int, mean: float, spread: float) -> np.ndarray:
+    """Scores between 0 and 1, [seeds, examples]: those of beta distributions of the same examples, whose
+    trainings' means have a standard deviation of `spread` points."""
+    difficulty = generator.beta(4 * mean, 4 * (1 - mean), examples)
+    noise = generator.normal(0, 0.08, (seeds, examples))
+    shift = spread / 100 * generator.standard_normal((seeds, 1))
+    return np.clip(difficulty + shift + noise * np.minimum(difficulty, 1 - difficulty) * 4, 0, 1)
+
+
+def sparse(generator: Generator, examples: int, zeros: float) -> tuple[np.ndarray, float]:
+    """ROUGE-2 of a poor model, [1, examples], and its mean in the long run."""
+    values = np.where(generator.random((1, examples)) < zeros, 0, generator.beta(1, 5, (1, examples)))
+    return values, (1 - zeros) / 6
+
+
+def classified(generator: Generator, classes: int, examples: int, seeds: int = 1) -> tuple[list, float]:
+    """`per_example` of each seed of a classifier that is right on some 70 % of each class, and its macro F1
+    on all examples."""
+    right = np.clip(generator.normal(0.7, 0.15, classes), 0.05, 0.98)
+    confused = generator.dirichlet(np.full(classes - 1, 0.3), classes) * (1 - right[:, None])
+    table = np.zeros((classes, classes))
+    table[~np.eye(classes, dtype=bool)] = confused.ravel()
+    table += np.diag(right)
+    hits, answered = np.diag(table), table.sum(axis=0)
+    references = generator.integers(0, classes, examples)
+    names = [f"{i:02d}" for i in range(classes)]
+    runs = []
+    for _ in range(seeds):
+        named = (generator.random((examples, 1)) > table[references].cumsum(axis=1)).sum(axis=1)
+        named = np.minimum(named, classes - 1)
+        runs.append({"classes": names, "references": references.tolist(), "answers": named.tolist()})
+    return runs, float((2 * hits / (1 + answered)).mean())
+
+
+def percentiles(statistic: Callable, examples: int, generator: Generator, resamples: int = 300) -> tuple:
+    """The usual interval: of a statistic of indices [resamples, examples]."""
+    return tuple(
+        np.percentile(statistic(generator.integers(0, examples, (resamples, examples))), [2.5, 97.5])
+    )
+
+
+def usual(values: np.ndarray, generator: Generator) -> tuple[float, float]:
+    """Of values [seeds, examples]; with several seeds the bootstrap of a mean by its normal limit."""
+    mean, (seeds, examples) = values.mean(), values.shape
+    if seeds == 1:
+        return percentiles(lambda indices: values[0][indices].mean(axis=1), examples, generator)
+    e = 1.96 * (values.std(axis=1) / math.sqrt(examples)).mean()
+    s = t.ppf(0.975, seeds - 1) * values.mean(axis=1).std(ddof=1) / math.sqrt(seeds)
+    return mean - math.hypot(e, s), mean + math.hypot(e, s)
+
+
+def usual_macro_f1(of: dict, generator: Generator) -> tuple[float, float]:
+    truth, named = np.array(of["references"]), np.array(of["answers"])
+
+    def statistic(indices: np.ndarray) -> list[float]:
+        return [metrics.Answers(len(of["classes"]), truth[i], named[i]).scores()["macro_f1"] for i in indices]
+
+    return percentiles(statistic, len(truth), generator, 200)
+
+
+def held(ends: tuple[float, float] | None, truth: float) -> bool | None:
+    return None if ends is None else ends[0] <= truth <= ends[1]
+
+
+def share_of(found: list) -> float:
+    """Of those that are not None."""
+    known = [value for value in found if value is not None]
+    return float(np.mean(known)) if known else math.nan
+
+
+# Each study below gives, of one seed of a generator, what the usual way and ours come to: whether an interval
+# held the truth, or a test rejected what is so.
+
+
+def coverage_of_adapter(generator: Generator, examples: int, share: float) -> tuple:
+    """One run's accuracy, held against the same adapter's on all examples."""
+    values = (generator.random((1, examples)) < share).astype(float)
+    return held(usual(values, generator), share), held(interval(values), share)
+
+
+def coverage_of_setting(
+    generator: Generator, seeds: int, examples: int, share: float, spread: float
+) -> tuple:
+    values = answers(generator, seeds, examples, share, spread)
+    return held(usual(values, generator), share), held(interval(values), share)
+
+
+def width_of_setting(generator: Generator, seeds: int, examples: int, share: float, spread: float) -> tuple:
+    """Half of the intervals, in points."""
+    values = answers(generator, seeds, examples, share, spread)
+    return tuple(50 * (ends[1] - ends[0]) for ends in (usual(values, generator), interval(values)))
+
+
+def coverage_of_sparse(generator: Generator, examples: int, zeros: float) -> tuple:
+    values, truth = sparse(generator, examples, zeros)
+    return held(usual(values, generator), truth), held(interval(values), truth)
+
+
+def coverage_of_macro_f1(generator: Generator, classes: int, examples: int, seeds: int = 1) -> tuple:
+    runs, truth = classified(generator, classes, examples, seeds)
+    values = np.stack([metrics.values_of(of)["macro_f1"] for of in runs])
+    ours = metrics.interval_of("macro_f1", values, classes)
+    return held(usual_macro_f1(runs[0], generator), truth) if seeds == 1 else None, held(ours, 100 * truth)
+
+
+def false_difference(generator: Generator, seeds: int, examples: int, spread: float, kind=answers) -> tuple:
+    """Two settings that are the same, with other seeds each: is their difference told from 0? The usual way
+    is the test of the first pair alone."""
+    both = kind(generator, 2 * seeds, examples, 0.7 if kind is answers else 0.4, spread)
+    ours, theirs = both[:seeds], both[seeds:]
+    return of_difference(ours[:1], theirs[:1]).p() < 0.05, of_difference(ours, theirs).p() < 0.05
+
+
+def false_adapter_difference(generator: Generator, examples: int, differ: float) -> tuple:
+    """Two adapters that are as good as each other, and differ on some examples: the test of two runs."""
+    changed = (generator.random(examples) < differ) * generator.choice([-1.0, 1.0], examples)
+    draws = generator.multinomial(examples, np.full(examples, 1 / examples), 1000) @ changed
+    tail = min((draws <= 0).sum(), (draws >= 0).sum())
+    usual_p = 2 * (tail + 1) / 1001
+    return usual_p < 0.05, p_by_swapping(lambda swaps: (1 - 2 * swaps) @ changed, examples) < 0.05
+
+
+def coverage_of_difference(generator: Generator, examples: int, won: float, lost: float) -> tuple:
+    """The difference in accuracy of two adapters."""
+    changed = generator.choice([1.0, -1.0, 0.0], examples, p=[won, lost, 1 - won - lost])[None]
+    parts = of_difference(changed, np.zeros((1, examples)))
+    ends = percentiles(lambda indices: changed[0][indices].mean(axis=1), examples, generator)
+    return held(ends, won - lost), abs(parts.mean - (won - lost)) <= parts.reach()
+
+
+def best_of_many(generator: Generator, cells: int, seeds: int, examples: int, spread: float) -> tuple:
+    """So many cells that are equal: does the interval of the one with the best score hold the truth, as it
+    stands and at the level of such a choice?"""
+    hard = HARD * generator.standard_normal(examples)
+    seed, middle = seed_effect(0.7, spread)
+    latent = middle + seed * generator.standard_normal((cells, seeds, 1)) + hard
+    right = (latent + generator.standard_normal((cells, seeds, examples)) > 0).astype(float)
+    best = right[right.mean(axis=(1, 2)).argmax()]
+    return held(interval(best), 0.7), held(interval(best, level=1 - 0.05 / cells), 0.7)
+
+
+def set_of_best(generator: Generator, cells: int, seeds: int, examples: int, spread: float) -> tuple:
+    """Cells of which the first is the best by a point and the last the worst by ten: are they marked as those
+    that can't be told from the best?"""
+    shares = np.array([0.71, *np.linspace(0.7, 0.69, cells - 2), 0.61])
+    hard = HARD * generator.standard_normal(examples)
+    found = {}
+    for cell, share in enumerate(shares):
+        size, middle = seed_effect(float(share), spread)
+        latent = middle + size * generator.standard_normal((seeds, 1)) + hard
+        right = (latent + generator.standard_normal((seeds, examples)) > 0).astype(float)
+        runs = tuple(as_run(row, seed) for seed, row in enumerate(right))
+        found[cell] = Cell("", 100 * right.mean(), None, runs)
+    marked = Best(found, "accuracy")
+    return tuple(cell in {*marked.ties, marked.at} for cell in (0, cells - 1))
+
+
+def as_run(values: np.ndarray, seed: int) -> SimpleNamespace:
+    """As much of a run as its comparison needs."""
+    scored = {"metrics": {"accuracy": {"value": 100 * values.mean()}}}
+    return SimpleNamespace(values={"accuracy": values}, scored=scored, seed=seed, chosen_by=None)
+
+
+def power(generator: Generator, seeds: int, examples: int, spread: float) -> tuple:
+    """Is a difference of the size that is said to be detectable, on average over 30 pairs of settings, told
+    from 0?"""
+
+    def pair() -> Parts:
+        both = answers(generator, 2 * seeds, examples, 0.7, spread)
+        return of_difference(both[:seeds], both[seeds:])
+
+    size = np.mean([pair().detectable() for _ in range(30)])
+    both = answers(generator, 2 * seeds, examples, 0.7, spread)
+    shifted = both[:seeds].copy()
+    return None, of_difference(shifted + size, both[seeds:]).p() < 0.05
+
+
+def rates(study: Callable, repetitions: int, *args, seed: int = 0, **more) -> tuple[float, float]:
+    """The share of repetitions, of the usual way and of ours."""
+    generator = np.random.default_rng(seed)
+    usual_way, ours = zip(*(study(generator, *args, **more) for _ in range(repetitions)), strict=True)
+    return share_of(usual_way), share_of(ours)
+
+
+def cases() -> Iterator[tuple]:
+    """(what, conditions, study, repetitions, arguments)."""
+    for examples, share in ((160, 0.7), (160, 0.95), (160, 0.99), (40, 0.95), (7317, 0.7)):
+        what = f"{examples:,} examples, {share:.0%} right"
+        yield "coverage, accuracy of one adapter", what, coverage_of_adapter, 1000, (examples, share)
+    for seeds, examples, spread in (
+        *((1, 819, 0), (1, 819, 2), (1, 819, 5), (3, 80, 0), (3, 80, 2), (3, 160, 5), (3, 819, 0)),
+        *((3, 819, 2), (3, 819, 5), (3, 7317, 0.5), (3, 7317, 2), (5, 819, 0), (5, 819, 2), (5, 7317, 2)),
+    ):
+        what = f"{seeds} seeds, {examples:,} examples, sd {spread} points"
+        args = seeds, examples, 0.7, spread
+        yield "coverage, accuracy of a setting", what, coverage_of_setting, 1000, args
+        if seeds > 1:
+            yield "half of that interval, points", what, width_of_setting, 300, args
+    for examples, zeros in ((80, 0.6), (80, 0.95), (819, 0.8)):
+        what = f"{examples} examples, {zeros:.0%} of them 0"
+        yield "coverage, ROUGE near 0 of one adapter", what, coverage_of_sparse, 1000, (examples, zeros)
+    for classes, examples, seeds in (
+        (4, 100, 1),
+        (20, 160, 1),
+        (20, 400, 1),
+        (77, 256, 1),
+        (77, 770, 1),
+        (20, 160, 3),
+        (77, 256, 3),
+    ):
+        what = f"{classes} classes, {examples} examples, {seeds} seeds"
+        yield "coverage, macro F1", what, coverage_of_macro_f1, 300, (classes, examples, seeds)
+    for examples, won, lost in ((160, 0.02, 0.0), (160, 0.1, 0.05), (40, 0.1, 0.05), (819, 0.01, 0.005)):
+        what = f"{examples} examples, {won:.1%} won, {lost:.1%} lost"
+        yield (
+            "coverage, difference of two adapters",
+            what,
+            coverage_of_difference,
+            1000,
+            (examples, won, lost),
+        )
+    for examples, differ in ((160, 0.03), (160, 0.3), (819, 0.1)):
+        what = f"{examples} examples, {differ:.0%} of them differ"
+        yield "false positives, two equal adapters", what, false_adapter_difference, 400, (examples, differ)
+    for seeds, examples, spread in (
+        (1, 7317, 0.5),
+        (1, 7317, 1),
+        (1, 819, 2),
+        (2, 7317, 1),
+        (3, 160, 2),
+        (3, 7317, 0.5),
+        (3, 7317, 1),
+        (5, 7317, 1),
+    ):
+        what = f"accuracy, {seeds} seeds a side, {examples:,} examples, sd {spread} points"
+        yield "false positives, two equal settings", what, false_difference, 300, (seeds, examples, spread)
+    for seeds, spread in ((1, 1), (3, 0), (3, 1)):
+        what = f"ROUGE, {seeds} seeds a side, 819 examples, sd {spread} points"
+        yield "false positives, two equal settings", what, false_difference, 300, (seeds, 819, spread, rouge)
+    for seeds, examples, spread in ((1, 819, 0), (3, 819, 1)):
+        what = f"72 equal cells, {seeds} seeds, {examples} examples, sd {spread} points"
+        yield "coverage, the best of many", what, best_of_many, 100, (72, seeds, examples, spread)
+
+
+def main() -> None:
+    from tabulate import tabulate
+
+    rows = []
+    for claim, what, study, repetitions, args in cases():
+        before, now = rates(study, repetitions, *args)
+        rows.append([claim, what, "" if math.isnan(before) else f"{before:.3f}", f"{now:.3f}"])
+        print(*rows[-1], sep=" | ", flush=True)
+    print(tabulate(rows, ["what", "of", "usual", "here"], "github", disable_numparse=True))
+
+
+if __name__ == "__main__":
+    main()
