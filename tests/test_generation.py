@@ -167,7 +167,7 @@ def test_the_ends_of_sequence_a_checkpoint_adds_are_kept_and_recorded(tmp_path, 
     assert base.generation_config.to_diff_dict().keys() <= {"eos_token_id", "transformers_version"}
     answers = generation.generate(base, tokenizer, prompts[:2], 4)
     assert answers.ends == [2, 311]
-    assert generation.describe(answers, PROCESS, {}, "free")["ends"] == [2, 311]
+    assert generation.describe(answers, PROCESS, {"metrics": {}}, "free")["ends"] == [2, 311]
 
 
 def test_what_the_model_read_is_fingerprinted(model, tokenizer, prompts):

@@ -276,7 +276,7 @@ def finish_cell(folder: Path, rank: int, files: tuple) -> Path:
         scored |= {"data": {"test": splits["test"]}, **runs.scored_adapter(trained)}
         scores, _ = metrics.score("classification", ["a", "b", "b", "b"], ["a", "b", "a", "b"], ["a", "b"])
         read = {"examples_per_second": 4.0, "input_tokens": 9, "output_tokens": 9, "decoding": "free"}
-        scored["eval"] = spent | read | {"metrics": scores}
+        scored["eval"] = spent | read | scores
     return path.parent
 
 
@@ -391,7 +391,8 @@ def test_a_folder_that_the_terminal_can_not_spell_is_found(tmp_path):
     env = {**launcher(tmp_path, FINISH), **ONE_CELL, "TASK": "classification", "PYTHONIOENCODING": "ascii"}
     done = loop("run_lora.sh", "--output_dir", "läufe", cwd=tmp_path, **env)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "1.00 ? 1.00" in done.stdout
+    assert "| 1.00 (1) |" in done.stdout
+    assert "| zero-shot  | ? " in done.stdout
 
 
 def test_a_dry_run_says_which_cells_are_finished_and_runs_none(tmp_path, files):

@@ -285,7 +285,7 @@ def test_what_can_not_be_told_from_the_best_is_marked_with_it(tmp_path):
     # Wilson at 1 - 0.05 / 4: z = 2.498
     assert "chosen among 4 by these very scores, so its own is too high." in found.note
     assert "Its interval at such a choice is 66.4 to 73.6." in found.note
-    assert "Bold: it and the 2 that can't be told from it" in found.note
+    assert "Bold: it and 2 that can't be told from it" in found.note
 
 
 def validate(folder: Path, value: float, words: str) -> None:
@@ -1236,7 +1236,7 @@ PLOTS = {
         *("training examples", "accuracy (%)", "b/big", "Llama2-7B (published)")
     ],
     "classification-score-by-training-cost": [
-        *("training cost (USD)", "accuracy (%)", "b/big", "a/small, below the front"),
+        *("training cost (USD)", "accuracy (%)", "b/big, on the front or not told from it"),
         "Pareto front, found by 7 trainings for $9.60",
     ],
     "classification-lora-grid-a-small-100-of-the-examples": ["epochs", "LoRA rank", "dropout 0.1"],

@@ -104,13 +104,11 @@ class Best:
         count, cell = len(self.cells), self.cells[self.at]
         ties = "Every other one can be told from it (paired tests, 5 % for all of them)."
         if self.ties:
-            ties = (
-                f"Bold: it and the {len(self.ties)} that can't be told from it (paired, 5 % for all of them)."
-            )
+            ties = f"Bold: it and {len(self.ties)} that can't be told from it (paired, 5 % for all of them)."
         if self.validated:
             return f"Best: chosen among {count} by their validation scores. {ties} "
         scored = [run for run in cell.runs if run.scored]
-        ends = ends_of(scored, self.metric, 1 - 0.05 / count)
+        ends = None if len(scored) == 2 else ends_of(scored, self.metric, 1 - 0.05 / count)
         held = " Its interval at such a choice is {:.1f} to {:.1f}.".format(*ends) if ends else ""
         return f"Best: chosen among {count} by these very scores, so its own is too high.{held} {ties} "
 

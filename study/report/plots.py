@@ -1,7 +1,6 @@
 """Runs -> plots, as PNG. Lines and points differ in marker and dash, to be told apart in grey."""
 
 import hashlib
-import math
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,7 +12,7 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from study.records import cost
@@ -158,7 +157,7 @@ def plot_cost(task: str, group: Sequence[Run], prices: Sequence[dict]):
             ours = [point for key, point in points.items() if key[0] == model and (key in tied) == chosen]
             if ours:
                 values, bars = bars_of(cell for _, cell in ours)
-                named = model if chosen else f"{model}, below the front"
+                named = f"{model}, {'on the front or not told from it' if chosen else 'below the front'}"
                 look = {"ls": "", "marker": marker, "color": color, "capsize": 2, "lw": 0.8}
                 axes.errorbar([usd for usd, _ in ours], values, bars, label=named, **look)
     line = [(points[key][0], points[key][1].value) for key in front]
@@ -186,8 +185,8 @@ def pareto(points: dict) -> list:
 
 
 def plot_grid(task: str, cells: dict):
-    """A heat map of rank x epochs for each dropout, in steps of grey as wide as an interval, lest noise looks
-    like a landscape."""
+    """A heat map of rank x epochs for each dropout. Its greys span four widths of an interval or more, lest
+    noise looks like a landscape."""
     ranks, epochs, dropouts = (sorted(set(column)) for column in zip(*cells, strict=True))
     scored = [cell for cell in cells.values() if cell.value is not None]
     if not scored:
@@ -197,32 +196,26 @@ def plot_grid(task: str, cells: dict):
         1, len(dropouts), figsize=size, squeeze=False, sharey=True, layout="constrained"
     )
     low, high = min(cell.value for cell in scored), max(cell.value for cell in scored)
-    widths = [cell.ends[1] - cell.ends[0] for cell in scored if cell.ends]
-    step = max(median(widths) if widths else 0, (high - low) / 8, 0.01)
-    count = math.ceil((high - low) / step + 1e-9) or 1
-    edges = [high - step * (count - i) for i in range(count + 1)]
-    greys = ListedColormap(
-        [str(1 - 0.75 * i / max(count - 1, 1) if count > 1 else 0.85) for i in range(count)]
-    )
+    width = median([cell.ends[1] - cell.ends[0] for cell in scored if cell.ends] or [high - low])
+    low, greys = min(low, high - 4 * width) - 0.01, LinearSegmentedColormap.from_list("", ["1.0", "0.45"])
     for axes, dropout in zip(all_axes[0], dropouts, strict=True):
         rows = [[cells[rank, epoch, dropout] for epoch in epochs] for rank in ranks]
         shades = [[float("nan") if cell.value is None else cell.value for cell in row] for row in rows]
-        image = axes.imshow(shades, cmap=greys, norm=BoundaryNorm(edges, count), aspect="auto")
+        image = axes.imshow(shades, cmap=greys, vmin=low, vmax=high, aspect="auto")
         for y, row in enumerate(rows):
             for x, cell in enumerate(row):
-                dark = count > 1 and cell.value is not None and cell.value > edges[(count + 1) // 2]
                 text = cell.text if cell.value is None else f"{cell.value:.2f}"
                 if cell.ends:
                     text += "\n{:.1f} to {:.1f}".format(*cell.ends)
-                axes.text(
-                    x, y, text, ha="center", va="center", color="white" if dark else "black", fontsize=7
-                )
+                axes.text(x, y, text, ha="center", va="center", fontsize=8)
         axes.set_xticks(range(len(epochs)), [f"{epoch:g}" for epoch in epochs])
         axes.set_yticks(range(len(ranks)), [f"{rank:g}" for rank in ranks])
         axes.set(xlabel="epochs", title=f"dropout {dropout:g}")
         axes.grid(False)
     all_axes[0][0].set_ylabel("LoRA rank")
-    figure.colorbar(image, ax=all_axes[0], label=f"{score_title(task)}, a step as wide as an interval")
+    bar = figure.colorbar(image, ax=all_axes[0])
+    bar.set_ticks([high - i * width for i in range(5)], labels=[f"{high - i * width:.1f}" for i in range(5)])
+    bar.set_label(f"{score_title(task)},\na tick for each width\nof an interval", fontsize=8)
     return figure
 
 
