@@ -28,7 +28,7 @@ class Parts:
     of_seeds: float
     of_examples: float
     of_rest: float
-    freedom_of_seeds: int
+    freedom_of_seeds: float
 
     def variance(self) -> float:
         """Of the mean: (MS_seed + MS_example - MS_rest) / (n N) (Searle, Casella and McCulloch, 1992,
@@ -77,6 +77,12 @@ class Parts:
         """Standard deviation of what a seed changes, without what the sample of test examples adds to it."""
         return math.sqrt(max(self.of_seeds - self.of_rest, 0) / self.examples)
 
+    def pooled(self, of: tuple[float, float] | None) -> "Parts":
+        """The same with the variance that seeds make, and its degrees of freedom, from many settings."""
+        if of is None:
+            return self
+        return replace(self, of_seeds=self.examples * of[0], freedom_of_seeds=of[1])
+
     def expected(self, seeds: int) -> "Parts":
         """The same as it may be expected with another number of seeds, at the variances found here."""
         of_examples = max(self.of_examples - self.of_rest, 0) * seeds / self.seeds + self.of_rest
@@ -97,13 +103,27 @@ def parts_of(values: np.ndarray) -> Parts:
     return Parts(float(mean), seeds, examples, *squares, seeds - 1)
 
 
-def pooled_error(scores: np.ndarray) -> tuple[float, int]:
-    """Of scores [settings, seeds]: the mean square of what a seed changes in one setting and not in the
-    others, and its degrees of freedom (randomized blocks: Fisher, 1935)."""
+@dataclass(frozen=True)
+class Pool:
+    """What seeds change in scores [settings, seeds] of the same seeds (randomized blocks: Fisher, 1935): the
+    variance of one score, and of the difference of two of one seed, with their degrees of freedom."""
+
+    of_score: tuple[float, float]
+    of_difference: tuple[float, float]
+
+
+def pool(scores: np.ndarray) -> Pool:
+    """Of scores [settings, seeds], two or more of both."""
     settings, seeds = scores.shape
     rest = scores - scores.mean(axis=1, keepdims=True) - scores.mean(axis=0) + scores.mean()
     freedom = (settings - 1) * (seeds - 1)
-    return float((rest**2).sum() / freedom), freedom
+    square = float((rest**2).sum() / freedom)
+    common = float(
+        scores.mean(axis=0).var(ddof=1)
+    )  # of what a seed changes in all settings alike, and square / settings
+    apart = square * (1 - 1 / settings)
+    squares = common**2 / (seeds - 1) + apart**2 / freedom
+    return Pool((common + apart, (common + apart) ** 2 / squares if squares else 1), (2 * square, freedom))
 
 
 def wilson(share: float, examples: float, z: float = 1.959964) -> tuple[float, float]:
@@ -121,16 +141,19 @@ def bent(mean: float, squared: float, weight: float | None = None) -> tuple[floa
     return max(middle - half, 0.0), min(middle + half, 1.0)
 
 
-def interval(values: np.ndarray, pseudo: bool = False, level: float = LEVEL) -> tuple[float, float] | None:
+def interval(
+    values: np.ndarray, pseudo: bool = False, level: float = LEVEL, pooled: tuple[float, float] | None = None
+) -> tuple[float, float] | None:
     """Of the mean of values [seeds, examples]. None where it can't be trusted: for less than two examples,
-    and for `pseudo`-values that are all alike or whose mean is not between 0 and 1.
+    and for `pseudo`-values that are all alike or whose mean is not between 0 and 1. `pooled` is the variance
+    that seeds make, of a Pool.
 
     Of one seed's shares it is Wilson's own. Other scores that next to nowhere differ from 0, or from 1, get
     one at least as wide as a share would.
     """
     from scipy.stats import norm
 
-    parts, z = parts_of(values), norm.ppf((1 + level) / 2)
+    parts, z = parts_of(values).pooled(pooled), norm.ppf((1 + level) / 2)
     if parts.examples < 2 or (pseudo and not (parts.variance() and 0 < parts.mean < 1)):
         return None
     if not 0 < parts.mean < 1:

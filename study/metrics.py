@@ -200,11 +200,11 @@ def metrics_of(per_example: dict) -> dict[str, dict]:
 
 
 def interval_of(
-    name: str, values: np.ndarray, classes: int = 0, level: float = LEVEL
+    name: str, values: np.ndarray, classes: int = 0, level: float = LEVEL, pooled: tuple | None = None
 ) -> tuple[float, float] | None:
     """Low and high end of a metric's values [seeds, examples], in percent. None where no interval holds, as
     of macro F1 with less than LEAST examples for each of its `classes`."""
-    ends = interval(values, name.endswith("_f1"), level)
+    ends = interval(values, name.endswith("_f1"), level, pooled)
     if ends is None or (name == "macro_f1" and values.shape[1] < LEAST * classes):
         return None
     return 100 * float(ends[0]), 100 * float(ends[1])

@@ -391,7 +391,7 @@ def test_a_folder_that_the_terminal_can_not_spell_is_found(tmp_path):
     env = {**launcher(tmp_path, FINISH), **ONE_CELL, "TASK": "classification", "PYTHONIOENCODING": "ascii"}
     done = loop("run_lora.sh", "--output_dir", "läufe", cwd=tmp_path, **env)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "| 1.00 (1) |" in done.stdout
+    assert "| 100 %            | 1          | 1.00 (1) " in done.stdout
     assert "| zero-shot  | ? " in done.stdout
 
 

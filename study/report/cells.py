@@ -96,12 +96,15 @@ def score_cell(of: Iterable[Run], metric: str) -> Cell:
     return Cell(text, mean(each), found, of)
 
 
-def ends_of(scored: Sequence[Run], metric: str, level: float = intervals.LEVEL) -> tuple[float, float] | None:
+def ends_of(
+    scored: Sequence[Run], metric: str, level: float = intervals.LEVEL, pooled: tuple | None = None
+) -> tuple[float, float] | None:
     """The interval of a metric over runs of one setting, in percent."""
     if not all(run.values for run in scored):
         return None
     classes = max(run.scored["metrics"][metric].get("classes", 0) for run in scored)
-    return metrics.interval_of(metric, np.stack([run.values[metric] for run in scored]), classes, level)
+    values = np.stack([run.values[metric] for run in scored])
+    return metrics.interval_of(metric, values, classes, level, pooled)
 
 
 def shown(each: Sequence[float], ends: tuple[float, float] | None, seeds: bool, sign: str = "") -> str:

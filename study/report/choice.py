@@ -63,7 +63,7 @@ class Best:
         self.all, self.metric = cells, metric
         self.validated = all(run.chosen_by for cell in self.cells.values() for run in cell.runs if run.scored)
         self.at = max(self.cells, key=self.rank, default=None)
-        self.error = self.pooled()
+        self.pool = self.pool_seeds()
         self.level = 0.05 / max(len(self.cells) - 1, 1)
         self.ties = {at for at in self.cells if at != self.at and not self.is_worse(at)}
 
@@ -75,22 +75,15 @@ class Best:
 
     def is_worse(self, at) -> bool:
         found = difference(self.cells[at].runs, self.cells[self.at].runs, self.metric)
-        return bool(found) and found.pooled(*self.error).worse() < self.level
+        return bool(found) and found.worse(self.pool and self.pool.of_difference) < self.level
 
-    def pooled(self) -> tuple:
-        """The error of `pooled_error`, or () where seeds differ."""
-        seeds = [sorted(run.seed for run in cell.runs if run.values) for cell in self.cells.values()]
-        if len(seeds) < 2 or len(seeds[0]) < 2 or any(other != seeds[0] for other in seeds):
-            return ()
-        scores = [
-            [
-                run.values[self.metric].mean()
-                for run in sorted(cell.runs, key=lambda run: run.seed)
-                if run.values
-            ]
-            for cell in self.cells.values()
-        ]
-        return intervals.pooled_error(np.array(scores))
+    def pool_seeds(self) -> intervals.Pool | None:
+        """None where the cells have other seeds, or one."""
+        rows = [sorted((run.seed, run) for run in cell.runs if run.values) for cell in self.cells.values()]
+        seeds = [[seed for seed, _ in row] for row in rows]
+        if len(rows) < 2 or len(seeds[0]) < 2 or any(other != seeds[0] for other in seeds):
+            return None
+        return intervals.pool(np.array([[run.values[self.metric].mean() for _, run in row] for row in rows]))
 
     def marked(self, at) -> Cell:
         cell = self.all[at]
@@ -101,16 +94,24 @@ class Best:
     def note(self) -> str:
         if len(self.cells) < 2:
             return ""
-        count, cell = len(self.cells), self.cells[self.at]
+        count = len(self.cells)
         ties = "Every other one can be told from it (paired tests, 5 % for all of them)."
         if self.ties:
             ties = f"Bold: it and {len(self.ties)} that can't be told from it (paired, 5 % for all of them)."
         if self.validated:
             return f"Best: chosen among {count} by their validation scores. {ties} "
-        scored = [run for run in cell.runs if run.scored]
-        ends = None if len(scored) == 2 else ends_of(scored, self.metric, 1 - 0.05 / count)
+        ends = self.ends()
         held = " Its interval at such a choice is {:.1f} to {:.1f}.".format(*ends) if ends else ""
         return f"Best: chosen among {count} by these very scores, so its own is too high.{held} {ties} "
+
+    def ends(self) -> tuple[float, float] | None:
+        """Of the interval of the best at the level of its choice, where that can be said: of one seed, or
+        with seeds pooled."""
+        scored = [run for run in self.cells[self.at].runs if run.scored]
+        if len(scored) > 1 and not self.pool:
+            return None
+        of = self.pool and self.pool.of_score
+        return ends_of(scored, self.metric, 1 - 0.05 / len(self.cells), of)
 
 
 def effects_table(title: str, metric: str, label: str, cells: dict[tuple, Cell]) -> Table:

@@ -1,7 +1,7 @@
 """The paired difference of two settings on the same test examples, for tables and for --compare."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -40,17 +40,10 @@ class Difference:
         runs = dict.fromkeys(run for pair in self.pairs for run in pair)
         return Cell(shown(self.each, self.ends(), self.seeded, "+"), self.value, self.ends(), tuple(runs))
 
-    def pooled(self, square: float = 0, freedom: int = 0) -> "Difference":
-        """The same with the mean `square` of what a seed changes in a setting taken from many of them; as it
-        is without one."""
-        if not freedom:
-            return self
-        of_seeds = 2 * self.parts.examples * square
-        return replace(self, parts=replace(self.parts, of_seeds=of_seeds, freedom_of_seeds=freedom))
-
-    def worse(self) -> float:
+    def worse(self, pooled: tuple[float, float] | None = None) -> float:
         """The one-sided p of the first being no worse than the second."""
-        return self.parts.p() / 2 if self.value < 0 else 1 - self.parts.p() / 2
+        p = self.parts.pooled(pooled).p()
+        return p / 2 if self.value < 0 else 1 - p / 2
 
 
 def difference(ours: Sequence[Run], theirs: Sequence[Run], metric: str) -> Difference | None:

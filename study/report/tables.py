@@ -186,13 +186,13 @@ def spread_table(task: str, group: Sequence[Run], named: str | None) -> Table:
     columns += ["± in all", "± with one seed more", "smallest difference to show"]
     table = Table("Spread", f"where the interval of {title} comes from", columns, 1)
     settings = {}
-    for run in group:
+    for run in sorted(group, key=lambda run: (run.label, run.method.title, run.share or 0, run.setting)):
         if run.values:
             place = [run.label or run.model, run.method.title]
             place += [percent(run.share), settings_of([run])] if run.method.trains else []
             settings.setdefault(", ".join(dict.fromkeys(word for word in place if word)), []).append(run)
     base = chosen(settings, named)
-    for name, of in sorted(settings.items()):
+    for name, of in settings.items():
         parts = intervals.parts_of(np.stack([run.values[metric] for run in of]))
         found = None if name == base or base is None else difference(of, settings[base], metric)
         seeds = 1.96 * parts.between_seeds() / len(of) ** 0.5
@@ -204,8 +204,9 @@ def spread_table(task: str, group: Sequence[Run], named: str | None) -> Table:
         texts = ["—" if figure is None else f"{100 * figure:.2f}" for figure in figures]
         table.add(name, score_cell(of, metric), len(of), f"{of[0].scored['examples']:,}", *texts)
     table.note = (
-        "In points. ± is half of a 95 % interval. The smallest difference is what would be told from 0 in 80 "
-        f"of 100 repetitions, paired{f', to {base}' if base else ''}. "
+        "In points. ± is 1.96 standard errors, and in all half of the interval, by Student's t of few seeds. "
+        "The smallest difference is what would be told from 0 in 80 of 100 repetitions, paired"
+        f"{f', to {base}' if base else ''}. "
     )
     return table
 
