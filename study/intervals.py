@@ -46,32 +46,37 @@ class Parts:
 
     def errors(self) -> list[tuple[float, float]]:
         """Standard error of the mean and its degrees of freedom: by the variance and, of several seeds, by
-        the spread of their scores alone, since a few of them may agree by chance."""
+        the spread of their scores alone, since a few of them may agree by chance. None that is 0."""
         errors = [(math.sqrt(self.variance()), self.freedom())]
         if self.seeds > 1:
             errors.append((math.sqrt(self.of_seeds / (self.seeds * self.examples)), self.freedom_of_seeds))
-        return errors
+        return [(error, freedom) for error, freedom in errors if error]
 
     def reach(self, level: float = LEVEL) -> float:
         """Half of the interval of the mean: t times the error, the larger of `errors`."""
         from scipy.stats import t
 
-        return float(max(t.ppf((1 + level) / 2, freedom) * error for error, freedom in self.errors()))
+        return max(
+            (float(t.ppf((1 + level) / 2, freedom)) * error for error, freedom in self.errors()), default=0
+        )
 
     def p(self) -> float:
         """The two-sided p of a mean of 0, by the tests that `reach` inverts."""
         from scipy.stats import t
 
-        if self.mean == 0 or not all(error for error, _ in self.errors()):
-            return 1.0
-        return float(max(2 * t.sf(abs(self.mean) / error, freedom) for error, freedom in self.errors()))
+        found = [2 * float(t.sf(abs(self.mean) / error, freedom)) for error, freedom in self.errors()]
+        return max(found, default=1.0)
 
     def detectable(self, power: float = 0.8) -> float:
-        """The smallest mean that is told from 0 with this `power`: (t_0.975 + t_power) times the error."""
-        from scipy.stats import t
+        """The smallest mean that these tests tell from 0 with this `power`, by the noncentral t."""
+        from scipy.optimize import brentq
+        from scipy.stats import nct, t
 
-        errors = self.errors()
-        return float(max(error * (t.ppf(0.975, of) + t.ppf(power, of)) for error, of in errors))
+        def missed(mean: float, error: float, freedom: float) -> float:
+            return power - nct.sf(t.ppf(0.975, freedom), freedom, mean / error)
+
+        sizes = [brentq(missed, 0, 1000 * error, (error, of)) for error, of in self.errors()]
+        return max(sizes, default=0.0)
 
     def between_seeds(self) -> float:
         """Standard deviation of what a seed changes, without what the sample of test examples adds to it."""
@@ -85,9 +90,8 @@ class Parts:
 
     def expected(self, seeds: int) -> "Parts":
         """The same as it may be expected with another number of seeds, at the variances found here."""
-        of_examples = max(self.of_examples - self.of_rest, 0) * seeds / self.seeds + self.of_rest
-        of_seeds = max(self.of_seeds, self.of_rest)
-        return Parts(self.mean, seeds, self.examples, of_seeds, of_examples, self.of_rest, seeds - 1)
+        of_examples = self.of_rest + (self.of_examples - self.of_rest) * seeds / self.seeds
+        return replace(self, seeds=seeds, of_examples=of_examples, freedom_of_seeds=seeds - 1)
 
 
 def parts_of(values: np.ndarray) -> Parts:
@@ -118,9 +122,7 @@ def pool(scores: np.ndarray) -> Pool:
     rest = scores - scores.mean(axis=1, keepdims=True) - scores.mean(axis=0) + scores.mean()
     freedom = (settings - 1) * (seeds - 1)
     square = float((rest**2).sum() / freedom)
-    common = float(
-        scores.mean(axis=0).var(ddof=1)
-    )  # of what a seed changes in all settings alike, and square / settings
+    common = float(scores.mean(axis=0).var(ddof=1))  # of what a seed changes everywhere, and of the rest / k
     apart = square * (1 - 1 / settings)
     squares = common**2 / (seeds - 1) + apart**2 / freedom
     return Pool((common + apart, (common + apart) ** 2 / squares if squares else 1), (2 * square, freedom))

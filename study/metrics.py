@@ -13,7 +13,7 @@ from study.intervals import LEVEL, interval, p_by_swapping
 # its interval.
 VERSION = {"classification": 2, "summarization": 3}
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-LEAST = 3  # test examples a class, below which macro F1 has no interval that holds
+LEAST, RARE = 3, 0.4  # more than this share of classes with fewer test examples: macro F1 has no interval
 
 
 class Answers:
@@ -25,8 +25,8 @@ class Answers:
         self.right = references == answers
         self.one_hot = np.eye(classes + 1)[:, :-1]  # the last row, which is number -1, is of no class
         self.columns = self.one_hot[references], self.one_hot[answers]  # [examples, classes]
-        self.hits = (self.columns[0] * self.columns[1]).sum(axis=0)
-        self.counts = self.hits, self.columns[0].sum(axis=0), self.columns[1].sum(axis=0)
+        self.hits = self.columns[0] * self.columns[1]
+        self.counts = tuple(column.sum(axis=0) for column in (self.hits, *self.columns))
 
     def scores(self) -> dict[str, float]:
         """Accuracy, micro, macro and weighted F1, and the share of invalid answers, which count as wrong.
@@ -47,6 +47,11 @@ class Answers:
     def occurring(self) -> int:
         """How many classes macro F1 is over."""
         return int((self.counts[1] + self.counts[2] > 0).sum())
+
+    def trusted(self) -> bool:
+        """Whether macro F1 has an interval that holds."""
+        _, references, answers = self.counts
+        return (references[references + answers > 0] < LEAST).mean() <= RARE
 
     def values(self) -> dict[str, np.ndarray]:
         """What each example adds to each score, [examples]: to F1 the jackknife's pseudo-value (Tukey, 1958),
@@ -78,7 +83,7 @@ class Answers:
     def macro_f1_after(self, other: "Answers"):
         """Of swaps [repetitions, examples] the difference in macro F1 to `other`, where each example that is
         swapped has the other's answer."""
-        more = [theirs - ours for ours, theirs in zip(self.filled(), other.filled(), strict=True)]
+        more = other.hits - self.hits, other.columns[1] - self.columns[1]
         base = self.counts[1]
 
         def change(swaps: np.ndarray) -> np.ndarray:
@@ -88,9 +93,18 @@ class Answers:
 
         return change
 
-    def filled(self) -> tuple[np.ndarray, np.ndarray]:
-        """Hits and answers, [examples, classes]."""
-        return self.columns[0] * self.columns[1], self.columns[1]
+
+class Summaries:
+    """The ROUGE of each test example, as shares of 1, [examples]."""
+
+    def __init__(self, columns: dict[str, np.ndarray]):
+        self.columns = columns
+
+    def scores(self) -> dict[str, float]:
+        return {name: column.mean() for name, column in self.columns.items()}
+
+    def values(self) -> dict[str, np.ndarray]:
+        return self.columns
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -169,57 +183,50 @@ def summed_up(task: str, rows: Sequence[dict]) -> dict:
     return {"metrics": metrics_of(per_example), "metrics_version": version, "per_example": per_example}
 
 
-def answers_of(per_example: dict) -> Answers:
-    """Of what a record says of each example of a classification."""
+def examples_of(per_example: dict) -> Answers | Summaries:
+    """Of what a record says of each example."""
+    if "answers" not in per_example:
+        return Summaries({name: np.array(per_example[name], dtype=float) / 100 for name in ROUGE})
     named = [-1 if answer is None else answer for answer in per_example["answers"]]
     return Answers(len(per_example["classes"]), np.array(per_example["references"]), np.array(named))
-
-
-def values_of(per_example: dict) -> dict[str, np.ndarray]:
-    """What each example adds to each metric, as a share of 1, [examples]."""
-    if "answers" in per_example:
-        return answers_of(per_example).values()
-    return {name: np.array(per_example[name]) / 100 for name in ROUGE}
 
 
 def metrics_of(per_example: dict) -> dict[str, dict]:
     """Each metric's `value` and `ci95` in percent, null where that can't be trusted; of macro F1 also how
     many `classes` it is over."""
-    values = values_of(per_example)
-    scores, classes = {name: column.mean() for name, column in values.items()}, 0
-    if "answers" in per_example:
-        answers = answers_of(per_example)
-        scores, classes = answers.scores(), answers.occurring()
-    found = {}
-    for name, value in scores.items():
-        ends = interval_of(name, values[name][None], classes)
+    examples, found = examples_of(per_example), {}
+    values = examples.values()
+    for name, value in examples.scores().items():
+        ends = interval_of(name, values[name][None])
         found[name] = {"value": float(100 * value), "ci95": None if ends is None else list(ends)}
-    if classes:
-        found["macro_f1"]["classes"] = classes
+    if isinstance(examples, Answers):
+        found["macro_f1"]["classes"] = examples.occurring()
+        if not examples.trusted():
+            found["macro_f1"]["ci95"] = None
     return found
 
 
 def interval_of(
-    name: str, values: np.ndarray, classes: int = 0, level: float = LEVEL, pooled: tuple | None = None
+    name: str, values: np.ndarray, level: float = LEVEL, pooled: tuple | None = None
 ) -> tuple[float, float] | None:
-    """Low and high end of a metric's values [seeds, examples], in percent. None where no interval holds, as
-    of macro F1 with less than LEAST examples for each of its `classes`."""
+    """Low and high end of a metric's values [seeds, examples], in percent. None where no interval holds."""
     ends = interval(values, name.endswith("_f1"), level, pooled)
-    if ends is None or (name == "macro_f1" and values.shape[1] < LEAST * classes):
-        return None
-    return 100 * float(ends[0]), 100 * float(ends[1])
+    return None if ends is None else (100 * float(ends[0]), 100 * float(ends[1]))
 
 
 def check(scored: dict, where: object) -> None:
     """Raise UserError unless `per_example` of a record's `eval` has each example, and gives its metrics."""
     per_example, number = scored["per_example"], scored["examples"]
     try:
-        columns = [column for name, column in per_example.items() if name != "classes"]
-        found = metrics_of(per_example) if {len(column) for column in columns} == {number} else {}
+        lengths = {len(column) for name, column in per_example.items() if name != "classes"}
+        named = all(isinstance(label, str) for label in per_example.get("classes", []))
+        found = metrics_of(per_example) if named and lengths == {number} else {}
         fits = all(
-            abs(found[name]["value"] - metric["value"]) < 0.001 for name, metric in scored["metrics"].items()
+            abs(found[name]["value"] - metric["value"]) < 0.001
+            and found[name].get("classes") == metric.get("classes")
+            for name, metric in scored["metrics"].items()
         )
-    except (KeyError, TypeError, ValueError, IndexError):
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError, ZeroDivisionError):
         fits = False
     if not fits:
         raise UserError(f"{where}: its per_example does not give its metrics: --force redoes the run")
@@ -230,9 +237,9 @@ def p_of_two(name: str, ours: dict, theirs: dict) -> float:
     both as `per_example` of the same examples."""
     if name == "macro_f1":
         classes = sorted({*ours["classes"], *theirs["classes"]})
-        one, other = (answers_of(numbered(side, classes)) for side in (ours, theirs))
+        one, other = (examples_of(numbered(side, classes)) for side in (ours, theirs))
         return p_by_swapping(one.macro_f1_after(other), len(one.references))
-    difference = values_of(ours)[name] - values_of(theirs)[name]
+    difference = examples_of(ours).values()[name] - examples_of(theirs).values()[name]
     return p_by_swapping(lambda swaps: (1 - 2 * swaps) @ difference, len(difference))
 
 
@@ -248,6 +255,6 @@ def mcnemar(ours: dict, theirs: dict) -> tuple[int, int, float]:
     exact two-sided p of McNemar's test (1947)."""
     from scipy.stats import binomtest
 
-    one, other = (answers_of(side).right for side in (ours, theirs))
+    one, other = (examples_of(side).right for side in (ours, theirs))
     won, lost = int((one & ~other).sum()), int((other & ~one).sum())
     return won, lost, float(binomtest(won, won + lost).pvalue) if won + lost else 1.0

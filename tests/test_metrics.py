@@ -300,7 +300,7 @@ def test_pseudo_values_are_those_of_scores_without_each_example(seed):
     of = metrics.summed_up(
         "classification", [{"parsed": a, "reference": r} for a, r in zip(parsed, references, strict=True)]
     )
-    found = metrics.values_of(of["per_example"])
+    found = metrics.examples_of(of["per_example"]).values()
     for name in ("micro_f1", "macro_f1", "weighted_f1"):
         for i in range(30):
             left = values(of_answers(parsed[:i] + parsed[i + 1 :], references[:i] + references[i + 1 :]))[

@@ -16,12 +16,14 @@ STATES = {"running": "running", "oom": "OOM", "failed": "failed", "interrupted":
 
 @dataclass(frozen=True)
 class Cell:
-    """`value` and the ends of its 95 % interval as numbers and, with its unit, as text."""
+    """`value` and the ends of its 95 % interval as numbers and, with its unit, as text; over how many `seeds`
+    it is, and the runs behind it."""
 
     text: str
     value: float | None = None
     ends: tuple[float, float] | None = None
     runs: tuple[Run, ...] = ()
+    seeds: int = 0
 
 
 @dataclass
@@ -72,7 +74,7 @@ class Table:
                 **{"table": self.name, "title": self.title},
                 **{"row": [key.text for key in row[: self.keys]], "column": column, "text": cell.text},
                 **{"value": cell.value, "ci95": cell.ends},
-                "seeds": sum(bool(run.scored) for run in cell.runs),
+                "seeds": cell.seeds,
                 "records": [str(path) for run in cell.runs for path in run.records()],
             }
             for row in self.rows
@@ -89,28 +91,27 @@ def score_cell(of: Iterable[Run], metric: str) -> Cell:
     if not scored:
         return Cell(", ".join(states) or "—", runs=of)
     each = [run.scored["metrics"][metric]["value"] for run in scored]
-    found = ends_of(scored, metric)
-    text = "; ".join(
-        [shown(each, found, scored[0].seed is not None), *(f"{n} {s}" for s, n in states.items())]
-    )
-    return Cell(text, mean(each), found, of)
+    seeded = scored[0].seed is not None
+    found = None if seeded and len(each) == 2 else ends_of(scored, metric)
+    text = "; ".join([shown(each, found, seeded), *(f"{n} {state}" for state, n in states.items())])
+    return Cell(text, mean(each), found, of, len(each))
 
 
 def ends_of(
     scored: Sequence[Run], metric: str, level: float = intervals.LEVEL, pooled: tuple | None = None
 ) -> tuple[float, float] | None:
     """The interval of a metric over runs of one setting, in percent."""
-    if not all(run.values for run in scored):
+    if not all(run.examples for run in scored):
         return None
-    classes = max(run.scored["metrics"][metric].get("classes", 0) for run in scored)
-    values = np.stack([run.values[metric] for run in scored])
-    return metrics.interval_of(metric, values, classes, level, pooled)
+    if metric == "macro_f1" and not all(run.examples.trusted() for run in scored):
+        return None
+    return metrics.interval_of(metric, np.stack([run.values[metric] for run in scored]), level, pooled)
 
 
-def shown(each: Sequence[float], ends: tuple[float, float] | None, seeds: bool, sign: str = "") -> str:
+def shown(each: Sequence[float], ends: tuple[float, float] | None, seeded: bool, sign: str = "") -> str:
     """E.g. "72.71 [61.3, 82.1] (3)", or of two seeds both values: "69.38, 75.00 (2)"."""
-    count = f" ({len(each)})" if seeds else ""
-    if len(each) == 2 and seeds:
+    count = f" ({len(each)})" if seeded else ""
+    if len(each) == 2 and seeded:
         return ", ".join(f"{value:{sign}.2f}" for value in each) + count
     interval = " [{0:{2}.1f}, {1:{2}.1f}]".format(*ends, sign) if ends else ""
     return f"{mean(each):{sign}.2f}{interval}{count}"
@@ -124,7 +125,7 @@ def mean_cell(
     values = [measure(run) for run in of]
     if not values or None in values:
         return Cell("unknown" if values else "—", runs=of)
-    return Cell(show(mean(values)), mean(values), None, of)
+    return Cell(show(mean(values)), mean(values), None, of, len(values))
 
 
 def duration(seconds: float) -> str:

@@ -1,17 +1,19 @@
 """The LoRA grid: which cell is best, which can't be told from it, and what each step of a knob changes."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import pairwise
+from operator import itemgetter
 from statistics import mean
 
 import numpy as np
 
 from study import intervals
 from study.records.schema import LORA, SCORES
-from study.report.cells import Cell, Table, ends_of, percent, score_cell, shown
+from study.report.cells import Cell, Table, ends_of, percent, score_cell
 from study.report.collect import Run
-from study.report.compare import difference
+from study.report.compare import Difference, difference, of_pairs
 from study.report.selection import labels_of, tuned
 
 
@@ -55,17 +57,23 @@ def lora_tables(task: str, group: Sequence[Run]) -> list[Table]:
 
 class Best:
     """The best of some cells, by validation where every cell has been scored there, else by its score; and
-    the cells that can't be told from it: multiple comparisons with the best (Hsu, 1996), by Bonferroni. Where
-    all cells have the same seeds, what a seed changes in a cell is pooled over the cells."""
+    the cells that can't be told from it: multiple comparisons with the best (Hsu, 1996), by Bonferroni.
+
+    What a seed changes in a cell is pooled over the cells that have the same seeds. Since some may vary more
+    than others, a cell is told from the best only if the two by themselves also are, at 5 %.
+    """
 
     def __init__(self, cells: dict, metric: str):
         self.cells = {at: cell for at, cell in cells.items() if cell.value is not None}
         self.all, self.metric = cells, metric
         self.validated = all(run.chosen_by for cell in self.cells.values() for run in cell.runs if run.scored)
         self.at = max(self.cells, key=self.rank, default=None)
-        self.pool = self.pool_seeds()
         self.level = 0.05 / max(len(self.cells) - 1, 1)
-        self.ties = {at for at in self.cells if at != self.at and not self.is_worse(at)}
+        self.pool = self.pool_seeds()
+        found = {at: self.against_best(at) for at in self.cells if at != self.at}
+        self.tested = all(found.values())
+        self.ties = {at for at, difference in found.items() if self.tested and not self.is_worse(difference)}
+        self.pairs = min((len(difference.pairs) for difference in found.values() if difference), default=0)
 
     def rank(self, at) -> float:
         if not self.validated:
@@ -73,17 +81,21 @@ class Best:
         scored = [run for run in self.cells[at].runs if run.scored]
         return mean(run.chosen_by[self.metric]["value"] for run in scored)
 
-    def is_worse(self, at) -> bool:
-        found = difference(self.cells[at].runs, self.cells[self.at].runs, self.metric)
-        return bool(found) and found.worse(self.pool and self.pool.of_difference) < self.level
+    def against_best(self, at) -> Difference | None:
+        return difference(self.cells[at].runs, self.cells[self.at].runs, self.metric)
+
+    def is_worse(self, found: Difference) -> bool:
+        of = self.pool and self.pool.of_difference
+        return found.worse(of) < self.level and found.worse() < 0.05
 
     def pool_seeds(self) -> intervals.Pool | None:
-        """None where the cells have other seeds, or one."""
+        """Over the cells that have the most usual seeds; None where that is one cell or one seed."""
         rows = [sorted((run.seed, run) for run in cell.runs if run.values) for cell in self.cells.values()]
-        seeds = [[seed for seed, _ in row] for row in rows]
-        if len(rows) < 2 or len(seeds[0]) < 2 or any(other != seeds[0] for other in seeds):
+        usual, _ = max(Counter(tuple(seed for seed, _ in row) for row in rows).items(), key=itemgetter(1))
+        same = [row for row in rows if tuple(seed for seed, _ in row) == usual]
+        if len(same) < 2 or len(usual) < 2:
             return None
-        return intervals.pool(np.array([[run.values[self.metric].mean() for _, run in row] for row in rows]))
+        return intervals.pool(np.array([[run.values[self.metric].mean() for _, run in row] for row in same]))
 
     def marked(self, at) -> Cell:
         cell = self.all[at]
@@ -94,15 +106,18 @@ class Best:
     def note(self) -> str:
         if len(self.cells) < 2:
             return ""
-        count = len(self.cells)
-        ties = "Every other one can be told from it (paired tests, 5 % for all of them)."
-        if self.ties:
-            ties = f"Bold: it and {len(self.ties)} that can't be told from it (paired, 5 % for all of them)."
-        if self.validated:
-            return f"Best: chosen among {count} by their validation scores. {ties} "
-        ends = self.ends()
-        held = " Its interval at such a choice is {:.1f} to {:.1f}.".format(*ends) if ends else ""
-        return f"Best: chosen among {count} by these very scores, so its own is too high.{held} {ties} "
+        how = "by their validation scores."
+        if not self.validated:
+            ends = self.ends()
+            how = "by these very scores, so its own is too high."
+            how += " Its interval at such a choice is {:.1f} to {:.1f}.".format(*ends) if ends else ""
+        ties = "Older records can't tell which of the others may be as good."
+        if self.tested:
+            ties = (
+                f"Bold: it and {len(self.ties)} that are not shown to be worse (paired, 5 % for all of them"
+            )
+            ties += ", of these adapters only)." if self.pairs < 2 else ")."
+        return f"Best: chosen among {len(self.cells)} {how} {ties} "
 
     def ends(self) -> tuple[float, float] | None:
         """Of the interval of the best at the level of its choice, where that can be said: of one seed, or
@@ -110,42 +125,50 @@ class Best:
         scored = [run for run in self.cells[self.at].runs if run.scored]
         if len(scored) > 1 and not self.pool:
             return None
-        of = self.pool and self.pool.of_score
+        of = self.pool.of_score if len(scored) > 1 else None
         return ends_of(scored, self.metric, 1 - 0.05 / len(self.cells), of)
 
 
 def effects_table(title: str, metric: str, label: str, cells: dict[tuple, Cell]) -> Table:
     """What each step of a knob changes: differences paired by seed and test example, over the settings of the
-    other two knobs that were run at both levels."""
+    other two knobs that were run at both levels, with the same seeds."""
     columns = ["knob", "from", "to", f"difference in {title}", "settings", "pairs"]
     table = Table("LoRA effects", f"{title} by steps of one knob, {label}", columns, 3)
     for place, knob in enumerate(LORA.values()):
         for low, high in pairwise(sorted({at[place] for at in cells})):
-            pairs = {}
-            for at, cell in cells.items():
-                if at[place] == high:
-                    lower = cells[*at[:place], low, *at[place + 1 :]]
-                    seeds = {run.seed: run for run in lower.runs if run.values}
-                    for run in cell.runs:
-                        if run.values and run.seed in seeds:
-                            pairs.setdefault(run.seed, []).append((at, run, seeds[run.seed]))
-            table.add(knob, f"{low:g}", f"{high:g}", *effect(pairs, metric))
+            pairs = {}  # by setting of the others and seed
+            for at in (at for at in cells if at[place] == high):
+                higher, lower = by_seed(cells[at]), by_seed(cells[*at[:place], low, *at[place + 1 :]])
+                pairs[at] = {seed: (higher[seed], lower[seed]) for seed in higher if seed in lower}
+            table.add(knob, f"{low:g}", f"{high:g}", *effect(even(pairs), metric))
     table.note = "Paired by seed and test example, over the settings that were run at both levels. "
     return table
 
 
-def effect(pairs: dict[int, list[tuple]], metric: str) -> list:
+def by_seed(cell: Cell) -> dict[int, Run]:
+    return {run.seed: run for run in cell.runs if run.values}
+
+
+def even(pairs: dict) -> dict:
+    """Of pairs by setting and seed those that leave every setting with the same seeds, as many as may be."""
+    kept, choices = {}, [frozenset(by_seed) for by_seed in pairs.values()]
+    for seeds in sorted({*choices, choices[0].intersection(*choices)} if choices else (), key=sorted):
+        having = {at: by_seed for at, by_seed in pairs.items() if seeds <= {*by_seed}}
+        whole = {at: {seed: by_seed[seed] for seed in sorted(seeds)} for at, by_seed in having.items()}
+        if sum(map(len, whole.values())) > sum(map(len, kept.values())):
+            kept = whole
+    return kept
+
+
+def effect(pairs: dict, metric: str) -> list:
     """The difference, how many settings it is over, and how many pairs of runs."""
     if not pairs:
         return [Cell("—"), 0, 0]
-    rows = [
-        np.mean([run.values[metric] - lower.values[metric] for _, run, lower in pairs[seed]], axis=0)
-        for seed in sorted(pairs)
-    ]
-    parts = intervals.parts_of(np.stack(rows))
-    each, reach = [100 * float(row.mean()) for row in rows], 100 * parts.reach()
-    ends = 100 * parts.mean - reach, 100 * parts.mean + reach
-    runs = tuple(run for of in pairs.values() for _, *two in of for run in two)
-    settings = {at for of in pairs.values() for at, _, _ in of}
-    cell = Cell(shown(each, ends, True, "+"), mean(each), ends, runs)
-    return [cell, len(settings), sum(map(len, pairs.values()))]
+    rows = list(zip(*(of.values() for of in pairs.values()), strict=True))  # [seeds][settings] of pairs
+    each = [of_pairs(list(row), metric).value for row in rows]
+    ours, theirs = (
+        np.stack([np.mean([pair[side].values[metric] for pair in row], axis=0) for row in rows])
+        for side in (0, 1)
+    )
+    whole = Difference(each, intervals.of_difference(ours, theirs), [pair for row in rows for pair in row])
+    return [whole.cell(), len(pairs), len(whole.pairs)]

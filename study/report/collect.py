@@ -55,10 +55,21 @@ class Run:
         return [self.path] if self.train is None or self.path == beside else [beside, self.path]
 
     @cached_property
-    def values(self) -> dict[str, np.ndarray]:
-        """What each test example adds to each metric, as a share of 1; empty for an older record."""
+    def examples(self) -> metrics.Answers | metrics.Summaries | None:
+        """What came of each test example; None without a score, and for an older record."""
         found = self.scored and self.scored.get("per_example")
-        return metrics.values_of(found) if found else {}
+        return metrics.examples_of(found) if found else None
+
+    @cached_property
+    def values(self) -> dict[str, np.ndarray]:
+        """What each test example adds to each metric, as a share of 1; empty where `examples` is None."""
+        return self.examples.values() if self.examples else {}
+
+    @cached_property
+    def references(self) -> list[str]:
+        """The class of each test example; none of summaries."""
+        found = (self.scored and self.scored.get("per_example")) or {}
+        return [found["classes"][i] for i in found.get("references", [])]
 
     def test(self) -> dict:
         """The description of the split that was scored."""
@@ -125,8 +136,8 @@ def runs_of(folder: Path) -> list[Run]:
         content, state = record.read_whole(path), record.status(path)
         if finished and state == "finished" and not runs.has_scored(path, content, trained):
             raise UserError(f"{path} scored an earlier training than the one beside it: score it again")
-        if state == "finished" and content["eval"].get("per_example"):
-            metrics.check(content["eval"], path)
+        if state == "finished":
+            check_examples(content, path)
         found.append(Run(path, content, trained if finished else None, state))
     validated = [run.scored for run in found if run.scored and run.config["split"] == "validation"]
     for run in found:
@@ -137,6 +148,19 @@ def runs_of(folder: Path) -> list[Run]:
         state = "not scored" if finished else record.status(path)
         found = [Run(path, trained, trained if finished else None, state)]
     return found
+
+
+def check_examples(content: dict, path: Path) -> None:
+    """Raise UserError for a finished evaluation whose examples are not those of its split, or do not give its
+    scores. An older record has none."""
+    if not content["eval"].get("per_example"):
+        return
+    rows = content["data"][content["config"]["split"]]["rows"]
+    if content["eval"]["examples"] != rows:
+        raise UserError(
+            f"{path} scored {content['eval']['examples']} examples of {rows}: --force redoes the run"
+        )
+    metrics.check(content["eval"], path)
 
 
 def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:

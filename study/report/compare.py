@@ -11,7 +11,7 @@ from study.errors import UserError
 from study.records.record import read_whole
 from study.records.schema import PARTS, SCORES
 from study.report.cells import Cell, shown
-from study.report.collect import Run
+from study.report.collect import Run, check_examples
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,18 @@ class Difference:
         """Whether another seed might come out otherwise."""
         return any(run.seed is not None for pair in self.pairs for run in pair)
 
-    def ends(self, level: float = intervals.LEVEL) -> tuple[float, float]:
-        """Of its interval, in points."""
-        middle, reach = 100 * self.parts.mean, 100 * self.parts.reach(level)
+    def ends(self) -> tuple[float, float] | None:
+        """Of its 95 % interval, in points; None for a single test example."""
+        if self.pairs[0][0].scored["examples"] < 2:
+            return None
+        middle, reach = 100 * self.parts.mean, 100 * self.parts.reach()
         return max(middle - reach, -100.0), min(middle + reach, 100.0)
 
     def cell(self) -> Cell:
         runs = dict.fromkeys(run for pair in self.pairs for run in pair)
-        return Cell(shown(self.each, self.ends(), self.seeded, "+"), self.value, self.ends(), tuple(runs))
+        ends = None if self.seeded and len(self.each) == 2 else self.ends()
+        text = shown(self.each, ends, self.seeded, "+")
+        return Cell(text, self.value, ends, tuple(runs), len(self.each))
 
     def worse(self, pooled: tuple[float, float] | None = None) -> float:
         """The one-sided p of the first being no worse than the second."""
@@ -49,27 +53,34 @@ class Difference:
 def difference(ours: Sequence[Run], theirs: Sequence[Run], metric: str) -> Difference | None:
     """None where either setting has no score, or one of an older record without a value of each example."""
     pairs = paired(*([run for run in side if run.values] for side in (ours, theirs)))
-    if not pairs:
-        return None
+    return of_pairs(pairs, metric) if pairs else None
+
+
+def of_pairs(pairs: list[tuple[Run, Run]], metric: str) -> Difference:
+    """Raises UserError where two runs have other references to an example, which they then do not share."""
+    for run in {run for pair in pairs for run in pair}:
+        if run.references != pairs[0][0].references:
+            both = f"{pairs[0][0].path} and {run.path}"
+            raise UserError(
+                f"{both} have other classes as references of the same test examples: score one again"
+            )
     sides = (np.stack([run.values[metric] for run in side]) for side in zip(*pairs, strict=True))
-    each = [
-        one.scored["metrics"][metric]["value"] - other.scored["metrics"][metric]["value"]
-        for one, other in pairs
-    ]
-    return Difference(each, intervals.of_difference(*sides), pairs)
+    scores = [[run.scored["metrics"][metric]["value"] for run in pair] for pair in pairs]
+    return Difference([one - other for one, other in scores], intervals.of_difference(*sides), pairs)
 
 
 def paired(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[Run, Run]]:
-    """Runs of two settings, seed by seed: those of the seeds that both have; where there are none, in their
-    order; and a run without a seed beside each of the others."""
+    """Runs of two settings, seed by seed: those of the seeds that both have, and the others in their order; a
+    run without a seed stands beside each of the other side."""
     sides = [sorted(side, key=lambda run: run.seed or 0) for side in (ours, theirs)]
     for i, side in enumerate(sides):
         if len(side) == 1 and side[0].seed is None:
-            sides[i] = side * max(len(sides[1 - i]), 1) if sides[1 - i] else []
+            sides[i] = side * len(sides[1 - i])
     common = {run.seed for run in sides[0]} & {run.seed for run in sides[1]}
-    if common - {None}:
-        sides = [[run for run in side if run.seed in common] for side in sides]
-    return list(zip(*sides, strict=False))
+    first = (
+        sorted(side, key=lambda run: run.seed not in common) for side in sides
+    )  # which keeps their order
+    return list(zip(*first, strict=False))
 
 
 def compare(ours: Sequence[Path], theirs: Sequence[Path]) -> str:
@@ -82,7 +93,7 @@ def compare(ours: Sequence[Path], theirs: Sequence[Path]) -> str:
     runs = [run for side in sides for run in side]
     for what, known in (
         ("test examples", [run.test()["sha256"][:8] for run in runs]),
-        ("metric versions", [run.scored["metrics_version"] for run in runs]),
+        ("metric versions", [run.scored.get("metrics_version") for run in runs]),
     ):
         for run, value in zip(runs, known, strict=True):
             if value != known[0]:
@@ -93,7 +104,9 @@ def compare(ours: Sequence[Path], theirs: Sequence[Path]) -> str:
     table, task = [], runs[0].task
     for name, title in SCORES[task].items():
         found = difference(*sides, name)
-        ends = "{:+.2f} to {:+.2f}".format(*found.ends())
+        ends = "—"
+        if found.ends() and (name != "macro_f1" or all(run.examples.trusted() for run in runs)):
+            ends = "{:+.2f} to {:+.2f}".format(*found.ends())
         scores = [score_of(side, name) for side in zip(*found.pairs, strict=True)]
         table.append([title, *scores, f"{found.value:+.2f}", ends, p_text(*p_of(found, name))])
     lines = [f"{letter}: {run.path.parent}" for letter, side in zip("AB", sides, strict=True) for run in side]
@@ -134,14 +147,15 @@ def about(found: Difference, sides: Sequence[Sequence[Run]]) -> list[str]:
             "other seeds and for other examples."
         )
     elif found.seeded:
+        what = "adapters" if all(run.method.trains for run in (one, other)) else "runs"
         lines.append(
-            f"Of these two adapters, not of the settings: one seed a side, on {examples}. Other seeds may "
+            f"Of these two {what}, not of the settings: one seed a side, on {examples}. Other seeds may "
             "differ by as much: name several a side, by --against."
         )
     else:
         lines.append(f"Two runs without a seed, on {examples}.")
     if left:
-        lines.append(f"Left out, for the other side has no such seed: {', '.join(left)}")
+        lines.append(f"Left out, for the other side has fewer runs: {', '.join(left)}")
     if count == 1 and one.task == "classification":
         won, lost, p = metrics.mcnemar(*(run.scored["per_example"] for run in (one, other)))
         alone = f"A alone is right {won:,} times, B alone {lost:,} times"
@@ -189,5 +203,5 @@ def read_scored(path: Path) -> Run:
             f"--compare {path} is an older record, without a value of each example: python -m study.report "
             f"--rescore {path.parent} makes it anew from its predictions"
         )
-    metrics.check(content["eval"], path)
+    check_examples(content, path)
     return Run(path, content, None, "finished")

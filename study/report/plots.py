@@ -22,7 +22,7 @@ from study.report.choice import grids
 from study.report.collect import Run
 from study.report.compare import difference
 from study.report.published import FIGURES
-from study.report.selection import labels_of, models_of, on_everything, reference, tuned
+from study.report.selection import labels_of, models_of, on_everything, tuned, usual_runs
 from study.report.spent import training_usd
 
 STYLE = {
@@ -97,7 +97,7 @@ def plot_examples(task: str, group: Sequence[Run], published: bool):
     metric, styles = next(iter(SCORES[task])), zip(cycle(MARKERS), cycle(DASHES), strict=False)
     for model, (marker, dash) in zip(labels_of(tuned(group)), styles, strict=False):
         points = {}
-        for run in reference(group, model):
+        for run in usual_runs(group, model):
             if run.scored and run.train:
                 points.setdefault(run.train["train"]["examples"], []).append(run)
         cells = {count: score_cell(points[count], metric) for count in sorted(points)}
@@ -146,11 +146,11 @@ def plot_cost(task: str, group: Sequence[Run], prices: Sequence[dict]):
         key: (mean(training_usd(run, prices) for run in of), score_cell(of, metric))
         for key, of in cells.items()
     }
-    front, tied = pareto({key: (usd, cell.value) for key, (usd, cell) in points.items()}), set()
+    front = pareto({key: (usd, cell.value) for key, (usd, cell) in points.items()})
+    tied = {*front}
     for key, (usd, _) in points.items():
-        best = [at for at in front if points[at][0] <= usd][-1]
-        found = difference(cells[key], cells[best], metric)
-        if key in front or not found or found.worse() >= 0.05 / len(points):
+        found = difference(cells[key], cells[[at for at in front if points[at][0] <= usd][-1]], metric)
+        if found and found.worse() >= 0.05 / len(points):
             tied.add(key)
     for model, marker in zip(sorted({key[0] for key in points}), cycle(MARKERS), strict=False):
         for chosen, color in ((False, "0.6"), (True, "black")):

@@ -2,19 +2,22 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from study import metrics
 from study.errors import UserError
 from study.records import record, runs
-from study.records.schema import NUMBER, PARTS
+from study.records.schema import NUMBER, part_of
+from study.report.collect import records_in
 
 
 def rescore(folders: Iterable[Path]) -> tuple[list[str], list[str]]:
     """Give every finished evaluation in the folders the present metrics. Returns a line on each, and one on
     each that can't be made anew, which stays as it is."""
     lines, problems = [], []
-    for path in sorted({path for folder in folders for path in folder.rglob(PARTS["eval"].files)}):
+    every = {path for folder in folders for path in records_in(folder) if part_of(path) == "eval"}
+    for path in sorted(path for path in every if not path.name.startswith(".")):
         try:
             lines.append(f"{path}: {made_anew(path)}")
         except UserError as error:
@@ -32,13 +35,11 @@ def made_anew(path: Path) -> str:
         return "not finished, left as it is"
     scored, rows = content["eval"], read_predictions(path, content)
     version = scored.get("metrics_version", "unknown")
-    means = {name: metric["value"] for name, metric in scored["metrics"].items()}
-    first = "accuracy" if content["task"] == "classification" else "rouge1"
-    recorded = sum(100 * row["correct"] if first == "accuracy" else row[first] for row in rows) / len(rows)
-    if abs(recorded - means[first]) > 0.001:
-        raise UserError(
-            f"{path} has {first} {means[first]:.2f}, its predictions {recorded:.2f}: they are of another run"
-        )
+    before = {name: metric["value"] for name, metric in scored["metrics"].items()}
+    for name, metric in metrics.summed_up(content["task"], rows)["metrics"].items():
+        if abs(before.get(name, metric["value"]) - metric["value"]) > 0.001:
+            both = f"{path} has {name} {before[name]:.2f}, its predictions {metric['value']:.2f}"
+            raise UserError(f"{both}: they are of another run")
     if content["task"] == "summarization":
         fresh = metrics.rouge_scores(*zip(*((row["parsed"], row["reference"]) for row in rows), strict=True))
         rows = [row | more for row, more in zip(rows, fresh, strict=True)]
@@ -48,8 +49,8 @@ def made_anew(path: Path) -> str:
     content["eval"] = scored | found
     content["rescored"] = {"from": version, "at": record.now(), "git_commit": record.commit()}
     record.write_json(path, content)
-    now = found["metrics"][first]["value"]
-    return f"{first} {means[first]:.2f} -> {now:.2f}, metrics {version} -> {found['metrics_version']}"
+    name, now = next(iter(found["metrics"].items()))
+    return f"{name} {before[name]:.2f} -> {now['value']:.2f}, metrics {version} -> {found['metrics_version']}"
 
 
 def read_predictions(path: Path, content: dict) -> Sequence[dict]:
@@ -63,10 +64,13 @@ def read_predictions(path: Path, content: dict) -> Sequence[dict]:
     kinds = {"parsed": str, "reference": str} | dict.fromkeys(metrics.ROUGE, NUMBER)
     if content["task"] == "classification":
         kinds = {"correct": bool, "parsed": str | None, "reference": str}
-    whole = len(rows) == content["eval"]["examples"] and all(
-        isinstance(row, dict) and all(isinstance(row.get(key), kind) for key, kind in kinds.items())
+    whole = len(rows) == content["eval"]["examples"] > 0 and all(
+        isinstance(row, dict)
+        and all(key in row and isinstance(row[key], kind) for key, kind in kinds.items())
         for row in rows
     )
-    if not whole:
+    places = [row.get("index") for row in rows] if whole else []
+    ordered = all(isinstance(place, int) for place in places) and len({*places}) == len(places)
+    if not whole or not (ordered or {*places} == {None}):
         raise UserError(f"{path} stays as it is: {beside.name} is not whole")
-    return sorted(rows, key=lambda row: row.get("index", 0)) if all("index" in row for row in rows) else rows
+    return sorted(rows, key=itemgetter("index")) if ordered else rows

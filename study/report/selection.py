@@ -20,7 +20,7 @@ def tuned(group: Iterable[Run], label: str | None = None) -> list[Run]:
     return [run for run in group if run.method.trains and label in {None, run.label}]
 
 
-def reference(group: Iterable[Run], label: str) -> list[Run]:
+def usual_runs(group: Iterable[Run], label: str) -> list[Run]:
     """A column's runs of one setting of its method's knobs: those that were run with the most training
     shares, or else seeds; or else the task's defaults, or else the most epochs and the highest rank."""
     ours = tuned(group, label)
@@ -37,8 +37,8 @@ def reference(group: Iterable[Run], label: str) -> list[Run]:
 
 
 def on_everything(group: Iterable[Run], label: str) -> list[Run]:
-    """Of the `reference` runs those with the largest training share."""
-    ours = reference(group, label)
+    """Of the `usual_runs` those with the largest training share."""
+    ours = usual_runs(group, label)
     return [run for run in ours if run.share == max(run.share for run in ours)]
 
 

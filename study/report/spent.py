@@ -118,7 +118,8 @@ def trained(run: Run) -> dict:
 
 
 def wall_seconds(run: Run) -> float:
-    return trained(run)["wall_seconds"] + run.scored["wall_seconds"]
+    """Of training, where the method has one, and evaluation."""
+    return (trained(run)["wall_seconds"] if run.train else 0) + run.scored["wall_seconds"]
 
 
 def training_usd(run: Run, prices: Sequence[dict]) -> float | None:
@@ -131,7 +132,7 @@ def evaluation_usd(run: Run, prices: Sequence[dict]) -> float | None:
 
 
 def total_usd(run: Run, prices: Sequence[dict]) -> float | None:
-    parts = evaluation_usd(run, prices), training_usd(run, prices)
+    parts = evaluation_usd(run, prices), training_usd(run, prices) if run.train else 0
     return None if None in parts else sum(parts)
 
 

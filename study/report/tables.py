@@ -1,6 +1,7 @@
 """Runs -> the tables of the study."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import mean
 
 import numpy as np
@@ -16,21 +17,39 @@ from study.report.selection import (
     models_of,
     note_on,
     on_everything,
-    reference,
     settings_of,
     trained_on,
     tuned,
+    usual_runs,
 )
-from study.report.spent import inference_table, trained, training_table
+from study.report.spent import inference_table, total_usd, training_table, wall_seconds
 
 SHARES = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 
 
-def share_table(task: str, group: Sequence[Run], named: str | None = None) -> Table:
+@dataclass(frozen=True)
+class Reference:
+    """What differences are to: the setting that is `named` or, where a table has none, the cheapest."""
+
+    named: str | None = None
+    prices: Sequence[dict] = ()
+
+    def among(self, settings: dict[str, Sequence[Run]]) -> str | None:
+        """None where no setting has a score."""
+        scored = {name: [run for run in of if run.scored] for name, of in settings.items()}
+        scored = {name: of for name, of in scored.items() if of}
+        found = [name for name in scored if self.named in {name, *name.split(", ")}]
+        usd = {name: [total_usd(run, self.prices) for run in of] for name, of in scored.items()}
+        if any(None in spent for spent in usd.values()):
+            usd = {name: [wall_seconds(run) for run in of] for name, of in scored.items()}
+        return found[0] if found else min(scored, key=lambda name: mean(usd[name]), default=None)
+
+
+def share_table(task: str, group: Sequence[Run], reference: Reference) -> Table:
     """Table 1: training share x what was trained, with differences to a column, or of one column to a row."""
     metric, title = next(iter(SCORES[task].items()))
     labels = labels_of(tuned(group))
-    kept = {label: reference(group, label) for label in labels}
+    kept = {label: usual_runs(group, label) for label in labels}
     table = Table("Table 1", f"{title} by training share", ["training share", "examples", *labels], 2)
     rows = {}
     for share in sorted({*SHARES, *(run.share for run in tuned(group))}):
@@ -39,15 +58,14 @@ def share_table(task: str, group: Sequence[Run], named: str | None = None) -> Ta
         examples = trained_on((run for of in row.values() for run in of), share=True)
         table.add(percent(share), examples, *(score_cell(of, metric) for of in row.values()))
     if len(labels) > 1:
-        base = chosen(kept, named)
+        base = reference.among(kept)
         for label in [label for label in labels if base not in {None, label}]:
             cells = [difference_cell(row[label], row[base], metric) for row in rows.values()]
             table.extend(f"{label} - {base}", cells)
     for label in labels if len(labels) == 1 else ():
         column = {share: row[label] for share, row in rows.items()}
-        base = chosen(
-            column, named or next((name for name, of in column.items() if chosen({name: of})), None)
-        )
+        smallest = next((share for share, of in column.items() if any(run.scored for run in of)), None)
+        base = reference.named if reference.named in column else smallest
         if base:
             cells = [difference_cell(of, column[base], metric) for of in column.values()]
             table.extend(f"{label} - {base}", cells)
@@ -55,7 +73,7 @@ def share_table(task: str, group: Sequence[Run], named: str | None = None) -> Ta
     return table
 
 
-def method_table(task: str, group: Sequence[Run], named: str | None = None) -> Table:
+def method_table(task: str, group: Sequence[Run], reference: Reference) -> Table:
     """Table 2: the methods, for each model: the published ones for a language model, whether run or not, and
     others that were run."""
     run = {run.content["method"] for run in group}
@@ -76,12 +94,12 @@ def method_table(task: str, group: Sequence[Run], named: str | None = None) -> T
                     of = on_everything(of, of[0].label)
                     table.note += note_on({of[0].label: of})
                 rows[model, method.title, trained_on(of)] = of
-    add_scores(table, rows, task, named)
+    add_scores(table, rows, task, reference)
     table.note += about_seeds(group)
     return table
 
 
-def model_table(task: str, group: Sequence[Run], named: str | None = None) -> Table:
+def model_table(task: str, group: Sequence[Run], reference: Reference) -> Table:
     """Table 3: what was trained, on everything."""
     table = Table("Table 3", "models fine-tuned on everything", ["model", "trained on"], 1)
     rows = {}
@@ -89,12 +107,12 @@ def model_table(task: str, group: Sequence[Run], named: str | None = None) -> Ta
         of = on_everything(group, label)
         table.note += note_on({label: of})
         rows[label, trained_on(of)] = of
-    add_scores(table, rows, task, named)
+    add_scores(table, rows, task, reference)
     table.note += about_seeds(group)
     return table
 
 
-def add_scores(table: Table, rows: dict[tuple, Sequence[Run]], task: str, named: str | None) -> None:
+def add_scores(table: Table, rows: dict[tuple, Sequence[Run]], task: str, reference: Reference) -> None:
     """Fill a table with its rows' scores, and with the first metric's differences to the row of reference."""
     metric, title = next(iter(SCORES[task].items()))
     table.columns += SCORES[task].values()
@@ -102,26 +120,10 @@ def add_scores(table: Table, rows: dict[tuple, Sequence[Run]], task: str, named:
         table.add(*row, *(score_cell(of, name) for name in SCORES[task]))
     telling = [i for i in range(table.keys) if i == table.keys - 1 or len({row[i] for row in rows}) > 1]
     by_name = {", ".join(row[i] for i in telling): of for row, of in rows.items()}
-    base = chosen(by_name, named)
+    base = reference.among(by_name)
     if base:
         cells = [difference_cell(of, by_name[base], metric) for of in by_name.values()]
         table.extend(f"{title} - {base}", cells)
-
-
-def chosen(settings: dict[str, Sequence[Run]], named: str | None = None) -> str | None:
-    """The setting to which others are compared: the one that is `named`, or the cheapest that has a score."""
-    scored = {name: [run for run in of if run.scored] for name, of in settings.items()}
-    scored = {name: of for name, of in scored.items() if of}
-    if named:
-        return next((name for name in scored if name == named or named in name.split(", ")), None)
-    return min(scored, key=lambda name: mean(spent(run) for run in scored[name]), default=None)
-
-
-def spent(run: Run) -> float:
-    """Seconds of training and evaluation, by their price where that is known."""
-    parts = [(run.scored["wall_seconds"], run.content["cost"]["price_per_hour"])]
-    parts += [(trained(run)["wall_seconds"], run.train["cost"]["price_per_hour"])] if run.train else []
-    return sum(seconds * (price or 1) for seconds, price in parts)
 
 
 def difference_cell(of: Sequence[Run], base: Sequence[Run], metric: str) -> Cell:
@@ -171,7 +173,7 @@ def remarks(group: Sequence[Run], table: Table) -> str:
     return told
 
 
-def spread_table(task: str, group: Sequence[Run], named: str | None) -> Table:
+def spread_table(task: str, group: Sequence[Run], reference: Reference) -> Table:
     """Where the uncertainty of the scores in Tables 1 to 3 comes from, and what would lessen it."""
     metric, title = next(iter(SCORES[task].items()))
     columns = [
@@ -191,7 +193,7 @@ def spread_table(task: str, group: Sequence[Run], named: str | None) -> Table:
             place = [run.label or run.model, run.method.title]
             place += [percent(run.share), settings_of([run])] if run.method.trains else []
             settings.setdefault(", ".join(dict.fromkeys(word for word in place if word)), []).append(run)
-    base = chosen(settings, named)
+    base = reference.among(settings)
     for name, of in settings.items():
         parts = intervals.parts_of(np.stack([run.values[metric] for run in of]))
         found = None if name == base or base is None else difference(of, settings[base], metric)
@@ -199,14 +201,14 @@ def spread_table(task: str, group: Sequence[Run], named: str | None) -> Table:
         known = len(of) > 1
         figures = [parts.between_seeds(), seeds] if known else [None, None]
         figures += [(max(parts.variance() - seeds**2 / 1.96**2, 0)) ** 0.5 * 1.96]
-        figures += [parts.expected(len(of)).reach(), parts.expected(len(of) + 1).reach() if known else None]
+        figures += [parts.reach() or None, parts.expected(len(of) + 1).reach() if known else None]
         figures += [found and found.parts.detectable()]
         texts = ["—" if figure is None else f"{100 * figure:.2f}" for figure in figures]
         table.add(name, score_cell(of, metric), len(of), f"{of[0].scored['examples']:,}", *texts)
     table.note = (
         "In points. ± is 1.96 standard errors, and in all half of the interval, by Student's t of few seeds. "
-        "The smallest difference is what would be told from 0 in 80 of 100 repetitions, paired"
-        f"{f', to {base}' if base else ''}. "
+        "The smallest difference is what would be told from 0 in about 80 of 100 repetitions, paired"
+        f"{f', to {base}' if base else ''}; of few seeds it is rough. "
     )
     return table
 
@@ -221,17 +223,17 @@ def all_tables(
     """Every table of the study, with differences to what is `named`, or to the cheapest. A group that stands
     apart says so in its tables' titles. What was `spent` in all stands under Tables 4 and 5, or where nothing
     was trained under the last one."""
-    tables = []
+    tables, reference = [], Reference(named, prices)
     for task, why, group in groups:
-        ours = [share_table(task, group, named)] if task == "classification" else []
-        ours.append(method_table(task, group, named))
-        ours += [model_table(task, group, named)] if task == "summarization" else []
+        ours = [share_table(task, group, reference)] if task == "classification" else []
+        ours.append(method_table(task, group, reference))
+        ours += [model_table(task, group, reference)] if task == "summarization" else []
         ours += lora_tables(task, group)
-        ours += [spread_table(task, group, named)] if spread else []
+        ours += [spread_table(task, group, reference)] if spread else []
         counts = {f"{run.scored['examples']:,} {run.config['split']}" for run in group if run.scored}
         for table in ours:
             table.title = f"{task}: {table.title}" + (f", apart: {why}" if why else "")
-            over = f"Over {' or '.join(counts) or 'no test'} examples."
+            over = f"Over {' or '.join(sorted(counts)) or 'no test'} examples."
             table.note = f"{over} {table.note}{remarks(group, table)}"
         tables += ours
     training = training_table(groups, prices)

@@ -1,6 +1,6 @@
 """What intervals and tests claim, held against simulated studies whose truth is known.
 
-    python -m tests.coverage        # the tables of docs/statistics.md, in some minutes
+    python -m tests.simulations        # the tables of docs/statistics.md, in some minutes
 
 "Usual" is the percentile bootstrap over the test examples and, of several seeds, sqrt(e^2 + s^2) with e the
 mean of its halves and s Student's of the seeds' scores: what these tables showed before.
@@ -147,8 +147,8 @@ def coverage_of_sparse(generator: Generator, examples: int, zeros: float) -> tup
 
 def coverage_of_macro_f1(generator: Generator, classes: int, examples: int, seeds: int = 1) -> tuple:
     runs, truth = classified(generator, classes, examples, seeds)
-    values = np.stack([metrics.values_of(of)["macro_f1"] for of in runs])
-    ours = metrics.interval_of("macro_f1", values, classes)
+    values = np.stack([metrics.examples_of(of).values()["macro_f1"] for of in runs])
+    ours = metrics.interval_of("macro_f1", values)
     return held(usual_macro_f1(runs[0], generator), truth) if seeds == 1 else None, held(ours, 100 * truth)
 
 
@@ -194,31 +194,47 @@ def cell_of(generator: Generator, hard: np.ndarray, seeds: int, share: float, sp
     return Cell("", 100 * right.mean(), None, tuple(as_run(row, seed) for seed, row in enumerate(right)))
 
 
-def set_of_best(generator: Generator, cells: int, seeds: int, examples: int, spread: float) -> tuple:
-    """Cells of which the first is the best by a point and the last the worst by ten: are they marked as those
-    that can't be told from the best?"""
-    shares = np.array([0.71, *np.linspace(0.7, 0.69, cells - 2), 0.61])
+def marked(generator: Generator, seeds: int, shares: list, spreads: list, examples: int = 819) -> set:
+    """The cells of a grid, of such shares and spreads between seeds, that are marked as the best or a tie."""
     hard = HARD * generator.standard_normal(examples)
-    found = {i: cell_of(generator, hard, seeds, float(share), spread) for i, share in enumerate(shares)}
-    marked = Best(found, "accuracy")
-    return tuple(cell in {*marked.ties, marked.at} for cell in (0, cells - 1))
+    each = zip(shares, spreads, strict=True)
+    grid = {i: cell_of(generator, hard, seeds, share, spread) for i, (share, spread) in enumerate(each)}
+    best = Best(grid, "accuracy")
+    return {*best.ties, best.at}
 
 
-def as_run(values: np.ndarray, seed: int) -> SimpleNamespace:
+def best_is_marked(generator: Generator, cells: int, seeds: int, spread: float, of_others: float) -> tuple:
+    """Of equal cells any may be the best: is the first marked, whose spread is another than the others'?"""
+    return None, 0 in marked(generator, seeds, [0.7] * cells, [spread] + [of_others] * (cells - 1))
+
+
+def worse_is_left_out(generator: Generator, cells: int, seeds: int, spread: float, points: float) -> tuple:
+    """Is a cell left out that is worse by so many points than the others?"""
+    shares = [0.7 - points / 100] + [0.7] * (cells - 1)
+    return None, 0 not in marked(generator, seeds, shares, [spread] * cells)
+
+
+class AsRun(SimpleNamespace):
     """As much of a run as its comparison needs."""
-    scored = {"metrics": {"accuracy": {"value": 100 * values.mean()}}}
-    return SimpleNamespace(values={"accuracy": values}, scored=scored, seed=seed, chosen_by=None)
+
+    __hash__ = object.__hash__
+
+
+def as_run(values: np.ndarray, seed: int) -> AsRun:
+    scored = {"metrics": {"accuracy": {"value": 100 * values.mean()}}, "examples": len(values)}
+    more = {"seed": seed, "chosen_by": None, "examples": True, "references": []}
+    return AsRun(values={"accuracy": values}, scored=scored, **more)
 
 
 def power(generator: Generator, seeds: int, examples: int, spread: float) -> tuple:
-    """Is a difference of the size that is said to be detectable, on average over 30 pairs of settings, told
+    """Is a difference of the size that is said to be detectable, on average over 8 pairs of settings, told
     from 0?"""
 
     def pair() -> Parts:
         both = answers(generator, 2 * seeds, examples, 0.7, spread)
         return of_difference(both[:seeds], both[seeds:])
 
-    size = np.mean([pair().detectable() for _ in range(30)])
+    size = np.mean([pair().detectable() for _ in range(8)])
     both = answers(generator, 2 * seeds, examples, 0.7, spread)
     shifted = both[:seeds].copy()
     return None, of_difference(shifted + size, both[seeds:]).p() < 0.05
@@ -232,63 +248,56 @@ def rates(study: Callable, repetitions: int, *args, seed: int = 0, **more) -> tu
 
 
 def cases() -> Iterator[tuple]:
-    """(what, conditions, study, repetitions, arguments)."""
-    for examples, share in ((160, 0.7), (160, 0.95), (160, 0.99), (40, 0.95), (7317, 0.7)):
+    """(what, of what, study, repetitions, arguments)."""
+    for examples, share in ((160, 0.7), (160, 0.99), (40, 0.95)):
         what = f"{examples:,} examples, {share:.0%} right"
-        yield "coverage, accuracy of one adapter", what, coverage_of_adapter, 1000, (examples, share)
+        yield "interval, accuracy of an adapter", what, coverage_of_adapter, 1000, (examples, share)
     for seeds, examples, spread in (
-        *((1, 819, 0), (1, 819, 2), (1, 819, 5), (3, 80, 0), (3, 80, 2), (3, 160, 5), (3, 819, 0)),
-        *((3, 819, 2), (3, 819, 5), (3, 7317, 0.5), (3, 7317, 2), (5, 819, 0), (5, 819, 2), (5, 7317, 2)),
+        *((1, 819, 2), (1, 819, 5), (3, 80, 2), (3, 819, 0), (3, 819, 5), (3, 7317, 0.5), (5, 819, 2)),
     ):
-        what = f"{seeds} seeds, {examples:,} examples, sd {spread} points"
+        what = f"{seeds} seed{'s' * (seeds > 1)}, {examples:,} examples, sd {spread}"
         args = seeds, examples, 0.7, spread
-        yield "coverage, accuracy of a setting", what, coverage_of_setting, 1000, args
-        if seeds > 1:
-            yield "half of that interval, points", what, width_of_setting, 300, args
-    for examples, zeros in ((80, 0.6), (80, 0.95), (819, 0.8)):
+        yield "interval, accuracy of a setting", what, coverage_of_setting, 1000, args
+    for seeds, examples, spread in ((3, 80, 2), (3, 7317, 0.5)):
+        what = f"{seeds} seeds, {examples:,} examples, sd {spread}"
+        yield "half of that interval, points", what, width_of_setting, 300, (seeds, examples, 0.7, spread)
+    for examples, zeros in ((80, 0.6), (80, 0.95)):
         what = f"{examples} examples, {zeros:.0%} of them 0"
-        yield "coverage, ROUGE near 0 of one adapter", what, coverage_of_sparse, 1000, (examples, zeros)
-    for classes, examples, seeds in (
-        (4, 100, 1),
-        (20, 160, 1),
-        (20, 400, 1),
-        (77, 256, 1),
-        (77, 770, 1),
-        (20, 160, 3),
-        (77, 256, 3),
-    ):
-        what = f"{classes} classes, {examples} examples, {seeds} seeds"
-        yield "coverage, macro F1", what, coverage_of_macro_f1, 300, (classes, examples, seeds)
-    for examples, won, lost in ((160, 0.02, 0.0), (160, 0.1, 0.05), (40, 0.1, 0.05), (819, 0.01, 0.005)):
+        yield "interval, ROUGE of an adapter", what, coverage_of_sparse, 1000, (examples, zeros)
+    for classes, examples, seeds in ((20, 160, 1), (77, 256, 1), (20, 160, 3)):
+        what = f"{classes} classes, {examples} examples, {seeds} seed{'s' * (seeds > 1)}"
+        yield "interval, macro F1", what, coverage_of_macro_f1, 300, (classes, examples, seeds)
+    for examples, won, lost in ((160, 0.02, 0.0), (819, 0.01, 0.005)):
         what = f"{examples} examples, {won:.1%} won, {lost:.1%} lost"
         yield (
-            "coverage, difference of two adapters",
+            "interval, difference of two adapters",
             what,
             coverage_of_difference,
             1000,
             (examples, won, lost),
         )
-    for examples, differ in ((160, 0.03), (160, 0.3), (819, 0.1)):
-        what = f"{examples} examples, {differ:.0%} of them differ"
-        yield "false positives, two equal adapters", what, false_adapter_difference, 400, (examples, differ)
-    for seeds, examples, spread in (
-        (1, 7317, 0.5),
-        (1, 7317, 1),
-        (1, 819, 2),
-        (2, 7317, 1),
-        (3, 160, 2),
-        (3, 7317, 0.5),
-        (3, 7317, 1),
-        (5, 7317, 1),
+    yield (
+        *("rejected, equal adapters", "160 examples, 30% of them differ"),
+        *(false_adapter_difference, 400, (160, 0.3)),
+    )
+    for seeds, examples, spread, kind in (
+        *((1, 7317, 0.5, answers), (1, 7317, 1, answers), (2, 7317, 1, answers), (3, 160, 2, answers)),
+        *((3, 7317, 1, answers), (1, 819, 1, rouge), (3, 819, 1, rouge)),
     ):
-        what = f"accuracy, {seeds} seeds a side, {examples:,} examples, sd {spread} points"
-        yield "false positives, two equal settings", what, false_difference, 300, (seeds, examples, spread)
-    for seeds, spread in ((1, 1), (3, 0), (3, 1)):
-        what = f"ROUGE, {seeds} seeds a side, 819 examples, sd {spread} points"
-        yield "false positives, two equal settings", what, false_difference, 300, (seeds, 819, spread, rouge)
-    for seeds, examples, spread in ((1, 819, 0), (3, 819, 1)):
-        what = f"72 equal cells, {seeds} seeds, {examples} examples, sd {spread} points"
-        yield "coverage, the best of many", what, best_of_many, 100, (72, seeds, examples, spread)
+        score, several = "accuracy" if kind is answers else "ROUGE", "s" * (seeds > 1)
+        what = f"{score}, {seeds} seed{several} a side, {examples:,} examples, sd {spread}"
+        yield "rejected, equal settings", what, false_difference, 300, (seeds, examples, spread, kind)
+    for seeds, spread in ((1, 0), (3, 1)):
+        what = f"72 equal cells, {seeds} seed{'s' * (seeds > 1)}, 819 examples, sd {spread}"
+        yield "interval, the best of many", what, best_of_many, 100, (72, seeds, 819, spread)
+    for cells, spread, of_others in ((12, 1, 1), (24, 5, 0.5)):
+        what = f"{cells} equal cells, 3 seeds, sd {spread}, of the others {of_others}"
+        yield "marked, a best cell", what, best_is_marked, 200, (cells, 3, spread, of_others)
+    what = "12 cells, 3 seeds, sd 1, one 10 points worse"
+    yield "left out, a worse cell", what, worse_is_left_out, 200, (12, 3, 1, 10)
+    for seeds in (3, 5):
+        what = f"{seeds} seeds a side, 819 examples, sd 1"
+        yield "detected, a difference said to be (80 %)", what, power, 300, (seeds, 819, 1)
 
 
 def main() -> None:
@@ -297,8 +306,8 @@ def main() -> None:
     rows = []
     for claim, what, study, repetitions, args in cases():
         before, now = rates(study, repetitions, *args)
-        rows.append([claim, what, "" if math.isnan(before) else f"{before:.3f}", f"{now:.3f}"])
-        print(*rows[-1], sep=" | ", flush=True)
+        digits = 1 if "points" in claim else 2
+        rows.append([claim, what, *("" if math.isnan(x) else f"{x:.{digits}f}" for x in (before, now))])
     print(tabulate(rows, ["what", "of", "usual", "here"], "github", disable_numparse=True))
 
 
