@@ -77,10 +77,8 @@ def paired(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[Run, Run]]:
         if len(side) == 1 and side[0].seed is None:
             sides[i] = side * len(sides[1 - i])
     common = {run.seed for run in sides[0]} & {run.seed for run in sides[1]}
-    first = (
-        sorted(side, key=lambda run: run.seed not in common) for side in sides
-    )  # which keeps their order
-    return list(zip(*first, strict=False))
+    ordered = (sorted(side, key=lambda run: run.seed not in common) for side in sides)
+    return list(zip(*ordered, strict=False))
 
 
 def compare(ours: Sequence[Path], theirs: Sequence[Path]) -> str:

@@ -138,6 +138,8 @@ def about_seeds(group: Sequence[Run]) -> str:
     told = ""
     if any(run.method.trains for run in group):
         told += "A seed draws the training examples, their order and dropout; at 100 % the last two only. "
+    if any(run.seed is not None and not run.method.trains for run in group):
+        told += "Untrained, it draws the examples that a prompt shows. "
     for run in group:
         overlap = lookup(run.train or {}, "data.train.also_in_test")
         if overlap:
@@ -157,17 +159,13 @@ def remarks(group: Sequence[Run], table: Table) -> str:
         told += " (2): the scores of both seeds, too few for an interval."
     if any(run.scored and not run.values for run in group):
         told += " Older records have no intervals: --rescore makes them anew."
-    metrics = [run.scored["metrics"] for of in scored for run in of]
     if "macro F1" in table.columns:
-        classes = sorted({m["macro_f1"]["classes"] for m in metrics if "classes" in m.get("macro_f1", {})})
+        names = "macro_f1", "accuracy", "invalid_answers"
+        found = [[run.scored["metrics"][name] for name in names] for of in scored for run in of]
+        classes = sorted({macro["classes"] for macro, *_ in found if "classes" in macro})
         told += f" Macro F1 is over {' or '.join(map(str, classes))} classes." if classes else ""
-        if any(
-            m["invalid_answers"]["value"] and m["macro_f1"]["value"] > m["accuracy"]["value"] for m in metrics
-        ):
-            told += (
-                " It exceeds accuracy where answers are invalid, which are a miss of one class and no false"
-            )
-            told += " alarm of another."
+        if any(macro["value"] > right["value"] and invalid["value"] for macro, right, invalid in found):
+            told += " It exceeds accuracy where answers are invalid: a miss of a class, no false alarm of one."
     if any(run.scored["examples"] < FEW for of in scored for run in of):
         told += f" Fewer than {FEW} test examples: the intervals are rough."
     return told
