@@ -1,7 +1,7 @@
 """The result block that a script ends with."""
 
 from study.records import cost
-from study.records.schema import FEW
+from study.records.schema import FEW, METHODS
 
 
 def result_block(content: dict) -> str:
@@ -22,9 +22,9 @@ def result_block(content: dict) -> str:
             ends = "no interval holds: too few examples, or all alike"
             if metric["ci95"]:
                 ends = "95 % interval {:.2f} to {:.2f}".format(*metric["ci95"])
-            over = f", over {metric['classes']} classes" if "classes" in metric else ""
-            lines.append(f"{name:<16}{metric['value']:6.2f} %  ({ends}{over})")
-        lines += [f"            {line}" for line in remarks(part)]
+            over = f" over {metric['classes']} classes" if "classes" in metric else ""
+            lines.append(f"{name:<16}{metric['value']:6.2f} %  ({ends}){over}")
+        lines += remarks(part, seeded="seed" in METHODS[content["method"]].settings)
         lines.append(
             f"scored     {part['examples']:,} examples, {content['method']}, {decoding} decoding, "
             f"{part['input_tokens']:,} tokens in, {part['output_tokens']:,} out"
@@ -37,16 +37,13 @@ def result_block(content: dict) -> str:
     return "\n".join(lines)
 
 
-def remarks(scored: dict) -> list[str]:
+def remarks(scored: dict, seeded: bool) -> list[str]:
     """What a reader of the scores in a record's `eval` should know."""
     value = {name: metric["value"] for name, metric in scored["metrics"].items()}
-    lines = ["The intervals are of this run, over other test examples; another seed may score otherwise."]
+    lines = ["intervals  of other test examples; another seed may score otherwise"] if seeded else []
     if scored["examples"] < FEW:
-        lines.append(f"Fewer than {FEW} test examples: the intervals are rough.")
+        lines.append(f"intervals  rough: fewer than {FEW} test examples")
     above = [name for name in ("micro_f1", "macro_f1") if value.get(name, 0) > value.get("accuracy", 100)]
     if above and value["invalid_answers"]:
-        lines.append(
-            f"{' and '.join(above)} above accuracy: an invalid answer is a miss of its class, and no false "
-            "alarm of another."
-        )
+        lines.append(f"{' and '.join(above)} exceed accuracy by invalid answers: misses, but no false alarms")
     return lines

@@ -165,7 +165,7 @@ def remarks(group: Sequence[Run], table: Table) -> str:
         classes = sorted({macro["classes"] for macro, *_ in found if "classes" in macro})
         told += f" Macro F1 is over {' or '.join(map(str, classes))} classes." if classes else ""
         if any(macro["value"] > right["value"] and invalid["value"] for macro, right, invalid in found):
-            told += " It exceeds accuracy where answers are invalid: a miss of a class, no false alarm of one."
+            told += " It exceeds accuracy by invalid answers: a miss of one class, no false alarm of another."
     if any(run.scored["examples"] < FEW for of in scored for run in of):
         told += f" Fewer than {FEW} test examples: the intervals are rough."
     return told
