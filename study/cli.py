@@ -27,10 +27,24 @@ DEFAULTS = {  # by task; the other defaults are the same for both and stand at t
     "summarization": {"dataset": "knkarthick/samsum", "lora_r": 64, "epochs": 1, "max_new_tokens": 100},
 }
 SHOTS = {"classification": 1, "summarization": 2}  # per class, or in all
+CHECKPOINTS = {  # by kind of script: each has its own flags and defaults
+    "causal": "NousResearch/Llama-2-7b-hf",
+    "prompt": "NousResearch/Llama-2-7b-hf",
+    "encoder": "google-bert/bert-base-uncased",
+    "t5": "google/flan-t5-base",
+    "cheap": None,
+}
+MODELS = {"causal": "causal language model", "encoder": "encoder", "t5": "T5"}
+CHEAP = {  # by task; the first is the default
+    "classification": ("tfidf-nb", "tfidf-svm", "tfidf-lr"),
+    "summarization": ("lead-3", "longest-3"),
+}
 
 
-def build_parser(task: str | None, description: str) -> argparse.ArgumentParser:
-    """Every flag of a fine-tuning task, or with `task=None` those of the baselines."""
+def build_parser(task: str | None, description: str, kind: str | None = None) -> argparse.ArgumentParser:
+    """Every flag of a `kind` of script (CHECKPOINTS): by default "causal", which fine-tunes for a task, or
+    with `task=None`, where a flag says the task, "prompt"."""
+    kind = kind or ("causal" if task else "prompt")
     parser = argparse.ArgumentParser(
         usage="%(prog)s [flags] (--help lists them)",
         description=description,
@@ -38,7 +52,7 @@ def build_parser(task: str | None, description: str) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     if task is None:
-        group = parser.add_argument_group("baseline")
+        group = parser.add_argument_group("baseline" if kind == "prompt" else "task and method")
         add = group.add_argument
         add(
             "--task_type",
@@ -46,6 +60,11 @@ def build_parser(task: str | None, description: str) -> argparse.ArgumentParser:
             default="classification",
             help="task to score (%(default)s)",
         )
+    if kind == "cheap":
+        each = (f"{task}: {', '.join(methods)}" for task, methods in CHEAP.items())
+        methods = sum(CHEAP.values(), ())
+        add("--method", choices=methods, help=f"what to score; {'; '.join(each)} (the first of its task)")
+    if kind == "prompt":
         add(
             "--prompt_type",
             choices=("zero-shot", "few-shot"),
@@ -63,22 +82,26 @@ def build_parser(task: str | None, description: str) -> argparse.ArgumentParser:
             default="none",
             help="auto wraps the prompt in the tokenizer's own chat template where it has one (%(default)s)",
         )
-    add_data_flags(parser, task)
-    if task is not None:
+    add_data_flags(parser, task, kind)
+    if kind == "causal":
+        add_lora_flags(parser, task)
         add_training_flags(parser, task)
-    add_decoding_flags(parser, task)
+    elif kind == "cheap":
+        add_share(parser.add_argument_group("training").add_argument)
+    add_decoding_flags(parser, task, kind)
     add_run_flags(parser)
     return parser
 
 
-def add_data_flags(parser: argparse.ArgumentParser, task: str | None) -> None:
+def add_data_flags(parser: argparse.ArgumentParser, task: str | None, kind: str) -> None:
     add = parser.add_argument_group("model and data").add_argument
-    add(
-        "--pretrained_ckpt",
-        default="NousResearch/Llama-2-7b-hf",
-        metavar="CKPT",
-        help="hub id or local folder of a causal language model (%(default)s)",
-    )
+    if CHECKPOINTS[kind]:
+        add(
+            "--pretrained_ckpt",
+            default=CHECKPOINTS[kind],
+            metavar="CKPT",
+            help=f"hub id or local folder of a {MODELS.get(kind, MODELS['causal'])} (%(default)s)",
+        )
     shown = "%(default)s" if task else "by task: " + ", ".join(d["dataset"] for d in DEFAULTS.values())
     add(
         "--dataset",
@@ -110,25 +133,38 @@ def add_data_flags(parser: argparse.ArgumentParser, task: str | None) -> None:
         metavar="N",
         help="score N examples, always the same ones (all)",
     )
-    add(
-        "--max_seq_length",
-        type=positive_int,
-        default=512,
-        metavar="TOKENS",
-        help="prompt and answer of one example; longer texts are shortened to fit (%(default)s)",
-    )
-    add(
-        "--max_new_tokens",
-        type=positive_int,
-        default=DEFAULTS[task]["max_new_tokens"] if task else None,
-        metavar="TOKENS",
-        help="longest answer, and the room kept for it within --max_seq_length "
-        + ("(%(default)s)" if task else "(classification 20, summarization 100)"),
-    )
+    if CHECKPOINTS[kind]:
+        add(
+            "--max_seq_length",
+            type=positive_int,
+            default=512,
+            metavar="TOKENS",
+            help="prompt and answer of one example; longer texts are shortened to fit (%(default)s)",
+        )
+    if CHECKPOINTS[kind] and kind != "encoder":
+        add(
+            "--max_new_tokens",
+            type=positive_int,
+            default=DEFAULTS[task]["max_new_tokens"] if task else None,
+            metavar="TOKENS",
+            help="longest answer, and the room kept for it within --max_seq_length "
+            + ("(%(default)s)" if task else "(classification 20, summarization 100)"),
+        )
     add("--seed", type=seed, default=42, help="order, dropout, samples and few-shot examples (%(default)s)")
 
 
-def add_training_flags(parser: argparse.ArgumentParser, task: str) -> None:
+def add_share(add: Callable) -> None:
+    add(
+        "--train_sample_fraction",
+        type=fraction,
+        default=1.0,
+        metavar="F",
+        help="share of the train examples in (0, 1], stratified by class; smaller ones lie inside larger "
+        "(%(default)s)",
+    )
+
+
+def add_lora_flags(parser: argparse.ArgumentParser, task: str) -> None:
     add = parser.add_argument_group("LoRA").add_argument
     add(
         "--lora_r",
@@ -152,6 +188,9 @@ def add_training_flags(parser: argparse.ArgumentParser, task: str) -> None:
         metavar="NAME",
         help="layers with an adapter, e.g. q_proj v_proj (all-linear: all but the head)",
     )
+
+
+def add_training_flags(parser: argparse.ArgumentParser, task: str) -> None:
     add = parser.add_argument_group("training").add_argument
     add(
         "--epochs",
@@ -159,14 +198,7 @@ def add_training_flags(parser: argparse.ArgumentParser, task: str) -> None:
         default=DEFAULTS[task]["epochs"],
         help="passes over the examples (%(default)s)",
     )
-    add(
-        "--train_sample_fraction",
-        type=fraction,
-        default=1.0,
-        metavar="F",
-        help="share of the train examples in (0, 1], stratified by class; smaller ones lie inside larger "
-        "(%(default)s)",
-    )
+    add_share(add)
     add(
         "--learning_rate",
         type=positive_float,
@@ -214,9 +246,11 @@ def add_training_flags(parser: argparse.ArgumentParser, task: str) -> None:
     )
 
 
-def add_decoding_flags(parser: argparse.ArgumentParser, task: str | None) -> None:
-    add = parser.add_argument_group("decoding").add_argument
+def add_decoding_flags(parser: argparse.ArgumentParser, task: str | None, kind: str) -> None:
+    add = parser.add_argument_group("decoding" if CHECKPOINTS[kind] else "scoring").add_argument
     add("--split", choices=("test", "validation"), default="test", help="split to score (%(default)s)")
+    if not CHECKPOINTS[kind]:
+        return
     add(
         "--eval_batch_size",
         type=auto_int,
@@ -263,22 +297,30 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parse_args(task: str | None, description: str, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The flags as used. `args.given` lists the names of those that stood on the command line.
+def parse_args(
+    task: str | None, description: str, argv: Sequence[str] | None = None, kind: str | None = None
+) -> argparse.Namespace:
+    """The flags as used. `args.given` lists the names of those that stood on the command line, `args.kind` is
+    the script's.
 
     Hyphens in flag names are accepted for underscores.
     """
-    parser = build_parser(task, description)
+    parser = build_parser(task, description, kind)
     words = [underscored(word) for word in (sys.argv[1:] if argv is None else argv)]
     args = parser.parse_args(words)
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     args.given = sorted(vars(parser.parse_args(words)))
     args.task = task or args.task_type
+    args.kind = kind or ("causal" if task else "prompt")
     for name, value in DEFAULTS[args.task].items():
         if getattr(args, name, 0) is None:
             setattr(args, name, value)
-    if task is None and (args.prompt_type == "zero-shot" or args.shots == SHOTS[args.task]):
+    if args.kind == "cheap":
+        args.method = args.method or CHEAP[args.task][0]
+        if args.method not in CHEAP[args.task]:
+            parser.error(f"--method {args.method}: for {args.task} it is {' or '.join(CHEAP[args.task])}")
+    if args.kind == "prompt" and (args.prompt_type == "zero-shot" or args.shots == SHOTS[args.task]):
         args.shots = None  # names no other run
     targets = getattr(args, "target_modules", [])
     if "all-linear" in targets and len(targets) > 1:
@@ -332,6 +374,11 @@ def probability(word: str) -> float:
     return number
 
 
+def script_name(path: Path) -> str:
+    """As a record names it: its file, in the folder competitors with that."""
+    return path.name if path.resolve().parent.name != "competitors" else f"competitors/{path.name}"
+
+
 def run_script(main: Callable[[Process], None], distributed: bool = False) -> None:
     """Run `main` and exit: 0 done; 1 with one line on stderr for a UserError; 130 interrupted (Ctrl-C or
     SIGTERM).
@@ -339,7 +386,7 @@ def run_script(main: Callable[[Process], None], distributed: bool = False) -> No
     Of several processes (`accelerate launch`) only the first speaks, and unless `distributed` only the first
     runs.
     """
-    process = Process(Path(sys.argv[0]).name)
+    process = Process(script_name(Path(sys.argv[0])))
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on optional CPU kernels
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in filter(None, (sys.stdout, sys.stderr)):

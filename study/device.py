@@ -88,10 +88,10 @@ def compute_dtype():
 
 
 def peak_memory_gib() -> float:
-    """Peak memory so far: allocated on the GPU, or without one the resident set of the process."""
-    import torch
-
-    if torch.cuda.is_available():
+    """Peak memory so far: allocated on the GPU, or without one, or without torch, the resident set of the
+    process."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated(current()) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 

@@ -144,10 +144,11 @@ def score(
     labels: Sequence[str] = (),
     numbers: Sequence[int] | None = None,
     places: Sequence[int] | None = None,
+    confidence: Sequence[float] | None = None,
 ) -> tuple[dict, list[dict]]:
     """Read generated answers and score them: what a record says of that, and for each test example a row of
     predictions.jsonl. `numbers` and `places` are the examples' rows in their source (data.Split); all in
-    order where not given."""
+    order where not given. `confidence` is a classifier's probability of each answer."""
     numbers = range(1, len(references) + 1) if numbers is None else numbers
     places = [number - 1 for number in numbers] if places is None else places
     parsed = [parse_label(answer, labels) if labels else parse_summary(answer) for answer in answers]
@@ -155,6 +156,8 @@ def score(
         scores = [
             {"correct": answer == reference} for answer, reference in zip(parsed, references, strict=True)
         ]
+        if confidence is not None:
+            scores = [row | {"confidence": sure} for row, sure in zip(scores, confidence, strict=True)]
     else:
         scores = rouge_scores(parsed, references)
     rows = [

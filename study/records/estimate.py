@@ -33,7 +33,7 @@ def say_dry_run(path: Path, args: argparse.Namespace, method: str, process: Proc
         state = "trained" if training == "finished" else training
     if scores and state == training == "finished" and not runs.has_scored(path, read(path), read(trained)):
         state = "trained"
-    print(f"{args.task} with {args.pretrained_ckpt} -> {path}")
+    print(f"{args.task} with {METHODS[method].model or args.pretrained_ckpt} -> {path}")
     left = (0, 0)
     if state != "finished":
         cost.say_ambiguity(args, device.name())
@@ -101,7 +101,8 @@ def earlier(args: argparse.Namespace, here: str, part: str, method: str) -> list
         except UserError:
             continue  # the report names it
         key = (content["status"], content["task"], content["method"], content["model"])
-        same = key == ("finished", args.task, method, args.pretrained_ckpt)
+        model = METHODS[method].model or args.pretrained_ckpt
+        same = key == ("finished", args.task, method, model)
         if same and (lookup(content, f"{part}.examples") or 0) > 0 and cost.measured_on(content) == here:
             found.append(content)
     return found
@@ -111,9 +112,11 @@ def training_seconds(args: argparse.Namespace, records: Sequence[dict]) -> float
     rows = available(args, records, "train", "train_file")
     if rows is None:
         return None
-    passes = min(rows, args.max_train_samples or rows) * args.train_sample_fraction * args.epochs
+    examples = min(rows, args.max_train_samples or rows) * args.train_sample_fraction
+    passes = examples * getattr(args, "epochs", 1)
     each = median_of(
-        records, lambda run: run["train"]["seconds"] / run["train"]["examples"] / run["config"]["epochs"]
+        records,
+        lambda run: run["train"]["seconds"] / run["train"]["examples"] / run["config"].get("epochs", 1),
     )
     return passes * each + median_of(
         records, lambda run: run["train"]["wall_seconds"] - run["train"]["seconds"]

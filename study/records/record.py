@@ -161,7 +161,7 @@ def recording(path: Path, args: argparse.Namespace, method: str, process: Proces
         "script": process.script,
         "task": args.task,
         "method": method,
-        "model": args.pretrained_ckpt,
+        "model": schema.METHODS[method].model or args.pretrained_ckpt,
         "config": {name: value for name, value in vars(args).items() if name != "given"},
         "config_hash": short_hash({name: getattr(args, name, None) for name in settings}),
         "started": utc(process.started),

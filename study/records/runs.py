@@ -35,7 +35,8 @@ def folder_of(args: argparse.Namespace, method: str) -> Path:
     if args.experiment_dir:
         return Path(args.experiment_dir)
     about, part = METHODS[method], "train" if METHODS[method].trains else "eval"
-    name = about.folder.format(**vars(args) | {"pretrained_ckpt": model_name(args.pretrained_ckpt)})
+    named = {} if about.model else {"pretrained_ckpt": model_name(args.pretrained_ckpt)}
+    name = about.folder.format(**vars(args) | named)
     settings = settings_of(method, part, args.drop_overlap)
     others = [setting for setting in settings if setting not in about.spelled]
     return Path(args.output_dir) / (name + suffix(changed(args, others, defaults(args)), "_"))
@@ -70,8 +71,9 @@ def predictions_beside(path: Path) -> Path:
 
 def defaults(args: argparse.Namespace) -> dict:
     """The flags of the same script as nobody has changed them."""
-    task = None if hasattr(args, "prompt_type") else args.task
-    return {**vars(cli.build_parser(task, "").parse_args([])), **cli.DEFAULTS[args.task]}
+    kind = getattr(args, "kind", "prompt" if hasattr(args, "prompt_type") else "causal")
+    plain = vars(cli.build_parser(None if hasattr(args, "task_type") else args.task, "", kind).parse_args([]))
+    return plain | {name: value for name, value in cli.DEFAULTS[args.task].items() if plain.get(name) is None}
 
 
 def suffix(settings: dict, mark: str) -> str:
@@ -95,8 +97,9 @@ def find_finished(
     check(content, path)
     check_same(content["config"], args, settings_of(method, part_of(path), args.drop_overlap), path)
     check_same_data(content["data"], data, path)
-    recorded, here = content.get("checkpoint"), checkpoints.identify(args.pretrained_ckpt)
-    checkpoints.check_same(recorded, here, path, "--force redoes it", ends="eval" in content)
+    if not METHODS[method].model:
+        recorded, here = content.get("checkpoint"), checkpoints.identify(args.pretrained_ckpt)
+        checkpoints.check_same(recorded, here, path, "--force redoes it", ends="eval" in content)
     return content
 
 

@@ -26,6 +26,9 @@ READ = (  # what a model reads, in training and scoring alike
     *("pretrained_ckpt", "dataset", "train_file", "text_column", "label_column", "dialogue_column"),
     *("summary_column", "drop_overlap", "max_train_samples", "max_seq_length", "max_new_tokens"),
 )
+WORDS = tuple(  # of methods without a checkpoint
+    name for name in READ if name not in {"pretrained_ckpt", "max_seq_length", "max_new_tokens"}
+)
 TRAINING = (*READ, "lora_alpha", "target_modules", "learning_rate", "batch_size", "loss_on")
 SCORING = (*READ, "test_file", "validation_file", "max_eval_samples", "split", "decoding")
 PROMPTING = (*SCORING, "task", "prompt_type", "shots", "chat_template", "seed")
@@ -50,6 +53,7 @@ class Method:
     knobs: dict[str, str] = field(default_factory=dict)  # numbers that make a cell, with their titles
     trains: bool = False  # on a share of the training examples, and leaves a record of that
     prompted: bool = True  # by prompts.py, whose hash tells its scores apart
+    model: str = ""  # what stands for a model where there is no checkpoint
     published: bool = False  # a row of every language model in Table 2, run or not
 
     @property
@@ -71,6 +75,27 @@ METHODS = {  # in the order of the tables' rows
         trains=True,
         published=True,
     ),
+    **{
+        f"tfidf-{short}": Method(
+            title="word counts",
+            folder="{task}-{method}-sampleFraction-{train_sample_fraction}_seed-{seed}",
+            settings=("method", "train_sample_fraction", "seed", *WORDS),
+            trains=True,
+            prompted=False,
+            model=f"TF-IDF + {name}",
+        )
+        for short, name in (("nb", "naive Bayes"), ("svm", "linear SVM"), ("lr", "logistic regression"))
+    },
+    **{
+        name: Method(
+            title="taken from the text",
+            folder="cheap/{task}/{method}",
+            settings=("method", *WORDS, "test_file", "validation_file", "max_eval_samples", "split"),
+            prompted=False,
+            model=name,
+        )
+        for name in ("lead-3", "longest-3")
+    },
 }
 
 

@@ -1,0 +1,148 @@
+"""Score what costs nothing, beside the language models: TF-IDF with a linear classifier, or sentences taken from
+the text.
+
+    python competitors/cheap.py --train_sample_fraction 0.1                    # TF-IDF and naive Bayes
+    python competitors/cheap.py --method tfidf-svm --train_file train.jsonl --test_file test.jsonl
+    python competitors/cheap.py --task_type summarization --method longest-3
+
+It trains where the method learns anything, scores, and leaves train.json, eval.json and predictions.jsonl in a
+folder of its own. It takes seconds on a processor.
+"""
+
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from study import cli, data, device
+from study.errors import UserError
+from study.records import cost, estimate, record, runs, summary
+from study.records.schema import METHODS
+
+KIND = "cheap"
+
+
+def main(process: device.Process) -> None:
+    args = cli.parse_args(None, __doc__, kind=KIND)
+    method, trains = args.method, METHODS[args.method].trains
+    folder = runs.folder_of(args, method)
+    trained_path, path = folder / "train.json", folder / runs.eval_name(args, vars(args))
+    if args.dry_run:
+        return estimate.say_dry_run(path, args, method, process)
+
+    estimate.check_gpu_name(args)
+    splits = data.load(args, ["train", args.split] if trains else [args.split])
+    test = data.sample_eval(splits[args.split], args)
+    described = {args.split: test.describe()}
+    train = data.sample_train(splits["train"], args) if trains else None
+    with record.locked(folder, process):
+        trained = train and runs.find_finished(trained_path, args, method, {"train": train.describe()})
+        content = (trained or not train) and runs.find_finished(path, args, method, described, trained)
+        if content:
+            return print(f"finished   {path}\n{summary.result_block(content)}")
+
+        print(f"run        {folder}\nmodel      {METHODS[method].model}")
+        print(data.say_split(args.split, splits[args.split], test), flush=True)
+        texts, references = (list(column) for column in zip(*test.examples, strict=True))
+        answer, spent = taken_from(method), 0.0
+        if train:
+            print(data.say_split("train", splits["train"], train), flush=True)
+            with record.recording(trained_path, args, method, process) as content:
+                content["data"] = {"train": train.describe()}
+                content["labels"] = data.labels_of(splits["train"])
+                began = time.monotonic()
+                answer, known = fit(method, train.examples)
+                seconds, spent = time.monotonic() - began, process.seconds()
+                content["train"] = {
+                    "examples": len(train.examples),
+                    "seconds": seconds,
+                    "wall_seconds": spent,
+                    "peak_memory_gib": device.peak_memory_gib(),
+                    "tokens_per_second": None,
+                    "loss_history": [],
+                    "vocabulary": known,
+                }
+                content["cost"] = cost.of_run(args, device.name(), spent)
+            trained = record.read(trained_path)
+            print(summary.result_block(trained))
+        with record.recording(path, args, method, process) as content:
+            content |= {"data": described, **(runs.scored_adapter(trained) if train else {})}
+            began = time.monotonic()
+            answers, empty = answer(texts)
+            seconds = time.monotonic() - began
+
+            # Here, so that a finished run answers at once.
+            from study import metrics
+
+            labels = data.labels_of(splits["train"]) if train else ()
+            scores, rows = metrics.score(args.task, answers, references, labels, test.numbers, test.places)
+            words = [sum(len(text.split()) for text in column) for column in (texts, answers)]
+            content["eval"] = {
+                "examples": len(texts),
+                "seconds": seconds,
+                "wall_seconds": process.seconds() - spent,
+                "examples_per_second": len(texts) / max(seconds, 1e-9),
+                "peak_memory_gib": device.peak_memory_gib(),
+                "input_tokens": words[0],  # words between blanks
+                "output_tokens": words[1],
+                "decoding": "none",
+                "without_a_known_word": empty,
+                **scores,
+            }
+            content["cost"] = cost.of_run(args, device.name(), content["eval"]["wall_seconds"])
+            record.write_rows(runs.predictions_beside(path), rows)
+        if empty:
+            print(
+                f"{'':11}{empty:,} test texts have no word of the training texts: they get the prior's class"
+            )
+        print(summary.result_block(content))
+
+
+def fit(method: str, examples: list[tuple[str, str]]):
+    """A classifier of texts by their words and pairs of words, and how many of these it knows. Raises UserError
+    for training texts of which no word is left."""
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.naive_bayes import ComplementNB
+    from sklearn.pipeline import make_pipeline
+    from sklearn.svm import LinearSVC
+
+    words = TfidfVectorizer(lowercase=True, ngram_range=(1, 2), sublinear_tf=True, min_df=1, norm="l2")
+    classifier = {
+        "tfidf-nb": ComplementNB(alpha=0.1),
+        "tfidf-svm": LinearSVC(C=1.0, random_state=0),
+        "tfidf-lr": LogisticRegression(C=10.0, max_iter=1000),
+    }[method]
+    texts, labels = (list(column) for column in zip(*examples, strict=True))
+    model = make_pipeline(words, classifier)
+    try:
+        model.fit(texts, labels)
+    except ValueError as error:
+        raise UserError(f"--method {method} learns nothing from these training texts: {error}") from None
+
+    def answer(texts: list[str]) -> tuple[list[str], int]:
+        empty = int((words.transform(texts).getnnz(axis=1) == 0).sum())
+        return list(map(str, model.predict(texts))), empty
+
+    return answer, len(words.vocabulary_)
+
+
+def taken_from(method: str):
+    """The first three or the three longest utterances of each dialogue, in their order, as its summary."""
+
+    def answer(texts: list[str]) -> tuple[list[str], int]:
+        return [" ".join(chosen(text)) for text in texts], 0
+
+    def chosen(text: str) -> list[str]:
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        if method == "longest-3":
+            longest = sorted(range(len(lines)), key=lambda i: -len(lines[i]))[:3]
+            return [lines[i] for i in sorted(longest)]
+        return lines[:3]
+
+    return answer
+
+
+if __name__ == "__main__":
+    cli.run_script(main)
