@@ -1,12 +1,12 @@
-"""Score what costs nothing, beside the language models: TF-IDF with a linear classifier, or sentences taken from
-the text.
+"""Score what costs next to nothing, beside the language models: TF-IDF with a linear classifier, or
+utterances taken from the dialogue as its summary.
 
     python competitors/cheap.py --train_sample_fraction 0.1                    # TF-IDF and naive Bayes
     python competitors/cheap.py --method tfidf-svm --train_file train.jsonl --test_file test.jsonl
     python competitors/cheap.py --task_type summarization --method longest-3
 
-It trains where the method learns anything, scores, and leaves train.json, eval.json and predictions.jsonl in a
-folder of its own. It takes seconds on a processor.
+It trains where the method learns anything, scores, and leaves train.json, eval.json and predictions.jsonl in
+a folder of its own. It takes seconds on a processor. A classifier is not kept: training it again is quick.
 """
 
 import sys
@@ -48,6 +48,9 @@ def main(process: device.Process) -> None:
         answer, spent = taken_from(method), 0.0
         if train:
             print(data.say_split("train", splits["train"], train), flush=True)
+        if trained:
+            answer, _ = fit(method, train.examples)
+        elif train:
             with record.recording(trained_path, args, method, process) as content:
                 content["data"] = {"train": train.describe()}
                 content["labels"] = data.labels_of(splits["train"])
@@ -100,8 +103,8 @@ def main(process: device.Process) -> None:
 
 
 def fit(method: str, examples: list[tuple[str, str]]):
-    """A classifier of texts by their words and pairs of words, and how many of these it knows. Raises UserError
-    for training texts of which no word is left."""
+    """A classifier of texts by their words and pairs of words, and how many of these it knows. Raises
+    UserError for training texts of which no word is left."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.naive_bayes import ComplementNB

@@ -1,18 +1,34 @@
 """Which runs of a group a table shows, and what is to be said of them."""
 
+import re
 from collections.abc import Iterable, Sequence
 
 from study.cli import DEFAULTS
 from study.records.schema import LORA, lookup
 from study.report.collect import Run
 
+ORDER = (  # of the models as the published tables have them; all others come after
+    *(r"\bdistilbert", r"\bbert-", r"\bflan-t5-base", r"\bflan-t5-large", r"\bfalcon-7b"),
+    *(r"\bredpajama\S*-3b", r"\bredpajama\S*-7b", r"\bllama-?2-7b", r"\bllama-?2-13b"),
+)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """The models of the published tables in their order, then the others by name."""
+
+    def place(name: str) -> tuple[int, str]:
+        found = (i for i, pattern in enumerate(ORDER) if re.search(pattern, name, re.IGNORECASE))
+        return next(found, len(ORDER)), name
+
+    return sorted(names, key=place)
+
 
 def models_of(group: Iterable[Run]) -> list[str]:
-    return sorted({run.model for run in group})
+    return in_order({run.model for run in group})
 
 
 def labels_of(group: Iterable[Run]) -> list[str]:
-    return sorted({run.label for run in group})
+    return in_order({run.label for run in group})
 
 
 def tuned(group: Iterable[Run], label: str | None = None) -> list[Run]:

@@ -1,14 +1,15 @@
 """Runs -> the tables of the study."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import mean
 
 import numpy as np
 
 from study import intervals
+from study.records import cost
 from study.records.schema import FEW, METHODS, SCORES, lookup
-from study.report.cells import Cell, Table, percent, score_cell
+from study.report.cells import Cell, Table, duration, percent, score_cell
 from study.report.choice import lora_tables
 from study.report.collect import Run
 from study.report.compare import difference
@@ -39,10 +40,17 @@ class Reference:
         scored = {name: [run for run in of if run.scored] for name, of in settings.items()}
         scored = {name: of for name, of in scored.items() if of}
         found = [name for name in scored if self.named in {name, *name.split(", ")}]
+        spent, _ = self.spent(scored)
+        return found[0] if found else min(scored, key=spent.get, default=None)
+
+    def spent(self, settings: dict[str, Sequence[Run]]) -> tuple[dict[str, float], Callable[[float], str]]:
+        """What training and scoring took on average, and how to show it: dollars where all have a price, else
+        seconds."""
+        scored = {name: [run for run in of if run.scored] for name, of in settings.items()}
         usd = {name: [total_usd(run, self.prices) for run in of] for name, of in scored.items()}
-        if any(None in spent for spent in usd.values()):
-            usd = {name: [wall_seconds(run) for run in of] for name, of in scored.items()}
-        return found[0] if found else min(scored, key=lambda name: mean(usd[name]), default=None)
+        if not any(None in each for each in usd.values()):
+            return {name: mean(each) for name, each in usd.items()}, cost.usd_text
+        return {name: mean(map(wall_seconds, of)) for name, of in scored.items()}, duration
 
 
 def share_table(task: str, group: Sequence[Run], reference: Reference) -> Table:
@@ -69,16 +77,42 @@ def share_table(task: str, group: Sequence[Run], reference: Reference) -> Table:
         if base:
             cells = [difference_cell(of, column[base], metric) for of in column.values()]
             table.extend(f"{label} - {base}", cells)
-    table.note = f"{note_on(kept)}{about_seeds(group)}"
+    table.note = f"{cheapest_of_the_best(task, group, reference)}{note_on(kept)}{about_seeds(group)}"
     return table
+
+
+def cheapest_of_the_best(task: str, group: Sequence[Run], reference: Reference) -> str:
+    """A sentence: which of all methods is the best, and which that is not shown to be worse the cheapest."""
+    metric = next(iter(SCORES[task]))
+    settings = {label: on_everything(group, label) for label in labels_of(tuned(group))}
+    for run in group:
+        if not run.method.trains:
+            settings.setdefault(f"{run.model}, {run.method.title}", []).append(run)
+    cells = {name: score_cell(of, metric) for name, of in settings.items()}
+    cells = {name: cell for name, cell in cells.items() if cell.value is not None}
+    if len(cells) < 2:
+        return ""
+    best = max(cells, key=lambda name: cells[name].value)
+    found = {name: difference(settings[name], settings[best], metric) for name in cells if name != best}
+    if not all(found.values()):
+        return ""
+    ties = [best, *(name for name, than in found.items() if than.worse() >= 0.05)]
+    spent, how = reference.spent({name: settings[name] for name in ties})
+    cheapest = min(ties, key=lambda name: spent[name])
+    told = f"Of all methods, on all that they were trained on, {best} scores best: {cells[best].text}."
+    if cheapest == best:
+        return f"{told} Nothing cheaper is as good. "
+    prices = f"{how(spent[cheapest])} instead of {how(spent[best])} to train and to score"
+    return f"{told} {cheapest}, {cells[cheapest].text}, is not shown to be worse and costs {prices}. "
 
 
 def method_table(task: str, group: Sequence[Run], reference: Reference) -> Table:
     """Table 2: the methods, for each model: the published ones for a language model, whether run or not, and
     others that were run."""
     run = {run.content["method"] for run in group}
-    shown = [method for name, method in METHODS.items() if method.published or name in run]
-    title = " and ".join([", ".join(method.title for method in shown[:-1]), shown[-1].title])
+    shown = [method.title for name, method in METHODS.items() if method.published or name in run]
+    *titles, last = dict.fromkeys(shown)
+    title = f"{', '.join(titles)} and {last}"
     table = Table("Table 2", title, ["model", "method", "trained on"], 2)
     names = {run.content["model"]: run for run in group}
     rows = {}
