@@ -11,6 +11,7 @@ a folder of its own. It takes seconds on a processor. A classifier is not kept: 
 
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -44,19 +45,24 @@ def main(process: device.Process) -> None:
 
         print(f"run        {folder}\nmodel      {METHODS[method].model}")
         print(data.say_split(args.split, splits[args.split], test), flush=True)
-        texts, references = (list(column) for column in zip(*test.examples, strict=True))
         answer, spent = taken_from(method), 0.0
         if train:
             print(data.say_split("train", splits["train"], train), flush=True)
         if trained:
             answer, _ = fit(method, train.examples)
         elif train:
+            began = time.monotonic()
+            answer, known = fit(method, train.examples)
+            seconds = time.monotonic() - began
+        if train and not trained:
+            began = time.monotonic()
+            answer, known = fit(method, train.examples)
+            seconds = time.monotonic() - began
+        if train and not trained:
             with record.recording(trained_path, args, method, process) as content:
+                spent = process.seconds()
                 content["data"] = {"train": train.describe()}
                 content["labels"] = data.labels_of(splits["train"])
-                began = time.monotonic()
-                answer, known = fit(method, train.examples)
-                seconds, spent = time.monotonic() - began, process.seconds()
                 content["train"] = {
                     "examples": len(train.examples),
                     "seconds": seconds,
@@ -71,35 +77,37 @@ def main(process: device.Process) -> None:
             print(summary.result_block(trained))
         with record.recording(path, args, method, process) as content:
             content |= {"data": described, **(runs.scored_adapter(trained) if train else {})}
-            began = time.monotonic()
-            answers, empty = answer(texts)
-            seconds = time.monotonic() - began
-
-            # Here, so that a finished run answers at once.
-            from study import metrics
-
             labels = data.labels_of(splits["train"]) if train else ()
-            scores, rows = metrics.score(args.task, answers, references, labels, test.numbers, test.places)
-            words = [sum(len(text.split()) for text in column) for column in (texts, answers)]
-            content["eval"] = {
-                "examples": len(texts),
-                "seconds": seconds,
-                "wall_seconds": process.seconds() - spent,
-                "examples_per_second": len(texts) / max(seconds, 1e-9),
-                "peak_memory_gib": device.peak_memory_gib(),
-                "input_tokens": words[0],  # words between blanks
-                "output_tokens": words[1],
-                "decoding": "none",
-                "without_a_known_word": empty,
-                **scores,
-            }
+            content["eval"], rows = score(args.task, answer, test, labels)
+            content["eval"]["wall_seconds"] = process.seconds() - spent
             content["cost"] = cost.of_run(args, device.name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)
-        if empty:
-            print(
-                f"{'':11}{empty:,} test texts have no word of the training texts: they get the prior's class"
-            )
         print(summary.result_block(content))
+
+
+def score(task: str, answer, test: data.Split, labels: Sequence[str]) -> tuple[dict, list[dict]]:
+    """The `eval` of a record, but for its `wall_seconds`, and the rows of predictions.jsonl."""
+    from study import metrics  # here, so that a finished run answers at once
+
+    texts, references = (list(column) for column in zip(*test.examples, strict=True))
+    began = time.monotonic()
+    answers, empty = answer(texts)
+    seconds = max(time.monotonic() - began, 1e-9)
+    if empty:
+        print(f"{'':11}{empty:,} test texts have no word of the training texts: they get the prior's class")
+    scores, rows = metrics.score(task, answers, references, labels, test.numbers, test.places)
+    words = [sum(len(text.split()) for text in column) for column in (texts, answers)]  # between blanks
+    return {
+        "examples": len(texts),
+        "seconds": seconds,
+        "examples_per_second": len(texts) / seconds,
+        "peak_memory_gib": device.peak_memory_gib(),
+        "input_tokens": words[0],
+        "output_tokens": words[1],
+        "decoding": "none",
+        "without_a_known_word": empty,
+        **scores,
+    }, rows
 
 
 def fit(method: str, examples: list[tuple[str, str]]):

@@ -332,7 +332,7 @@ def test_a_random_checkpoint_is_one_that_the_fast_paths_take(tmp_path, monkeypat
     from study import model
     from study.fast.decoder import why_not
 
-    monkeypatch.setattr(checkpoint, "SIZES", {"7b": (128, 192, 2, 2)})
+    monkeypatch.setattr(checkpoint, "MODELS", {"7b": checkpoint.llama(128, 192, 2, 2)})
     monkeypatch.setattr(
         "sys.argv", ["checkpoint", "7b", str(tmp_path / "7b"), "--tokenizer", str(DEMO_MODEL)]
     )
