@@ -76,9 +76,13 @@ def score(test: data.Split, path: Path, trained: dict, args, content: dict, proc
     """Answer `test`, put the record's `eval` into `content` and write predictions.jsonl. Returns the answers
     as they are kept until the record is written."""
     # Here, so that a finished run answers at once.
+    import torch
+
     from study import generation, metrics, model, resuming, t5
 
     resuming.discard_checkpoints(path.parent, process)
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # those so far are the training's
     tokenizer = model.load_tokenizer(args.pretrained_ckpt)
     texts, references = (list(column) for column in zip(*test.examples, strict=True))
     prompts, shortened = t5.encode_prompts(tokenizer, args.task, texts, args.max_seq_length)

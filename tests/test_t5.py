@@ -2,22 +2,27 @@
 training ends as it would have, and what T5's tokenizer loses is said."""
 
 import json
+import math
+import re
 import shutil
+import string
+import time
+from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import DEMO_DATA, PROCESS, error_line
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from preloaded import kill, run_preloaded, start_until
-from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from prompts import build_prompt
-from study import cli, generation, loop, t5
+from study import cli, generation, loop, metrics, t5
 from study.errors import UserError
-from study.model import load_tokenizer
+from study.model import fingerprint, load_tokenizer
 
 SCRIPT = "competitors/flan_t5.py"
 FILES = {"classification": "posts", "summarization": "dialogues"}
@@ -31,17 +36,18 @@ def rows_of(task: str, split: str = "train") -> list[dict]:
 def tiny(tmp_path_factory) -> Path:
     """A checkpoint like Flan-T5: gated GELU, a head of its own, SentencePiece's Unigram without backticks."""
     folder = tmp_path_factory.mktemp("t5") / "tiny-t5"
+    texts = [str(value) for task in FILES for row in rows_of(task) for value in row.values()]
+    words = Counter("▁" + word for text in texts for word in re.findall(r"[\w']+", text))
+    letters = sorted({*"".join(texts), *string.printable, "▁"} - {*string.whitespace, "`"})
+    special = ["<pad>", "</s>", "<unk>"]
+    pieces = [(name, 0.0) for name in special] + [(letter, -15.0) for letter in letters]
+    pieces += [(word, math.log(count / words.total())) for word, count in words.most_common(800)]
     metaspace = {"replacement": "▁", "prepend_scheme": "always"}
-    tokenizer = Tokenizer(models.Unigram())
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**metaspace)]
     )
     tokenizer.decoder = decoders.Metaspace(**metaspace)
-    special = ["<pad>", "</s>", "<unk>"]
-    trainer = trainers.UnigramTrainer(vocab_size=900, special_tokens=special, unk_token="<unk>")
-    texts = [str(value) for task in FILES for row in rows_of(task) for value in row.values()]
-    prompts = [build_prompt(task, "instruction", "").replace("`", "") for task in FILES]
-    tokenizer.train_from_iterator([*texts, *prompts], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=["$A", "</s>"], special_tokens=[("</s>", 1)]
     )
@@ -86,7 +92,7 @@ def pairs(tokenizer) -> list[t5.Pair]:
 
 def flags(tiny: Path, task: str = "summarization", *more: object) -> tuple:
     files = (f"--{split}_file={DEMO_DATA / FILES[task]}_{split}.jsonl" for split in ("train", "test"))
-    return "--pretrained_ckpt", tiny, "--task_type", task, *files, "--learning_rate", "1e-2", *more
+    return "--pretrained_ckpt", tiny, "--task_type", task, *files, "--learning_rate", "3e-3", *more
 
 
 def run(*words: object) -> str:
@@ -144,7 +150,8 @@ def test_loss_and_gradients_of_a_step_are_the_same_however_it_is_split(model, pa
 
 def test_steps_have_every_example_once_an_epoch_in_like_lengths_by_the_seed(pairs):
     steps = t5.plan_steps(pairs, 8, 2, seed=1)
-    assert [sorted(sum(epoch, [])) for epoch in (steps[:8], steps[8:])] == [list(range(60))] * 2
+    for epoch in (steps[:8], steps[8:]):
+        assert sorted(i for step in epoch for i in step) == list(range(60))
     assert steps[:8] == t5.plan_steps(pairs, 8, 1, seed=1) != t5.plan_steps(pairs, 8, 1, seed=2)
     mixed = t5.Steps(None, pairs, [list(range(i, i + 8)) for i in range(0, 56, 8)], 1)
     assert t5.Steps(None, pairs, steps, 1).padding() < 0.8 * mixed.padding()
@@ -185,7 +192,7 @@ def test_a_long_text_is_shortened_and_instruction_and_cue_stay(tokenizer):
 
 def test_classes_that_do_not_come_back_from_their_tokens_are_refused(tokenizer):
     args = cli.parse_args(None, "", [], "t5")
-    with pytest.raises(UserError, match="comes back from this tokenizer as 'ab'.* rename it"):
+    with pytest.raises(UserError, match=r"comes back from this tokenizer as 'ab'.* rename it"):
         t5.encode_pairs(tokenizer, "classification", [("text", "a`b"), ("text", "b")], args)
 
 
@@ -195,7 +202,7 @@ def test_classes_that_do_not_come_back_from_their_tokens_are_refused(tokenizer):
 @pytest.fixture(scope="module")
 def tuned(tiny, tmp_path_factory) -> tuple[tuple, Path]:
     folder = tmp_path_factory.mktemp("full") / "run"
-    words = flags(tiny, "summarization", "--experiment_dir", folder, "--batch_size", 8, "--epochs", 5)
+    words = flags(tiny, "summarization", "--experiment_dir", folder, "--batch_size", 8, "--epochs", 3)
     run(*words)
     return words, folder
 
@@ -205,12 +212,14 @@ def test_it_learns_the_dialogues_and_its_records_add_up(tuned, tiny, tokenizer):
     trained, content = read(folder / "train.json"), read(folder / "eval.json")
     rows = [json.loads(line) for line in (folder / "predictions.jsonl").open()]
     assert [row["reference"] for row in rows] == [row["summary"] for row in rows_of("summarization", "test")]
-    assert content["eval"]["metrics"]["rouge1"]["value"] > 25
+    assert content["eval"]["metrics"]["rouge1"]["value"] > 20
     untrained = t5.load(str(tiny)).eval()
-    texts = [row["dialogue"] for row in rows_of("summarization", "test")]
-    prompts, _ = t5.encode_prompts(tokenizer, "summarization", texts, 512)
-    [words] = t5.continue_batch(untrained, prompts[:1], 20, [1], None)
-    assert "will" not in tokenizer.decode(words)
+    prompts, _ = t5.encode_prompts(
+        tokenizer, "summarization", [row["dialogue"] for row in rows_of("summarization", "test")[:20]], 512
+    )
+    texts = [tokenizer.decode(ids) for ids in t5.continue_batch(untrained, prompts, 30, [1], None)]
+    scores, _ = metrics.score("summarization", texts, [row["reference"] for row in rows[:20]])
+    assert scores["metrics"]["rouge1"]["value"] < 10
     assert trained["method"] == content["method"] == "t5-full"
     assert trained["train"]["trainable_parameters"] == sum(p.numel() for p in untrained.parameters())
     assert 0 < trained["train"]["padding"] < 0.3
@@ -234,6 +243,13 @@ def test_a_finished_run_is_found_and_a_redone_training_makes_its_evaluation_stal
     assert run(*words, "--dry_run").splitlines()[-1].startswith("trained\t")
     line = error_line(run_preloaded(SCRIPT, *words))
     assert "is not the model that its train.json tells of: train it again with --force" in line
+    path = copy / "model" / "model.safetensors"
+    save_file({name: 0.9 * weight for name, weight in load_file(path).items()}, path, {"format": "pt"})
+    content["train"]["adapter_sha256"] = fingerprint(path.parent, path.name)
+    (copy / "train.json").write_text(json.dumps(content))
+    assert "\nscored " in run(*words)
+    assert read(copy / "eval.json")["adapter_sha256"] == content["train"]["adapter_sha256"]
+    assert run(*words).startswith("finished")
 
 
 def test_adapters_load_in_plain_peft_and_score(tiny, tmp_path):
@@ -254,7 +270,7 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(tuned, tmp_path)
     kill(start_until(marked, SCRIPT, *words))
     assert not (tmp_path / "train.json").exists()
     line = error_line(run_preloaded(SCRIPT, *words, "--learning_rate", "1e-3"))
-    assert "belongs to a run with --learning_rate 0.01, not 0.001" in line
+    assert "belongs to a run with --learning_rate 0.003, not 0.001" in line
     assert "resumed from checkpoint-" in run(*words)
     assert not (tmp_path / "checkpoints").exists()
     one, other = (load_file(path / "model" / "model.safetensors") for path in (folder, tmp_path))
@@ -280,5 +296,34 @@ def test_what_can_not_be_is_refused_in_one_line(tiny, tmp_path, more, said):
     assert said in error_line(done)
 
 
-def test_a_checkpoint_costs_at_most_a_twentieth_of_the_time():
-    assert loop.SPEED > 2**28
+def test_an_adapter_computes_what_peft_computes(tiny):
+    lora = LoraConfig(r=4, lora_alpha=32, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+    layer = t5.with_lora(t5.load(str(tiny)), lora, 1).base_model.encoder.block[0].layer[0].SelfAttention.q
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(2, 5, 48)
+    torch.testing.assert_close(layer(x), type(layer).forward(layer, x))
+    assert not torch.allclose(layer(x), layer.base_layer(x))
+
+
+def test_checkpoints_take_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
+    args = SimpleNamespace(force=False, learning_rate=0.1, epochs=1)
+    model, spent = torch.nn.Linear(2, 1), []
+
+    def slowly(*_):
+        spent.append(0.01)
+        time.sleep(0.01)
+
+    def step(number: int) -> torch.Tensor:
+        time.sleep(0.005)
+        loss = model(torch.ones(2)).sum()
+        loss.backward()
+        return loss.detach()
+
+    monkeypatch.setattr(loop, "save_file", slowly)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=False)
+    run = {"schedule": "constant", "examples_sha256": "0"}
+    looping = loop.Loop(model, optimizer, 1, 1.0, args, tmp_path, run, PROCESS)
+    began = time.monotonic()
+    looping.train(step, [1] * 200, [1] * 200)
+    assert len(spent) > 1
+    assert sum(spent) < (time.monotonic() - began) / 15
