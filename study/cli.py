@@ -26,6 +26,12 @@ DEFAULTS = {  # by task; the other defaults are the same for both and stand at t
     },
     "summarization": {"dataset": "knkarthick/samsum", "lora_r": 64, "epochs": 1, "max_new_tokens": 100},
 }
+T5 = {  # by task, and by --tuning
+    "classification": {"epochs": 5},
+    "summarization": {"epochs": 3},
+    "full": {"learning_rate": 3e-4},
+    "lora": {"learning_rate": 1e-3},
+}
 SHOTS = {"classification": 1, "summarization": 2}  # per class, or in all
 CHECKPOINTS = {  # by kind of script: each has its own flags and defaults
     "causal": "NousResearch/Llama-2-7b-hf",
@@ -60,6 +66,13 @@ def build_parser(task: str | None, description: str, kind: str | None = None) ->
             default="classification",
             help="task to score (%(default)s)",
         )
+    if kind == "t5":
+        add(
+            "--tuning",
+            choices=("full", "lora"),
+            default="full",
+            help="train all weights, or adapters of rank --lora_r (%(default)s)",
+        )
     if kind == "cheap":
         each = (f"{task}: {', '.join(methods)}" for task, methods in CHEAP.items())
         methods = sum(CHEAP.values(), ())
@@ -84,8 +97,11 @@ def build_parser(task: str | None, description: str, kind: str | None = None) ->
         )
     add_data_flags(parser, task, kind)
     if kind == "causal":
-        add_lora_flags(parser, task)
-        add_training_flags(parser, task)
+        add_lora_flags(parser, DEFAULTS[task]["lora_r"], alpha=16, dropout=0.1)
+        add_training_flags(parser, task, kind)
+    elif kind == "t5":
+        add_lora_flags(parser, 16, alpha=32, dropout=0.05, everywhere=False)
+        add_training_flags(parser, task, kind)
     elif kind == "cheap":
         add_share(parser.add_argument_group("training").add_argument)
     add_decoding_flags(parser, task, kind)
@@ -139,7 +155,8 @@ def add_data_flags(parser: argparse.ArgumentParser, task: str | None, kind: str)
             type=positive_int,
             default=512,
             metavar="TOKENS",
-            help="prompt and answer of one example; longer texts are shortened to fit (%(default)s)",
+            help=("prompt alone" if kind == "t5" else "prompt and answer of one example")
+            + "; longer texts are shortened to fit (%(default)s)",
         )
     if CHECKPOINTS[kind] and kind != "encoder":
         add(
@@ -147,7 +164,11 @@ def add_data_flags(parser: argparse.ArgumentParser, task: str | None, kind: str)
             type=positive_int,
             default=DEFAULTS[task]["max_new_tokens"] if task else None,
             metavar="TOKENS",
-            help="longest answer, and the room kept for it within --max_seq_length "
+            help=(
+                "longest answer "
+                if kind == "t5"
+                else "longest answer, and the room kept for it within --max_seq_length "
+            )
             + ("(%(default)s)" if task else "(classification 20, summarization 100)"),
         )
     add("--seed", type=seed, default=42, help="order, dropout, samples and few-shot examples (%(default)s)")
@@ -164,55 +185,60 @@ def add_share(add: Callable) -> None:
     )
 
 
-def add_lora_flags(parser: argparse.ArgumentParser, task: str) -> None:
+def add_lora_flags(
+    parser: argparse.ArgumentParser, rank: int, alpha: int, dropout: float, everywhere: bool = True
+) -> None:
     add = parser.add_argument_group("LoRA").add_argument
-    add(
-        "--lora_r",
-        type=positive_int,
-        default=DEFAULTS[task]["lora_r"],
-        metavar="RANK",
-        help="rank (%(default)s)",
-    )
+    add("--lora_r", type=positive_int, default=rank, metavar="RANK", help="rank (%(default)s)")
     add(
         "--lora_alpha",
         type=positive_int,
-        default=16,
+        default=alpha,
         metavar="ALPHA",
         help="scale is ALPHA / RANK (%(default)s)",
     )
-    add("--dropout", type=probability, default=0.1, help="dropout before the adapters (%(default)s)")
-    add(
-        "--target_modules",
-        nargs="+",
-        default=["all-linear"],
-        metavar="NAME",
-        help="layers with an adapter, e.g. q_proj v_proj (all-linear: all but the head)",
-    )
+    add("--dropout", type=probability, default=dropout, help="dropout before the adapters (%(default)s)")
+    if everywhere:
+        add(
+            "--target_modules",
+            nargs="+",
+            default=["all-linear"],
+            metavar="NAME",
+            help="layers with an adapter, e.g. q_proj v_proj (all-linear: all but the head)",
+        )
 
 
-def add_training_flags(parser: argparse.ArgumentParser, task: str) -> None:
+def add_training_flags(parser: argparse.ArgumentParser, task: str | None, kind: str) -> None:
     add = parser.add_argument_group("training").add_argument
     add(
         "--epochs",
         type=positive_int,
-        default=DEFAULTS[task]["epochs"],
-        help="passes over the examples (%(default)s)",
+        default=DEFAULTS[task]["epochs"] if task else None,
+        help="passes over the examples "
+        + ("(%(default)s)" if task else "({classification[epochs]}, {summarization[epochs]})".format(**T5)),
     )
     add_share(add)
     add(
         "--learning_rate",
         type=positive_float,
-        default=2e-4,
+        default=2e-4 if kind == "causal" else None,
         metavar="LR",
-        help="after a warm-up over 3 %% of an epoch's steps, constant (%(default)s)",
+        help="after a warm-up over 3 %% of an epoch's steps, constant "
+        + (
+            "(%(default)s)"
+            if kind == "causal"
+            else "(full {full[learning_rate]}, lora {lora[learning_rate]})".format(**T5)
+        ),
     )
     add(
         "--batch_size",
         type=positive_int,
-        default=16,
+        default=16 if kind == "causal" else 32,
         metavar="N",
         help="examples per optimizer step (%(default)s)",
     )
+    if kind != "causal":
+        return
     add(
         "--max_tokens_per_batch",
         type=auto_int,
@@ -258,6 +284,8 @@ def add_decoding_flags(parser: argparse.ArgumentParser, task: str | None, kind: 
         metavar="N",
         help="examples decoded at once (%(default)s)",
     )
+    if kind == "t5":
+        return
     add(
         "--merge",
         choices=("auto", "on", "off"),
@@ -313,13 +341,16 @@ def parse_args(
     args.given = sorted(vars(parser.parse_args(words)))
     args.task = task or args.task_type
     args.kind = kind or ("causal" if task else "prompt")
-    for name, value in DEFAULTS[args.task].items():
+    for name, value in open_defaults(args).items():
         if getattr(args, name, 0) is None:
             setattr(args, name, value)
     if args.kind == "cheap":
         args.method = args.method or CHEAP[args.task][0]
         if args.method not in CHEAP[args.task]:
             parser.error(f"--method {args.method}: for {args.task} it is {' or '.join(CHEAP[args.task])}")
+    lora = sorted({"lora_r", "lora_alpha", "dropout"} & {*args.given})
+    if args.kind == "t5" and args.tuning == "full" and lora:
+        parser.error(f"--{lora[0]} goes with --tuning lora")
     if args.kind == "prompt" and (args.prompt_type == "zero-shot" or args.shots == SHOTS[args.task]):
         args.shots = None  # names no other run
     targets = getattr(args, "target_modules", [])
@@ -328,6 +359,12 @@ def parse_args(
     if args.task == "summarization" and getattr(args, "decoding", "free") == "constrained":
         parser.error("--decoding constrained chooses among classes: it goes with classification")
     return args
+
+
+def open_defaults(args: argparse.Namespace) -> dict:
+    """The defaults that depend on other flags, on the task above all."""
+    kind = T5[args.task] | T5[args.tuning] if getattr(args, "kind", None) == "t5" else {}
+    return DEFAULTS[args.task] | kind
 
 
 def underscored(word: str) -> str:

@@ -210,15 +210,18 @@ def fast_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, all
         print("out of memory: going on with half of it", flush=True)
 
 
-def plain_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, allowed, most) -> Iterator:
-    """The same by transformers' `generate`, in batches of like length."""
+def plain_answers(
+    model, prompts: dict[int, list[int]], max_new_tokens, ends, allowed, most, write=None
+) -> Iterator:
+    """The same by transformers' `generate`, in batches of like length; `write` stands for continue_batch."""
+    write = write or continue_batch
     order = sorted(prompts, key=lambda i: -len(prompts[i]))  # the longest first: too large shows at once
     size = most or AUTO_EXAMPLES
     while order:
         room = fitting(model, len(prompts[order[0]]) + max_new_tokens)
         batch = order[: size if most else min(size, room)]
         try:
-            continuations = continue_batch(model, [prompts[i] for i in batch], max_new_tokens, ends, allowed)
+            continuations = write(model, [prompts[i] for i in batch], max_new_tokens, ends, allowed)
         except RuntimeError as error:
             if len(batch) == 1 or not is_out_of_memory(error):
                 raise

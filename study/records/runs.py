@@ -73,7 +73,7 @@ def defaults(args: argparse.Namespace) -> dict:
     """The flags of the same script as nobody has changed them."""
     kind = getattr(args, "kind", "prompt" if hasattr(args, "prompt_type") else "causal")
     plain = vars(cli.build_parser(None if hasattr(args, "task_type") else args.task, "", kind).parse_args([]))
-    return plain | {name: value for name, value in cli.DEFAULTS[args.task].items() if plain.get(name) is None}
+    return plain | {name: value for name, value in cli.open_defaults(args).items() if plain.get(name) is None}
 
 
 def suffix(settings: dict, mark: str) -> str:

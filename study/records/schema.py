@@ -32,6 +32,7 @@ WORDS = tuple(  # of methods without a checkpoint
 TRAINING = (*READ, "lora_alpha", "target_modules", "learning_rate", "batch_size", "loss_on")
 SCORING = (*READ, "test_file", "validation_file", "max_eval_samples", "split", "decoding")
 PROMPTING = (*SCORING, "task", "prompt_type", "shots", "chat_template", "seed")
+T5 = ("train_sample_fraction", "epochs", "seed", *READ, "learning_rate", "batch_size")
 LORA = {
     "lora_r": "rank",
     "epochs": "epochs",
@@ -74,6 +75,21 @@ METHODS = {  # in the order of the tables' rows
         knobs=LORA,
         trains=True,
         published=True,
+    ),
+    "t5-full": Method(
+        title="fine-tuned in full",
+        folder="{task}-{pretrained_ckpt}-full_sampleFraction-{train_sample_fraction}_epochs-{epochs}_seed-{seed}",
+        settings=T5,
+        knobs={"epochs": "epochs"},
+        trains=True,
+    ),
+    "t5-lora": Method(
+        title="LoRA",
+        folder="{task}-{pretrained_ckpt}-lora_sampleFraction-{train_sample_fraction}_epochs-{epochs}"
+        "_rank-{lora_r}_dropout-{dropout}_seed-{seed}",
+        settings=(*T5, "lora_r", "lora_alpha", "dropout"),
+        knobs=LORA,
+        trains=True,
     ),
     **{
         f"tfidf-{short}": Method(

@@ -1,0 +1,382 @@
+"""T5: texts as its tokens, batches of like length, an attention by PyTorch's kernels, answers.
+
+T5 has no BOS: a text ends with EOS (1), and the decoder begins with the padding token (0). Its tokenizer
+reads every white space as one blank, so prompts lose their line breaks, and so do answers. Never in float16,
+in which T5 overflows.
+"""
+
+import functools
+import os
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    GenerationConfig,
+    T5ForConditionalGeneration,
+)
+from transformers.masking_utils import sdpa_mask
+from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+from study import checkpoint as checkpoints
+from study import checks, device, encoding, generation
+from study.errors import UserError, is_out_of_memory
+from study.model import fingerprint, from_checkpoint, load_adapter, place_of
+from study.packing import seed_of
+
+TOGETHER = 20_480  # tokens on the device at once, padding included: 32 of the longest by default
+POOL = 32  # steps whose examples are sorted by length together
+EIGHT = 8  # lengths are multiples of it, as attention kernels want their masks
+WEIGHTS = "model.safetensors"
+
+
+@dataclass
+class Pair:
+    """A prompt for the encoder and its answer for the decoder, both with EOS."""
+
+    prompt: list[int]
+    answer: list[int]
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        return len(self.prompt), len(self.answer)
+
+
+# Tokens
+
+
+def encode_prompts(tokenizer, task: str, texts: Sequence[str], max_seq_length: int) -> tuple[list, int]:
+    """The encoder's inputs, of at most `max_seq_length` tokens, and how many texts were shortened to fit."""
+    fitted = encoding.fit_tuning(tokenizer, task, texts, [1] * len(texts), max_seq_length)
+    return [[*ids, tokenizer.eos_token_id] for _, _, ids in fitted], sum(cut for _, cut, _ in fitted)
+
+
+def encode_pairs(tokenizer, task: str, pairs: Sequence[tuple[str, str]], args) -> tuple[list[Pair], int]:
+    """Training examples, and how many texts were shortened; answers stay whole. Raises UserError for a class
+    that does not come back from its tokens, or not within --max_new_tokens."""
+    answers = list(dict.fromkeys(answer for _, answer in pairs))
+    if task == "classification":
+        encoding.label_answers(tokenizer, answers, args.max_new_tokens, cue="")
+    known = {answer: encoding.answer_ids(tokenizer, task, answer, cue="") for answer in answers}
+    prompts, shortened = encode_prompts(tokenizer, task, [text for text, _ in pairs], args.max_seq_length)
+    return [Pair(ids, known[answer]) for ids, (_, answer) in zip(prompts, pairs, strict=True)], shortened
+
+
+def lost(tokenizer, rows: Sequence[Sequence[int]], answers: Sequence[str]) -> dict:
+    """What a record says of what T5's tokenizer does not keep: the share of unknown tokens among those in
+    `rows`, and how many answers have line breaks."""
+    unknown = sum(row.count(tokenizer.unk_token_id) for row in rows)
+    return {
+        "unknown_tokens": unknown / sum(map(len, rows)),
+        "answers_with_line_breaks": sum("\n" in answer.strip() for answer in answers),
+    }
+
+
+def say_lost(described: dict) -> None:
+    print(
+        f"{'':11}{described['truncated']:,} texts shortened to fit --max_seq_length; "
+        f"{described['unknown_tokens']:.2%} of the tokens unknown; {described['answers_with_line_breaks']:,} "
+        "answers have line breaks, which T5 writes as blanks",
+        flush=True,
+    )
+
+
+# Batches
+
+
+def plan_steps(pairs: Sequence[Pair], batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """The examples of every optimizer step, of like lengths: each epoch, in an order of its own by the seed,
+    is sorted within pools of steps, and all steps are mixed again."""
+    like = lambda i: (pairs[i].lengths[0] // (2 * EIGHT), pairs[i].lengths[1], i)
+    steps = []
+    for epoch in range(epochs):
+        draw, order, batches = random.Random(f"{seed} {epoch}"), list(range(len(pairs))), []
+        draw.shuffle(order)
+        for first in range(0, len(order), POOL * batch_size):
+            pool = sorted(order[first : first + POOL * batch_size], key=like)
+            batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
+        draw.shuffle(batches)
+        steps += batches
+    return steps
+
+
+def padded(length: int) -> int:
+    return -(-length // EIGHT) * EIGHT
+
+
+def area(group: Sequence[Pair]) -> int:
+    """Tokens of a group on the device, padding included."""
+    return len(group) * sum(padded(max(column)) for column in zip(*(p.lengths for p in group), strict=True))
+
+
+def split(pairs: Sequence[Pair], most: int) -> list[list[Pair]]:
+    """A step's examples in few groups of at most `most` tokens, or one example that alone exceeds that."""
+    groups: list[list[Pair]] = []
+    for pair in sorted(pairs, key=lambda pair: pair.lengths):
+        if groups and area([*groups[-1], pair]) <= most:
+            groups[-1].append(pair)
+        else:
+            groups.append([pair])
+    return groups
+
+
+def on_device(rows: list, place: torch.device) -> torch.Tensor:
+    """Without waiting for what the device computes."""
+    tensor = torch.tensor(rows)
+    return tensor.pin_memory().to(place, non_blocking=True) if place.type == "cuda" else tensor
+
+
+def collate(
+    group: Sequence[Pair], start: int, pad: int, place: torch.device
+) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """The model's inputs [examples, longest], the places of the answers' tokens in the flattened decoder's
+    rows [n], and these tokens [n]."""
+    longest, width = (padded(max(column)) for column in zip(*(pair.lengths for pair in group), strict=True))
+    ids = [pair.prompt + [pad] * (longest - len(pair.prompt)) for pair in group]
+    begun = [[start, *pair.answer[:-1]] + [pad] * (width - len(pair.answer)) for pair in group]
+    places = [i * width + j for i, pair in enumerate(group) for j in range(len(pair.answer))]
+    inputs = {"input_ids": on_device(ids, place), "decoder_input_ids": on_device(begun, place)}
+    if any(len(pair.prompt) < longest for pair in group):
+        lengths = on_device([len(pair.prompt) for pair in group], place)
+        mask = torch.arange(longest, device=place) < lengths[:, None]
+        inputs["attention_mask"] = mask[:, None, None]  # in four dimensions transformers takes it as it is
+    return (
+        inputs,
+        on_device(places, place),
+        on_device([token for pair in group for token in pair.answer], place),
+    )
+
+
+def loss_sum(model, group: Sequence[Pair]) -> torch.Tensor:
+    """Cross-entropy summed over the answers' tokens, in float32."""
+    config, place = model.config, model.device
+    inputs, places, targets = collate(group, start_of(config), config.pad_token_id, place)
+    with torch.autocast(place.type, torch.bfloat16, enabled=dtype() == torch.bfloat16):
+        logits = model(**inputs, use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).index_select(0, places).float(), targets, reduction="sum")
+
+
+class Steps:
+    """What loop.Loop calls for a step: its gradients, in groups that fit the device."""
+
+    def __init__(self, model, pairs: Sequence[Pair], steps: list[list[int]], seed: int):
+        self.model, self.pairs, self.steps, self.seed, self.most = model, pairs, steps, seed, TOGETHER
+        self.learned = [sum(pairs[i].lengths[1] for i in step) for step in steps]
+        self.tokens = [sum(sum(pairs[i].lengths) for i in step) for step in steps]
+
+    def padding(self) -> float:
+        """The share of padding in what the device computes."""
+        groups = (split([self.pairs[i] for i in step], self.most) for step in self.steps)
+        return 1 - sum(self.tokens) / sum(area(group) for step in groups for group in step)
+
+    def __call__(self, number: int) -> torch.Tensor:
+        pairs = [self.pairs[i] for i in self.steps[number]]
+        while True:
+            torch.manual_seed(seed_of(self.seed, number))  # dropout, so a resumed run draws the same
+            total, groups = 0, split(pairs, self.most)
+            try:
+                for group in groups:
+                    loss = loss_sum(self.model, group) / self.learned[number]
+                    loss.backward()
+                    total = total + loss.detach()
+            except RuntimeError as error:
+                if max(map(len, groups)) == 1 or not is_out_of_memory(error):
+                    raise
+            else:
+                return total
+            self.model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            self.most = max(map(area, groups)) // 2
+            print(f"out of memory: going on with {self.most:,} tokens at once", flush=True)
+
+
+# The model
+
+
+def dtype() -> torch.dtype:
+    """That matrix products are computed in."""
+    return device.compute_dtype() if torch.cuda.is_available() else torch.float32
+
+
+def start_of(config) -> int:
+    """The token that the decoder begins with."""
+    start = getattr(config, "decoder_start_token_id", None)
+    return config.pad_token_id if start is None else start
+
+
+def attend(module, query, key, value, attention_mask, dropout=0.0, position_bias=None, **kwargs):
+    """T5's attention by PyTorch's kernels. Its bias [1, heads, queries, keys], which layers hand on, and the
+    mask, True where a key is seen [examples, 1, queries or 1, keys], become one for all layers of a stack.
+    Attention to the encoder has a mask alone."""
+    if not module.is_decoder or module.is_causal:
+        joint = getattr(position_bias, "joint", None)
+        if joint is None:
+            mask = attention_mask
+            if mask is None and module.is_causal and query.shape[2] > 1:
+                mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+            joint = position_bias.to(query.dtype, copy=True)
+            if mask is not None:
+                joint = joint.masked_fill(~mask, torch.finfo(query.dtype).min)
+            position_bias.joint = joint
+        attention_mask = joint
+    if attention_mask is not None:
+        attention_mask = attention_mask.expand(*query.shape[:3], key.shape[2])
+    output = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout_p=dropout, scale=1.0)
+    return output.transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register("t5", attend)
+AttentionMaskInterface.register("t5", sdpa_mask)
+
+
+class Norm(nn.RMSNorm):
+    """T5LayerNorm in one kernel; under autocast at once in the dtype of the products that follow."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        kind = x.device.type
+        into = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):
+            return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(into)
+
+
+def load(checkpoint: str):
+    """The T5 model in float32, on the device. Raises UserError for a checkpoint of another architecture or
+    whose tensors are not those of its configuration."""
+    where = f"--pretrained_ckpt {checkpoint}"
+    folder, _ = place_of(checkpoint)
+    if checkpoints.read_json(folder / "config.json", where).get("model_type") != "t5":
+        raise UserError(
+            f"{where} is not a T5 (model_type in its config.json): name one, as google/flan-t5-base"
+        )
+    model, found = from_checkpoint(
+        T5ForConditionalGeneration,
+        checkpoint,
+        dtype=torch.float32,
+        use_safetensors=True,
+        output_loading_info=True,
+        generation_config=GenerationConfig(eos_token_id=checkpoints.ends_of(folder, where) or None),
+    )
+    checks.refuse_other_tensors(found, where)
+    checks.refuse_other_shapes(model, where)
+    model.name_or_path = checkpoint
+    model.config.tie_word_embeddings = model.lm_head.weight is model.shared.weight  # it says yes in any case
+    return lean(model).to(device.current())
+
+
+def lean(model):
+    """`model`, its attention, norms and activation computed in fewer kernels; the same weights by the same
+    names."""
+    for part in (model, model.encoder, model.decoder):  # each has a configuration of its own
+        part.config._attn_implementation = "t5"
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, T5LayerNorm):
+                norm = Norm(child.weight.shape[0], child.variance_epsilon)
+                norm.weight = child.weight
+                setattr(module, name, norm)
+            elif name == "act" and model.config.dense_act_fn == "gelu_new":
+                module.act = nn.GELU(approximate="tanh")
+    return model
+
+
+def with_lora(model, lora, seed: int):
+    """`model` frozen in the dtype that it computes in, with new adapters in float32, drawn by the seed."""
+    torch.manual_seed(seed)
+    model = get_peft_model(model.to(dtype()).requires_grad_(False), lora)
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.forward = functools.partial(adapted, module)
+    return model
+
+
+def adapted(layer, x: torch.Tensor) -> torch.Tensor:
+    """What PEFT computes in a linear layer with an adapter, in fewer kernels and no dtype but that of `x`."""
+    down, up = (part["default"].weight for part in (layer.lora_A, layer.lora_B))
+    base, inner = layer.base_layer(x), F.linear(layer.lora_dropout["default"](x), down)
+    rows = base.flatten(0, -2), inner.flatten(0, -2)
+    return torch.addmm(*rows, up.t(), alpha=layer.scaling["default"]).view_as(base)
+
+
+def save_model(model, checkpoint: str, tokenizer, folder: Path) -> str:
+    """Write `folder`/model in one move, as a checkpoint with the configuration of the one that it was trained
+    from. Returns its fingerprint."""
+    new, final = folder / ".model", folder / "model"
+    shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed here
+    model.save_pretrained(new, max_shard_size="1TB")
+    tokenizer.save_pretrained(new)
+    # transformers would write that the head is tied, which it is not in T5 v1.1.
+    shutil.copyfile(place_of(checkpoint)[0] / "config.json", new / "config.json")
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(new, final)
+    return fingerprint(final, WEIGHTS)
+
+
+def load_tuned(checkpoint: str, folder: Path, tuning: str, trained: dict):
+    """The fine-tuned model for scoring, adapters merged in float32, then in the dtype that it computes in.
+    Raises UserError for one that is not what its train.json tells of."""
+    if tuning == "lora":
+        hashes = (trained["train"].get(name) for name in ("adapter_sha256", "adapter_config_sha256"))
+        model = load_adapter(load(checkpoint), folder / "adapter", *hashes).merge_and_unload()
+    else:
+        path = folder / "model" / WEIGHTS
+        if not path.is_file() or fingerprint(path.parent, WEIGHTS) != trained["train"]["adapter_sha256"]:
+            raise UserError(
+                f"{path} is not the model that its train.json tells of: train it again with --force"
+            )
+        model = load(str(path.parent))
+    return model.to(dtype()).eval()
+
+
+# Answers
+
+
+def continue_batch(model, prompts, max_new_tokens, ends, allowed) -> list[list[int]]:
+    """Greedily the tokens that answer each prompt, up to and including EOS; padding stands on the right."""
+    pad, width = model.config.pad_token_id, max(map(len, prompts))
+    ids = torch.tensor([prompt + [pad] * (width - len(prompt)) for prompt in prompts], device=model.device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=model.device)
+    mask = torch.arange(width, device=model.device) < lengths[:, None]
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        eos_token_id=list(ends),
+        pad_token_id=pad,
+        decoder_start_token_id=start_of(model.config),
+    )
+    with torch.inference_mode(), generation.nothing_else(model):
+        output = model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=greedy)
+    return [generation.up_to_end(row, ends) for row in output[:, 1:].tolist()]
+
+
+def answer(model, tokenizer, prompts: Sequence[list[int]], args, kept) -> generation.Answers:
+    """Greedy answers to every prompt, up to EOS or --max_new_tokens; those in `kept` are there."""
+    ends = generation.stop_tokens(model, tokenizer)
+    how = f"plain generate, weights in {str(dtype()).removeprefix('torch.')}"
+    kept.resume(prompts, how)
+    left = {i: prompt for i, prompt in enumerate(prompts) if i not in kept.answers}
+    most = None if args.eval_batch_size == "auto" else args.eval_batch_size
+    for index, ids in generation.plain_answers(
+        model, left, args.max_new_tokens, ends, None, most, continue_batch
+    ):
+        kept.add(index, ids)
+    answers = [kept.answers[i] for i in range(len(prompts))]
+    return generation.Answers(
+        texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids in answers],
+        input_tokens=sum(map(len, prompts)),
+        output_tokens=sum(map(len, answers)),
+        seconds=kept.spent(),
+        earlier_seconds=kept.wall_seconds,
+        how=how,
+        prompts_sha256=encoding.sha256_of(prompts),
+        ends=ends,
+    )

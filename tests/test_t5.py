@@ -1,0 +1,329 @@
+"""Flan-T5's script on a tiny random T5: it learns, how a step is split or padded changes nothing, a killed
+training ends as it would have, and what T5's tokenizer loses is said."""
+
+import json
+import math
+import re
+import shutil
+import string
+import time
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import DEMO_DATA, PROCESS, error_line
+from peft import LoraConfig, PeftModel
+from preloaded import kill, run_preloaded, start_until
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+
+from study import cli, generation, loop, metrics, t5
+from study.errors import UserError
+from study.model import fingerprint, load_tokenizer
+
+SCRIPT = "competitors/flan_t5.py"
+FILES = {"classification": "posts", "summarization": "dialogues"}
+
+
+def rows_of(task: str, split: str = "train") -> list[dict]:
+    return [json.loads(line) for line in (DEMO_DATA / f"{FILES[task]}_{split}.jsonl").open()]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A checkpoint like Flan-T5: gated GELU, a head of its own, SentencePiece's Unigram without backticks."""
+    folder = tmp_path_factory.mktemp("t5") / "tiny-t5"
+    texts = [str(value) for task in FILES for row in rows_of(task) for value in row.values()]
+    words = Counter("▁" + word for text in texts for word in re.findall(r"[\w']+", text))
+    letters = sorted({*"".join(texts), *string.printable, "▁"} - {*string.whitespace, "`"})
+    special = ["<pad>", "</s>", "<unk>"]
+    pieces = [(name, 0.0) for name in special] + [(letter, -15.0) for letter in letters]
+    pieces += [(word, math.log(count / words.total())) for word, count in words.most_common(800)]
+    metaspace = {"replacement": "▁", "prepend_scheme": "always"}
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**metaspace)]
+    )
+    tokenizer.decoder = decoders.Metaspace(**metaspace)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=["$A", "</s>"], special_tokens=[("</s>", 1)]
+    )
+    names = dict(zip(("pad_token", "eos_token", "unk_token"), special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=928,
+        d_model=48,
+        d_kv=16,
+        d_ff=96,
+        num_layers=2,
+        num_heads=3,
+        feed_forward_proj="gated-gelu",
+        decoder_start_token_id=0,
+    )
+    model = T5ForConditionalGeneration(config)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(928, 48) / 48**0.5)
+    model.save_pretrained(folder)
+    content = json.loads((folder / "config.json").read_text())
+    content.pop("scale_decoder_outputs", None)  # as published, where it is not written
+    (folder / "config.json").write_text(json.dumps(content | {"tie_word_embeddings": False}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return load_tokenizer(str(tiny))
+
+
+@pytest.fixture
+def model(tiny):
+    return t5.load(str(tiny)).eval()
+
+
+@pytest.fixture(scope="module")
+def pairs(tokenizer) -> list[t5.Pair]:
+    args = cli.parse_args(None, "", ["--task_type", "summarization"], "t5")
+    given = [(row["dialogue"], row["summary"]) for row in rows_of("summarization")[:60]]
+    return t5.encode_pairs(tokenizer, "summarization", given, args)[0]
+
+
+def flags(tiny: Path, task: str = "summarization", *more: object) -> tuple:
+    files = (f"--{split}_file={DEMO_DATA / FILES[task]}_{split}.jsonl" for split in ("train", "test"))
+    return "--pretrained_ckpt", tiny, "--task_type", task, *files, "--learning_rate", "3e-3", *more
+
+
+def run(*words: object) -> str:
+    done = run_preloaded(SCRIPT, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not done.stderr
+    return done.stdout
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+# The model
+
+
+def test_the_lean_model_is_transformers_own_with_a_head_that_is_not_tied(tiny, pairs):
+    own = T5ForConditionalGeneration.from_pretrained(tiny, attn_implementation="eager").train()
+    lean = t5.load(str(tiny)).train()
+    assert not torch.equal(own.lm_head.weight, own.shared.weight)
+    assert not own.config.scale_decoder_outputs
+    for model in (own, lean):
+        for module in model.modules():
+            if hasattr(module, "dropout"):
+                module.dropout = 0.0 if isinstance(module.dropout, float) else torch.nn.Identity()
+    group = pairs[:7]
+    inputs, places, targets = t5.collate(group, 0, 0, torch.device("cpu"))
+    assert inputs["decoder_input_ids"][:, 0].tolist() == [0] * 7  # no BOS: the padding token begins
+    assert all(pair.answer[-1] == pair.prompt[-1] == 1 for pair in group)
+    mask = inputs.pop("attention_mask")
+    logits = own(**inputs, attention_mask=mask[:, 0, 0].long()).logits.flatten(0, 1)[places]
+    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    loss.backward()
+    ours = t5.loss_sum(lean, group)
+    ours.backward()
+    torch.testing.assert_close(ours, loss)
+    gradients = {name: p.grad for name, p in own.named_parameters()}
+    for name, p in lean.named_parameters():
+        torch.testing.assert_close(p.grad, gradients[name], rtol=1e-4, atol=1e-4)
+
+
+def test_loss_and_gradients_of_a_step_are_the_same_however_it_is_split(model, pairs):
+    found = []
+    for most in (10**6, 700, 1):
+        steps = t5.Steps(model, pairs, [list(range(24))], 1)
+        steps.most = most
+        loss = steps(0)
+        found.append((loss, [p.grad for p in model.parameters()]))
+        model.zero_grad(set_to_none=True)
+    for loss, gradients in found[1:]:
+        torch.testing.assert_close(loss, found[0][0])
+        torch.testing.assert_close(gradients, found[0][1], rtol=1e-4, atol=1e-5)
+    assert len(t5.split(pairs[:24], 700)) > 3
+
+
+def test_steps_have_every_example_once_an_epoch_in_like_lengths_by_the_seed(pairs):
+    steps = t5.plan_steps(pairs, 8, 2, seed=1)
+    for epoch in (steps[:8], steps[8:]):
+        assert sorted(i for step in epoch for i in step) == list(range(60))
+    assert steps[:8] == t5.plan_steps(pairs, 8, 1, seed=1) != t5.plan_steps(pairs, 8, 1, seed=2)
+    mixed = t5.Steps(None, pairs, [list(range(i, i + 8)) for i in range(0, 56, 8)], 1)
+    assert t5.Steps(None, pairs, steps, 1).padding() < 0.8 * mixed.padding()
+
+
+def test_batched_greedy_answers_are_those_one_by_one_by_transformers_own(tiny, model, tokenizer, pairs):
+    prompts = [pair.prompt for pair in pairs[:9]]
+    args = cli.parse_args(None, "", ["--task_type", "summarization", "--eval_batch_size", "4"], "t5")
+    args.max_new_tokens = 12
+    answers = t5.answer(model, tokenizer, prompts, args, generation.KeptAnswers(PROCESS))
+    own = T5ForConditionalGeneration.from_pretrained(tiny, attn_implementation="eager").eval()
+    greedy = GenerationConfig(max_new_tokens=12, eos_token_id=1, pad_token_id=0, decoder_start_token_id=0)
+    plain = [own.generate(torch.tensor([ids]), generation_config=greedy)[0, 1:] for ids in prompts]
+    assert answers.texts == [tokenizer.decode(ids, skip_special_tokens=True) for ids in plain]
+    assert len({*answers.texts}) > 3
+    assert answers.input_tokens == sum(map(len, prompts))
+
+
+# What its tokenizer loses
+
+
+def test_line_breaks_are_blanks_and_unknown_tokens_are_counted(tokenizer):
+    [ids], _ = t5.encode_prompts(tokenizer, "summarization", ["Ann: hi\nBo: hello"], 512)
+    assert ids == t5.encode_prompts(tokenizer, "summarization", ["Ann: hi Bo:  hello"], 512)[0][0]
+    assert ids.count(2) == 2  # the fences
+    lost = t5.lost(tokenizer, [ids], ["one\ntwo", "one"])
+    assert lost == {"unknown_tokens": 2 / len(ids), "answers_with_line_breaks": 1}
+
+
+def test_a_long_text_is_shortened_and_instruction_and_cue_stay(tokenizer):
+    [ids], shortened = t5.encode_prompts(tokenizer, "summarization", ["word " * 300], 64)
+    assert shortened == 1
+    assert len(ids) == 64
+    text = tokenizer.decode(ids)
+    assert text.startswith("Summarize the dialogue")
+    assert text.endswith("### Summary:</s>")
+
+
+def test_classes_that_do_not_come_back_from_their_tokens_are_refused(tokenizer):
+    args = cli.parse_args(None, "", [], "t5")
+    with pytest.raises(UserError, match=r"comes back from this tokenizer as 'ab'.* rename it"):
+        t5.encode_pairs(tokenizer, "classification", [("text", "a`b"), ("text", "b")], args)
+
+
+# The script
+
+
+@pytest.fixture(scope="module")
+def tuned(tiny, tmp_path_factory) -> tuple[tuple, Path]:
+    folder = tmp_path_factory.mktemp("full") / "run"
+    words = flags(tiny, "summarization", "--experiment_dir", folder, "--batch_size", 8, "--epochs", 3)
+    run(*words)
+    return words, folder
+
+
+def test_it_learns_the_dialogues_and_its_records_add_up(tuned, tiny, tokenizer):
+    _, folder = tuned
+    trained, content = read(folder / "train.json"), read(folder / "eval.json")
+    rows = [json.loads(line) for line in (folder / "predictions.jsonl").open()]
+    assert [row["reference"] for row in rows] == [row["summary"] for row in rows_of("summarization", "test")]
+    assert content["eval"]["metrics"]["rouge1"]["value"] > 20
+    untrained = t5.load(str(tiny)).eval()
+    prompts, _ = t5.encode_prompts(
+        tokenizer, "summarization", [row["dialogue"] for row in rows_of("summarization", "test")[:20]], 512
+    )
+    texts = [tokenizer.decode(ids) for ids in t5.continue_batch(untrained, prompts, 30, [1], None)]
+    scores, _ = metrics.score("summarization", texts, [row["reference"] for row in rows[:20]])
+    assert scores["metrics"]["rouge1"]["value"] < 10
+    assert trained["method"] == content["method"] == "t5-full"
+    assert trained["train"]["trainable_parameters"] == sum(p.numel() for p in untrained.parameters())
+    assert 0 < trained["train"]["padding"] < 0.3
+    assert content["adapter_sha256"] == trained["train"]["adapter_sha256"]
+    assert 0 < content["data"]["test"]["unknown_tokens"] < 0.1
+    assert content["eval"]["wall_seconds"] < trained["train"]["wall_seconds"]
+    saved = T5ForConditionalGeneration.from_pretrained(folder / "model")
+    assert not torch.equal(saved.lm_head.weight, saved.shared.weight)
+
+
+def test_a_finished_run_is_found_and_a_redone_training_makes_its_evaluation_stale(tuned, tmp_path):
+    words, folder = tuned
+    assert run(*words).startswith("finished")
+    assert run(*words, "--dry_run").splitlines()[-1].startswith("finished\t")
+    copy = tmp_path / "run"
+    shutil.copytree(folder, copy)
+    words = [copy if word == folder else word for word in words]
+    content = read(copy / "train.json")
+    content["train"]["adapter_sha256"] = "0" * 64
+    (copy / "train.json").write_text(json.dumps(content))
+    assert run(*words, "--dry_run").splitlines()[-1].startswith("trained\t")
+    line = error_line(run_preloaded(SCRIPT, *words))
+    assert "is not the model that its train.json tells of: train it again with --force" in line
+    path = copy / "model" / "model.safetensors"
+    save_file({name: 0.9 * weight for name, weight in load_file(path).items()}, path, {"format": "pt"})
+    content["train"]["adapter_sha256"] = fingerprint(path.parent, path.name)
+    (copy / "train.json").write_text(json.dumps(content))
+    assert "\nscored " in run(*words)
+    assert read(copy / "eval.json")["adapter_sha256"] == content["train"]["adapter_sha256"]
+    assert run(*words).startswith("finished")
+
+
+def test_adapters_load_in_plain_peft_and_score(tiny, tmp_path):
+    words = flags(tiny, "classification", "--tuning", "lora", "--max_train_samples", 32, "--epochs", 1)
+    run(*words, "--max_eval_samples", 8, "--output_dir", tmp_path)
+    [path] = tmp_path.glob("classification-tiny-t5-lora_sampleFraction-1.0_epochs-1_rank-16_*/eval-*.json")
+    assert read(path)["eval"]["examples"] == 8
+    base = T5ForConditionalGeneration.from_pretrained(tiny)
+    plain = PeftModel.from_pretrained(base, path.parent / "adapter")
+    names = {name for name in plain.base_model.targeted_module_names if name.endswith((".q", ".v"))}
+    assert len(names) == len(plain.base_model.targeted_module_names) == 12
+
+
+def test_killed_and_started_again_it_ends_with_the_same_weights(tuned, tmp_path):
+    words, folder = tuned
+    words = [tmp_path if word == folder else word for word in words]
+    marked = lambda: list(tmp_path.glob("checkpoints/checkpoint-*/progress.json"))
+    kill(start_until(marked, SCRIPT, *words))
+    assert not (tmp_path / "train.json").exists()
+    line = error_line(run_preloaded(SCRIPT, *words, "--learning_rate", "1e-3"))
+    assert "belongs to a run with --learning_rate 0.003, not 0.001" in line
+    assert "resumed from checkpoint-" in run(*words)
+    assert not (tmp_path / "checkpoints").exists()
+    one, other = (load_file(path / "model" / "model.safetensors") for path in (folder, tmp_path))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert [read(path / "train.json")["train"]["adapter_sha256"] for path in (folder, tmp_path)] == [
+        read(folder / "eval.json")["adapter_sha256"]
+    ] * 2
+    assert read(tmp_path / "train.json")["train"]["earlier_seconds"] > 0
+    assert (tmp_path / "predictions.jsonl").read_bytes() == (folder / "predictions.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--lora_r", "8"], "--lora_r goes with --tuning lora"),
+        (["--pretrained_ckpt", "demo/model"], "is not a T5 (model_type in its config.json)"),
+        (["--learning_rate", "1e30"], "is too high for these examples"),
+    ],
+)
+def test_what_can_not_be_is_refused_in_one_line(tiny, tmp_path, more, said):
+    more = [str(DEMO_DATA.parent / "model") if word == "demo/model" else word for word in more]
+    done = run_preloaded(SCRIPT, *flags(tiny, "summarization", "--experiment_dir", tmp_path / "run", *more))
+    assert said in error_line(done)
+
+
+def test_an_adapter_computes_what_peft_computes(tiny):
+    lora = LoraConfig(r=4, lora_alpha=32, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
+    layer = t5.with_lora(t5.load(str(tiny)), lora, 1).base_model.encoder.block[0].layer[0].SelfAttention.q
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(2, 5, 48)
+    torch.testing.assert_close(layer(x), type(layer).forward(layer, x))
+    assert not torch.allclose(layer(x), layer.base_layer(x))
+
+
+def test_checkpoints_take_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
+    args = SimpleNamespace(force=False, learning_rate=0.1, epochs=1)
+    model, spent = torch.nn.Linear(2, 1), []
+
+    def slowly(*_):
+        spent.append(0.01)
+        time.sleep(0.01)
+
+    def step(number: int) -> torch.Tensor:
+        time.sleep(0.005)
+        loss = model(torch.ones(2)).sum()
+        loss.backward()
+        return loss.detach()
+
+    monkeypatch.setattr(loop, "save_file", slowly)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=False)
+    run = {"schedule": "constant", "examples_sha256": "0"}
+    looping = loop.Loop(model, optimizer, 1, 1.0, args, tmp_path, run, PROCESS)
+    began = time.monotonic()
+    looping.train(step, [1] * 200, [1] * 200)
+    assert len(spent) > 1
+    assert sum(spent) < (time.monotonic() - began) / 15
