@@ -42,8 +42,12 @@ def main(process: device.Process) -> None:
         )
         print(data.say_split(args.split, splits[args.split], test), flush=True)
         with record.recording(path, args, method, process) as content:
-            here = checkpoint.identify(args.pretrained_ckpt, fetch=True)
-            content |= {"data": described, "labels": labels, "checkpoint": here}
+            checkpoint.refuse_other_kind(args.pretrained_ckpt, "causal")
+            content |= {
+                "data": described,
+                "labels": labels,
+                "checkpoint": checkpoint.identify(args.pretrained_ckpt, fetch=True),
+            }
 
             # The libraries load here, so that --help, bad input and a finished run answer at once.
             from transformers import BitsAndBytesConfig

@@ -40,6 +40,7 @@ def main(process: device.Process) -> None:
             print("test       none named: scoring will need --test_file", flush=True)
         with record.recording(path, args, METHOD, process) as content:
             content |= {"data": described, "prompt_sha256": prompt_sha256(TASK, "instruction")}
+            checkpoint.refuse_other_kind(args.pretrained_ckpt, "causal")
             content["checkpoint"] = checkpoint.identify(args.pretrained_ckpt, fetch=True)
             content["labels"] = data.labels_of(splits["train"])
 

@@ -35,6 +35,7 @@ def main(process: device.Process) -> None:
         print(f"run        {folder}\nmodel      {args.pretrained_ckpt} with its adapter")
         print(data.say_split(args.split, splits[args.split], test), flush=True)
         with record.recording(path, args, METHOD, process) as content:
+            checkpoint.refuse_other_kind(args.pretrained_ckpt, "causal")
             here = checkpoint.identify(args.pretrained_ckpt, fetch=True)
             checkpoint.check_same(
                 trained.get("checkpoint"), here, folder / "adapter", "name the one it was trained on"

@@ -12,7 +12,7 @@ import mmap
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,6 +27,13 @@ TOKENIZER = (
 )
 # Masks and tables that older checkpoints hold as tensors, and models make by themselves today.
 OUTDATED = re.compile(r"(masked_bias|causal_mask|inv_freq|\.attn\.bias|\.attention\.bias)$")
+TAKEN_BY = {  # by kind of model: what it is, and the scripts that take it
+    "causal": "a causal language model ({}): llama2_classification.py or llama2_summarization.py fine-tunes "
+    "those",
+    "encoder": "an encoder ({}): competitors/encoder_classification.py fine-tunes those",
+    "t5": "a T5 ({}): competitors/flan_t5.py fine-tunes those",
+    "other": "an encoder-decoder other than T5 ({}): no script here takes those, name another checkpoint",
+}
 HUB = ["*.json", "model*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
 UNIMPORTANT = ("_name_or_path", "transformers_version")  # of config.json
 NOT_NUMBERS = {  # a safetensors dtype's words, and the exponent that infinities and NaNs have
@@ -64,11 +71,58 @@ def fetched(name: str) -> Path:
     return snapshot(name, local_files_only=False)
 
 
-def snapshot(name: str, local_files_only: bool) -> Path:
+def snapshot(name: str, local_files_only: bool, files: Sequence[str] = HUB) -> Path:
     import huggingface_hub
 
-    folder = huggingface_hub.snapshot_download(name, allow_patterns=HUB, local_files_only=local_files_only)
-    return Path(folder)
+    options = {"allow_patterns": files, "local_files_only": local_files_only}
+    return Path(huggingface_hub.snapshot_download(name, **options))
+
+
+def refuse_other_kind(name: str, kind: str) -> None:
+    """Raise UserError for a checkpoint of another kind (TAKEN_BY) than a script takes, naming the script that
+    does; for an adapter, and for a configuration that does not say what it is.
+
+    Looks at the configuration alone: what is not there, or of no kind that transformers lists, is left to
+    `identify` and to loading."""
+    folder, where = configured(name), f"--pretrained_ckpt {name}"
+    path = folder and folder / "config.json"
+    if path and path.is_file():
+        refuse_pointer(path, where)
+        config = read_json(path, where)
+        if not isinstance(config.get("model_type"), str):
+            raise UserError(f"{where}: its config.json does not say what it is (model_type): fetch it again")
+        found = kind_of(config)
+        if found not in (None, kind):
+            named = (config.get("architectures") or [config["model_type"]])[0]
+            raise UserError(f"{where} is {TAKEN_BY[found].format(named)}")
+    elif path and path.with_name("adapter_config.json").is_file():
+        base = read_json(path.with_name("adapter_config.json"), where).get("base_model_name_or_path")
+        raise UserError(
+            f"{where} is an adapter, no whole model: name the checkpoint that it was trained on ({base})"
+        )
+
+
+def configured(name: str) -> Path | None:
+    """The folder of a checkpoint's configuration, which is fetched alone where the hub's cache has none; None
+    where there is none to be had."""
+    try:
+        return folder_of(name) or snapshot(name, False, ("config.json", "adapter_config.json"))
+    except (OSError, ValueError, RuntimeError, UserError):
+        return None
+
+
+def kind_of(config: dict) -> str | None:
+    """The kind of model (TAKEN_BY) that a config.json is of, by transformers' lists; None where in none. An
+    encoder that is told to be a decoder is a causal language model."""
+    from transformers.models.auto import modeling_auto as lists  # loads torch, as what follows does
+
+    name, decodes = config["model_type"], config.get("is_decoder")
+    pairs = name in lists.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES and not decodes
+    if config.get("is_encoder_decoder", pairs):
+        return "t5" if name == "t5" else "other"
+    if name in lists.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes:
+        return "encoder"
+    return "causal" if name in lists.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else None
 
 
 def identify(name: str, fetch: bool = False) -> dict | None:

@@ -3,13 +3,14 @@
 import hashlib
 import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import transformers
 from bitsandbytes.functional import dequantize_4bit
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -95,6 +96,8 @@ def load_base(checkpoint: str, quantization, attn_implementation: str = "auto"):
         torch.cuda.set_device(device.current())  # also for what is not told a device
     config = from_checkpoint(AutoConfig, checkpoint)
     settle_quantization(config, f"--pretrained_ckpt {checkpoint}")
+    if config.model_type == "falcon":
+        use_plain_layers()
     options = {
         "config": config,
         "quantization_config": quantization,
@@ -189,6 +192,14 @@ def settle_quantization(config, where: str) -> None:
     }
 
 
+def use_plain_layers() -> None:
+    """Let Falcon's linear layers be torch.nn.Linear, which they differ from in the rounding of a bias alone:
+    transformers puts that class in 4 bits and none made from it."""
+    from transformers.models.falcon import modeling_falcon
+
+    modeling_falcon.FalconLinear = torch.nn.Linear
+
+
 def keep_unpacked(model) -> None:
     """Keep bitsandbytes from repacking weights on the CPU that it can't: of a number of rows that is no
     multiple of 32, or with other than its usual storage."""
@@ -225,6 +236,8 @@ def load_adapter(model, folder: Path, sha256: str | None = None, config_sha256: 
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
             model = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+        with safe_open(folder / ADAPTER, "pt") as file:
+            refuse_unplaced(model, file.keys())
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UserWarning) as error:
         if is_out_of_memory(error):
             raise
@@ -239,6 +252,15 @@ def load_adapter(model, folder: Path, sha256: str | None = None, config_sha256: 
                 raise UserError(f"{folder}: {name} holds no numbers: train the run again with --force")
             parameter.data = parameter.data.to(device.compute_dtype())
     return model.eval()
+
+
+def refuse_unplaced(model, names: Iterable[str]) -> None:
+    """Raise ValueError if an adapter has more tensors than found a place: PEFT is silent about those."""
+    held, placed = (
+        sum("lora_" in name for name in every) for every in (names, dict(model.named_parameters()))
+    )
+    if held != placed:
+        raise ValueError(f"it has {held} tensors, and the model a place for {placed}")
 
 
 def four_bit_layers(model) -> dict:

@@ -346,7 +346,7 @@ LACKING = {
 def incomplete_checkpoint(folder: Path, lacking: str) -> Path:
     folder.mkdir()
     for name in LACKING.keys() - {lacking}:
-        (folder / name).write_text("{}")
+        (folder / name).write_text('{"model_type": "llama"}')
     return folder
 
 
@@ -363,6 +363,24 @@ def test_a_checkpoint_without_weights_ends_the_run_in_one_line(tmp_path, files):
         "llama2_baseline_inference.py", *files, "--pretrained_ckpt", folder, "--output_dir", tmp_path
     )
     assert f"--pretrained_ckpt {folder} has not weights" in line
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_encoder_is_refused_with_the_script_that_takes_it_before_any_weight_is_read(
+    tmp_path, files, script
+):
+    task, folder, encoder = script.split("_")[1].removesuffix(".py"), tmp_path / "run", tmp_path / "bert"
+    if script in INFERENCE:
+        leave_record(folder, *files, task=task)
+    elif task == "summarization":
+        files = tuple(f"--{name}_file={DEMO_DATA}/dialogues_{name}.jsonl" for name in ("train", "test"))
+    encoder.mkdir()
+    (encoder / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForMaskedLM"]}')
+    if script == INFERENCE[1]:
+        files = ("--test_file", DEMO_DATA / "dialogues_test.jsonl")
+    flags = (*files, "--pretrained_ckpt", encoder, "--experiment_dir", folder)
+    line = refusal(script, *flags, by=run_preloaded)
+    assert f"--pretrained_ckpt {encoder} is an encoder (BertForMaskedLM): competitors/encoder_class" in line
 
 
 @pytest.mark.parametrize("tracker", ["nosuch", "wandb"])
