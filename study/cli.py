@@ -34,6 +34,10 @@ CHECKPOINTS = {  # by kind of script: each has its own flags and defaults
     "t5": "google/flan-t5-base",
     "cheap": None,
 }
+RATES = {  # by kind of script: the default, and its schedule
+    "causal": (2e-4, "after a warm-up over 3 %% of an epoch's steps, constant"),
+    "encoder": (2e-5, "after a warm-up over 10 %% of the steps, falling to 0"),
+}
 MODELS = {"causal": "causal language model", "encoder": "encoder", "t5": "T5"}
 CHEAP = {  # by task; the first is the default
     "classification": ("tfidf-nb", "tfidf-svm", "tfidf-lr"),
@@ -85,8 +89,9 @@ def build_parser(task: str | None, description: str, kind: str | None = None) ->
     add_data_flags(parser, task, kind)
     if kind == "causal":
         add_lora_flags(parser, task)
-        add_training_flags(parser, task)
-    elif kind == "cheap":
+    if kind in RATES:
+        add_training_flags(parser, task, kind)
+    if kind == "cheap":
         add_share(parser.add_argument_group("training").add_argument)
     add_decoding_flags(parser, task, kind)
     add_run_flags(parser)
@@ -139,7 +144,9 @@ def add_data_flags(parser: argparse.ArgumentParser, task: str | None, kind: str)
             type=positive_int,
             default=512,
             metavar="TOKENS",
-            help="prompt and answer of one example; longer texts are shortened to fit (%(default)s)",
+            help="tokens of one example; longer texts are cut (%(default)s)"
+            if kind == "encoder"
+            else "prompt and answer of one example; longer texts are shortened to fit (%(default)s)",
         )
     if CHECKPOINTS[kind] and kind != "encoder":
         add(
@@ -190,7 +197,7 @@ def add_lora_flags(parser: argparse.ArgumentParser, task: str) -> None:
     )
 
 
-def add_training_flags(parser: argparse.ArgumentParser, task: str) -> None:
+def add_training_flags(parser: argparse.ArgumentParser, task: str, kind: str) -> None:
     add = parser.add_argument_group("training").add_argument
     add(
         "--epochs",
@@ -202,9 +209,9 @@ def add_training_flags(parser: argparse.ArgumentParser, task: str) -> None:
     add(
         "--learning_rate",
         type=positive_float,
-        default=2e-4,
+        default=RATES[kind][0],
         metavar="LR",
-        help="after a warm-up over 3 %% of an epoch's steps, constant (%(default)s)",
+        help=f"{RATES[kind][1]} (%(default)s)",
     )
     add(
         "--batch_size",
@@ -220,6 +227,8 @@ def add_training_flags(parser: argparse.ArgumentParser, task: str) -> None:
         metavar="TOKENS",
         help="tokens on the device at once; splits a batch, changes speed and memory only (%(default)s)",
     )
+    if kind == "encoder":
+        return
     add(
         "--gradient_checkpointing",
         choices=("auto", "on", "off"),
@@ -256,8 +265,12 @@ def add_decoding_flags(parser: argparse.ArgumentParser, task: str | None, kind: 
         type=auto_int,
         default="auto",
         metavar="N",
-        help="examples decoded at once (%(default)s)",
+        help="examples scored at once (%(default)s)"
+        if kind == "encoder"
+        else "examples decoded at once (%(default)s)",
     )
+    if kind == "encoder":
+        return
     add(
         "--merge",
         choices=("auto", "on", "off"),
