@@ -17,13 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from study import checkpoint, cli, data, device
 from study.records import cost, estimate, record, runs, summary
 
-TASK, METHOD, KIND = "classification", "encoder", "encoder"
+TASK, METHOD = "classification", "encoder"
 
 
 def main(process: device.Process) -> None:
-    args = cli.parse_args(TASK, __doc__, kind=KIND)
+    args = cli.parse_args(TASK, __doc__, kind=METHOD)
     folder = runs.folder_of(args, METHOD)
-    trained_path, path = folder / "train.json", folder / runs.eval_name(args, vars(args))
+    path = folder / runs.eval_name(args, vars(args))
     if args.dry_run:
         return estimate.say_dry_run(path, args, METHOD, process)
 
@@ -32,7 +32,7 @@ def main(process: device.Process) -> None:
     train, test = data.sample_train(splits["train"], args), data.sample_eval(splits[args.split], args)
     labels = data.labels_of(splits["train"])
     with record.locked(folder, process):
-        trained = runs.find_finished(trained_path, args, METHOD, {"train": train.describe()})
+        trained = runs.find_finished(folder / "train.json", args, METHOD, {"train": train.describe()})
         described = {args.split: test.describe()}
         content = trained and runs.find_finished(path, args, METHOD, described, trained)
         if content:

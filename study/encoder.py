@@ -9,10 +9,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import (
+    MODEL_FOR_MASKED_LM_MAPPING,
     AttentionInterface,
     AttentionMaskInterface,
     AutoConfig,
-    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -64,7 +64,7 @@ def load(checkpoint: str, labels: Sequence[str], seed: int):
     checkpoint has. Raises UserError for one that is no encoder, quantized, or lacks a part of it."""
     where = f"--pretrained_ckpt {checkpoint}"
     config = model.from_checkpoint(AutoConfig, checkpoint)
-    if type(config) not in AutoModelForMaskedLM._model_mapping:
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING:
         raise UserError(f"{where} is a {config.model_type}, no encoder: name one such as BERT or ModernBERT")
     if getattr(config, "quantization_config", None):
         raise UserError(
@@ -92,14 +92,12 @@ def refuse_other_body(encoder, found: dict, where: str) -> None:
     """Raise UserError if loading (transformers' loading info) left a tensor at random or unused, but for
     those of heads, poolers and positions that are counted anyway."""
     inner = f"{encoder.base_model_prefix}."
+
+    def counts(name: str) -> bool:
+        return name.startswith(inner) and "pooler." not in name and not name.endswith("position_ids")
+
     kinds = "missing_keys", "unexpected_keys", "mismatched_keys"
-    own = {
-        kind: [
-            n for n in names_of(found[kind]) if n.startswith(inner) and not n.startswith(f"{inner}pooler.")
-        ]
-        for kind in kinds
-    }
-    own["unexpected_keys"] = [name for name in own["unexpected_keys"] if not name.endswith("position_ids")]
+    own = {kind: list(filter(counts, names_of(found[kind]))) for kind in kinds}
     checks.refuse_other_tensors({**found, **own}, where)
 
 
@@ -128,6 +126,8 @@ def load_trained(folder: Path, trained: dict):
             raise UserError(
                 f"{folder} is not the model that its train.json tells of: train it again with --force"
             )
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()  # what training took
     options = {"dtype": torch.float32, "use_safetensors": True}
     loader = AutoModelForSequenceClassification
     return ready(model.load_with_attention(loader, str(folder), "auto", options)).eval()
