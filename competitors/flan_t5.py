@@ -51,6 +51,7 @@ def main(process: device.Process) -> None:
             print(data.say_split("train", splits["train"], train), flush=True)
             with record.recording(trained_path, args, method, process) as content:
                 content |= {"data": described[0], "prompt_sha256": prompt}
+                checkpoint.refuse_other_kind(args.pretrained_ckpt, KIND)
                 content["checkpoint"] = checkpoint.identify(args.pretrained_ckpt, fetch=True)
                 if task == "classification":
                     content["labels"] = data.labels_of(splits["train"])

@@ -22,9 +22,10 @@ from study.files import is_lfs_pointer, write_text
 PIECE = 2**25  # bytes that are hashed or looked through at once
 TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "tekken.json"),
+    *("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model", "tekken.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json"),
 )
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spm.model")  # one of which must be
 # Masks and tables that older checkpoints hold as tensors, and models make by themselves today.
 OUTDATED = re.compile(r"(masked_bias|causal_mask|inv_freq|\.attn\.bias|\.attention\.bias)$")
 TAKEN_BY = {  # by kind of model: what it is, and the scripts that take it
@@ -34,7 +35,7 @@ TAKEN_BY = {  # by kind of model: what it is, and the scripts that take it
     "t5": "a T5 ({}): competitors/flan_t5.py fine-tunes those",
     "other": "an encoder-decoder other than T5 ({}): no script here takes those, name another checkpoint",
 }
-HUB = ["*.json", "model*.safetensors", "tokenizer.model", "*.txt", "*.jinja"]
+HUB = ["*.json", "model*.safetensors", "tokenizer.model", "spm.model", "*.txt", "*.jinja"]
 UNIMPORTANT = ("_name_or_path", "transformers_version")  # of config.json
 NOT_NUMBERS = {  # a safetensors dtype's words, and the exponent that infinities and NaNs have
     "BF16": ("<u2", 0x7F80),
@@ -201,7 +202,7 @@ def check_files(folder: Path, where: str) -> list[Path]:
             f"{where} holds an adapter too (adapter_config.json), which would be applied: move it elsewhere"
         )
     weights = weight_files(folder, where)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise UserError(
             f"{where} has not a tokenizer (tokenizer.json): name a whole checkpoint folder or a hub id"
         )

@@ -40,7 +40,17 @@ CHECKPOINTS = {  # by kind of script: each has its own flags and defaults
     "t5": "google/flan-t5-base",
     "cheap": None,
 }
-MODELS = {"causal": "causal language model", "encoder": "encoder", "t5": "T5"}
+RATES = {  # by kind of script: the default learning rate, and its schedule
+    "causal": (2e-4, "after a warm-up over 3 %% of an epoch's steps, constant (%(default)s)"),
+    "encoder": (2e-5, "after a warm-up over 10 %% of the steps, falling to 0 (%(default)s)"),
+    "t5": (None, "after a warm-up over 3 %% of an epoch's steps, constant (full 3e-4, lora 1e-3)"),
+}
+LENGTHS = {  # what --max_seq_length is of
+    "causal": "prompt and answer of one example; longer texts are shortened to fit",
+    "encoder": "tokens of one example; longer texts are cut",
+    "t5": "prompt alone; longer texts are shortened to fit",
+}
+MODELS = {"causal": "a causal language model", "encoder": "an encoder", "t5": "a T5"}
 CHEAP = {  # by task; the first is the default
     "classification": ("tfidf-nb", "tfidf-svm", "tfidf-lr"),
     "summarization": ("lead-3", "longest-3"),
@@ -98,11 +108,11 @@ def build_parser(task: str | None, description: str, kind: str | None = None) ->
     add_data_flags(parser, task, kind)
     if kind == "causal":
         add_lora_flags(parser, DEFAULTS[task]["lora_r"], alpha=16, dropout=0.1)
-        add_training_flags(parser, task, kind)
     elif kind == "t5":
         add_lora_flags(parser, 16, alpha=32, dropout=0.05, everywhere=False)
+    if kind in RATES:
         add_training_flags(parser, task, kind)
-    elif kind == "cheap":
+    if kind == "cheap":
         add_share(parser.add_argument_group("training").add_argument)
     add_decoding_flags(parser, task, kind)
     add_run_flags(parser)
@@ -116,7 +126,7 @@ def add_data_flags(parser: argparse.ArgumentParser, task: str | None, kind: str)
             "--pretrained_ckpt",
             default=CHECKPOINTS[kind],
             metavar="CKPT",
-            help=f"hub id or local folder of a {MODELS.get(kind, MODELS['causal'])} (%(default)s)",
+            help=f"hub id or local folder of {MODELS.get(kind, MODELS['causal'])} (%(default)s)",
         )
     shown = "%(default)s" if task else "by task: " + ", ".join(d["dataset"] for d in DEFAULTS.values())
     add(
@@ -155,8 +165,7 @@ def add_data_flags(parser: argparse.ArgumentParser, task: str | None, kind: str)
             type=positive_int,
             default=512,
             metavar="TOKENS",
-            help=("prompt alone" if kind == "t5" else "prompt and answer of one example")
-            + "; longer texts are shortened to fit (%(default)s)",
+            help=LENGTHS.get(kind, LENGTHS["causal"]) + " (%(default)s)",
         )
     if CHECKPOINTS[kind] and kind != "encoder":
         add(
@@ -218,26 +227,15 @@ def add_training_flags(parser: argparse.ArgumentParser, task: str | None, kind: 
         + ("(%(default)s)" if task else "({classification[epochs]}, {summarization[epochs]})".format(**T5)),
     )
     add_share(add)
-    add(
-        "--learning_rate",
-        type=positive_float,
-        default=2e-4 if kind == "causal" else None,
-        metavar="LR",
-        help="after a warm-up over 3 %% of an epoch's steps, constant "
-        + (
-            "(%(default)s)"
-            if kind == "causal"
-            else "(full {full[learning_rate]}, lora {lora[learning_rate]})".format(**T5)
-        ),
-    )
+    add("--learning_rate", type=positive_float, default=RATES[kind][0], metavar="LR", help=RATES[kind][1])
     add(
         "--batch_size",
         type=positive_int,
-        default=16 if kind == "causal" else 32,
+        default=32 if kind == "t5" else 16,
         metavar="N",
         help="examples per optimizer step (%(default)s)",
     )
-    if kind != "causal":
+    if kind == "t5":
         return
     add(
         "--max_tokens_per_batch",
@@ -246,6 +244,8 @@ def add_training_flags(parser: argparse.ArgumentParser, task: str | None, kind: 
         metavar="TOKENS",
         help="tokens on the device at once; splits a batch, changes speed and memory only (%(default)s)",
     )
+    if kind == "encoder":
+        return
     add(
         "--gradient_checkpointing",
         choices=("auto", "on", "off"),
@@ -282,9 +282,11 @@ def add_decoding_flags(parser: argparse.ArgumentParser, task: str | None, kind: 
         type=auto_int,
         default="auto",
         metavar="N",
-        help="examples decoded at once (%(default)s)",
+        help="examples scored at once (%(default)s)"
+        if kind == "encoder"
+        else "examples decoded at once (%(default)s)",
     )
-    if kind == "t5":
+    if kind in {"encoder", "t5"}:
         return
     add(
         "--merge",

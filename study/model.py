@@ -55,9 +55,10 @@ def from_checkpoint(loader, checkpoint: str, **options):
         raise UserError(f"--pretrained_ckpt {checkpoint} can't be loaded: {reason}") from None
 
 
-def load_tokenizer(checkpoint: str):
+def load_tokenizer(checkpoint: str, ends: bool = True):
     """The checkpoint's tokenizer: transformers' class for it, or where that reads texts otherwise than
-    tokenizer.json says, the one that takes the file as it is. Raises UserError if neither does."""
+    tokenizer.json says, the one that takes the file as it is. Raises UserError if neither does, or without an
+    end of sequence for a model that `ends` its answers."""
     folder, where = place_of(checkpoint)
     try:
         tokenizer = from_checkpoint(AutoTokenizer, checkpoint)
@@ -77,7 +78,7 @@ def load_tokenizer(checkpoint: str):
                 "tokenizer_config.json"
             )
         print(f"tokenizer  by tokenizer.json: {name} would read texts otherwise", flush=True)
-    if tokenizer.eos_token_id is None:
+    if ends and tokenizer.eos_token_id is None:
         raise UserError(
             f"{where}: its tokenizer has no end-of-sequence token, by which answers "
             "end: set eos_token in its tokenizer_config.json"
@@ -110,7 +111,7 @@ def load_base(checkpoint: str, quantization, attn_implementation: str = "auto"):
             eos_token_id=checkpoints.ends_of(*place_of(checkpoint)) or None
         ),
     }
-    model, found = load_with_attention(checkpoint, attn_implementation, options)
+    model, found = load_with_attention(AutoModelForCausalLM, checkpoint, attn_implementation, options)
     where = f"--pretrained_ckpt {checkpoint}"
     checks.refuse_other_tensors(found, where)
     for refuse in (checks.refuse_other_shapes, checks.refuse_other_bits, checks.refuse_untied_head):
@@ -161,17 +162,17 @@ def as_loaded(model, tokenizer) -> dict:
     }
 
 
-def load_with_attention(checkpoint: str, wanted: str, options: dict) -> tuple:
+def load_with_attention(loader, checkpoint: str, wanted: str, options: dict) -> tuple:
     """The model and transformers' loading info; for "auto" with PyTorch's attention, or the model's own where
     transformers has no other for it."""
     if wanted != "auto":
-        return from_checkpoint(AutoModelForCausalLM, checkpoint, attn_implementation=wanted, **options)
+        return from_checkpoint(loader, checkpoint, attn_implementation=wanted, **options)
     try:
-        return from_checkpoint(AutoModelForCausalLM, checkpoint, attn_implementation="sdpa", **options)
+        return from_checkpoint(loader, checkpoint, attn_implementation="sdpa", **options)
     except UserError as error:
         if "scaled_dot_product_attention" not in str(error):  # the reason why there is no sdpa
             raise
-        return from_checkpoint(AutoModelForCausalLM, checkpoint, attn_implementation="eager", **options)
+        return from_checkpoint(loader, checkpoint, attn_implementation="eager", **options)
 
 
 def settle_quantization(config, where: str) -> None:

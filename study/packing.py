@@ -19,6 +19,7 @@ from study import checks, device
 from study.encoding import Example
 from study.errors import UserError, is_out_of_memory
 
+POOL = 50  # steps among whose examples those of like length are put together
 SHARED_LEAST = 8  # tokens that examples begin with alike, from which on the fused layers compute them once
 
 
@@ -36,6 +37,20 @@ def plan_steps(examples: int, batch_size: int, epochs: int, seed: int) -> list[l
         order = list(range(examples))
         random.Random(f"{seed} {epoch}").shuffle(order)
         steps += [order[i : i + batch_size] for i in range(0, examples, batch_size)]
+    return steps
+
+
+def steps_of_like_length(lengths: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """Like `plan_steps`, with examples of like length in a step: of every POOL steps' examples, which are
+    drawn at random, each step takes neighbours in length; the steps of an epoch then go in an order drawn
+    anew, so that long and short ones mix."""
+    steps, many = [], POOL * batch_size
+    for epoch, order in enumerate(plan_steps(len(lengths), len(lengths), epochs, seed)):
+        pools = (order[i : i + many] for i in range(0, len(order), many))
+        ordered = [i for pool in pools for i in sorted(pool, key=lambda i: lengths[i])]
+        mine = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)]
+        random.Random(f"{seed} {epoch} steps").shuffle(mine)
+        steps += mine
     return steps
 
 

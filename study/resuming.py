@@ -14,8 +14,8 @@ from study import checkpoint as checkpoints_of_models
 from study.device import Process
 from study.errors import UserError
 from study.fast import memory
-from study.records import runs
-from study.records.schema import settings_of
+from study.records import record, runs
+from study.records.schema import SCHEMA, settings_of
 
 PROGRESS = "progress.json"
 
@@ -68,6 +68,15 @@ def resume(checkpoints: Path, run: dict, args, process: Process) -> tuple[Path |
         if name in run and before != run[name]:
             raise UserError(f"{checkpoint} was made with {what}: {redo}")
     return checkpoint, progress["spent"], progress["history"]
+
+
+def mark(checkpoint: Path, run: dict, spent: dict, history: list, plan: dict) -> None:
+    """Say of a checkpoint that it is whole, and keep the two newest. `history` has [step, loss, learned] of
+    every step."""
+    history = [[step, float(loss), learned] for step, loss, learned in history]
+    progress = {"schema": SCHEMA, **run, "spent": spent, "history": history, "plan": plan}
+    record.write_json(checkpoint / PROGRESS, progress)
+    discard_older(checkpoint.parent)
 
 
 def read_progress(checkpoint: Path) -> dict:

@@ -30,8 +30,6 @@ from study.encoding import Example, sha256_of
 from study.errors import UserError, is_out_of_memory
 from study.model import CONFIG, fingerprint
 from study.packing import choose_batching, learned_places, plan_steps, seed_of, split_to_fit
-from study.records import record
-from study.records.schema import SCHEMA
 
 
 class PackedTrainer(Trainer):
@@ -161,19 +159,15 @@ class Reporter(TrainerCallback):
                 "wall_seconds": self.spent["wall_seconds"] + self.process.seconds(),
                 "peak_memory_gib": max(self.spent["peak_memory_gib"], device.peak_memory_gib()),
             }
-            history = [[step, float(loss), learned] for step, loss, learned in self.history]
-            progress = {"schema": SCHEMA, **self.run, "spent": spent, "history": history}
-            progress["plan"] = self.path.plan()
-            folder = Path(args.output_dir)
-            record.write_json(folder / f"checkpoint-{state.global_step}" / resuming.PROGRESS, progress)
-            resuming.discard_older(folder)
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            resuming.mark(checkpoint, self.run, spent, self.history, self.path.plan())
         self.saving, self.saved = time.monotonic() - self.saved, time.monotonic()
 
 
 def check_finite(model, args) -> None:
-    """Raise UserError if training has made a weight of the adapter infinite or no number."""
+    """Raise UserError if training has made a weight infinite or no number."""
     if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
-        raise diverged("the adapter's weights are no longer numbers", args)
+        raise diverged("the trained weights are no longer numbers", args)
 
 
 def diverged(what: str, args) -> UserError:
@@ -332,13 +326,18 @@ def check_targets(model, names: Sequence[str]) -> None:
 
 def save_adapter(model, tokenizer, folder: Path) -> str:
     """Write `folder`/adapter in one move; a reader never sees half of it. Returns its fingerprint."""
-    new, final = folder / ".adapter", folder / "adapter"
+    return fingerprint(save_whole(folder / "adapter", model, tokenizer))
+
+
+def save_whole(final: Path, *parts) -> Path:
+    """Write what `parts` (model, tokenizer) save into one folder, in one move."""
+    new = final.with_name(f".{final.name}")
     shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed here
-    model.save_pretrained(new, safe_serialization=True)
-    tokenizer.save_pretrained(new)
+    for part in parts:
+        part.save_pretrained(new)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(new, final)
-    return fingerprint(final)
+    return final
 
 
 def mean_loss(history: Sequence[Sequence]) -> float:

@@ -21,6 +21,7 @@ FLOORS = (
     "study.fast",
     "study.paths study.resuming",
     "study.training study.generation study.loop study.t5",
+    "study.full study.encoder",
     "llama2_classification llama2_classification_inference llama2_summarization",
     "llama2_summarization_inference llama2_baseline_inference",
 )

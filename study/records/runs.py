@@ -104,17 +104,22 @@ def find_finished(
 
 
 def scored_adapter(trained: dict) -> dict:
-    """What an evaluation's record says of the adapter that it scored: the SHA-256 of its weights, or of a
-    training that did not record it when that ended."""
-    sha256 = lookup(trained, "train.adapter_sha256")
-    return {"adapter_sha256": sha256} if sha256 else {"training": trained["finished"]}
+    """What an evaluation's record says of the adapter or model that it scored: the SHA-256 of its weights, or
+    of a training that did not record it when that ended."""
+    return learned(trained.get("train")) or {"training": trained["finished"]}
+
+
+def learned(content: dict | None) -> dict:
+    """The SHA-256 of what was trained, under its name: an adapter, or a whole model."""
+    names = ("adapter_sha256", "model_sha256")
+    return {name: content[name] for name in names if (content or {}).get(name)}
 
 
 def has_scored(path: Path, content: dict, trained: dict) -> bool:
     """Whether the evaluation `content` at `path` is of the adapter of the training `trained`, and its file
     still named by what it has otherwise than that: a training redone with other flags may leave the same
     adapter. Raises UserError where that can't be told."""
-    known = content.get("adapter_sha256"), lookup(trained, "train.adapter_sha256")
+    known = learned(content), learned(trained.get("train"))
     if not all(known):
         return content.get("training") == trained["finished"]
     if known[0] != known[1]:

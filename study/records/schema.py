@@ -29,6 +29,7 @@ READ = (  # what a model reads, in training and scoring alike
 WORDS = tuple(  # of methods without a checkpoint
     name for name in READ if name not in {"pretrained_ckpt", "max_seq_length", "max_new_tokens"}
 )
+ENCODED = tuple(name for name in READ if name != "max_new_tokens")  # by a model that generates nothing
 TRAINING = (*READ, "lora_alpha", "target_modules", "learning_rate", "batch_size", "loss_on")
 SCORING = (*READ, "test_file", "validation_file", "max_eval_samples", "split", "decoding")
 PROMPTING = (*SCORING, "task", "prompt_type", "shots", "chat_template", "seed")
@@ -90,6 +91,14 @@ METHODS = {  # in the order of the tables' rows
         settings=(*T5, "lora_r", "lora_alpha", "dropout"),
         knobs=LORA,
         trains=True,
+    ),
+    "encoder": Method(
+        title="fine-tuned in full",
+        folder="{task}-{pretrained_ckpt}-sampleFraction-{train_sample_fraction}_epochs-{epochs}_seed-{seed}",
+        settings=("train_sample_fraction", "epochs", "seed", *ENCODED, "learning_rate", "batch_size"),
+        knobs={"epochs": "epochs", "learning_rate": "learning rate"},
+        trains=True,
+        prompted=False,
     ),
     **{
         f"tfidf-{short}": Method(
