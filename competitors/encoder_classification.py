@@ -52,7 +52,7 @@ def fine_tune(args, folder: Path, train: data.Split, labels: list[str], process:
     """Train, and leave the model and train.json. Returns that record."""
     with record.recording(folder / "train.json", args, METHOD, process) as content:
         content |= {"data": {"train": train.describe()}, "labels": labels}
-        checkpoint.refuse_other_kind(args.pretrained_ckpt, KIND)
+        checkpoint.refuse_other_kind(args.pretrained_ckpt, "encoder")
         content["checkpoint"] = checkpoint.identify(args.pretrained_ckpt, fetch=True)
 
         # The libraries load here, so that --help, bad input and a finished run answer at once.
