@@ -96,6 +96,14 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
+def attend_without_plans() -> None:
+    """Leave out cuDNN's attention, which plans anew for every shape of a batch: these are many where batches
+    have the lengths of their texts."""
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def free_memory() -> int:
     """Bytes of the GPU that this process can still fill with tensors: what is free, without the gaps between
     its tensors and what CUDA will take for kernels."""

@@ -112,6 +112,7 @@ def output_layer(encoder) -> torch.nn.Linear:
 
 def ready(encoder):
     """On the device that computes, with a mask for which the host does not wait."""
+    device.attend_without_plans()
     if encoder.config._attn_implementation == "sdpa":
         encoder.set_attn_implementation("sdpa_at_once")
     return encoder.to(device.current())

@@ -275,6 +275,7 @@ def load(checkpoint: str):
 def lean(model):
     """`model`, its attention, norms and activation computed in fewer kernels; the same weights by the same
     names."""
+    device.attend_without_plans()
     for part in (model, model.encoder, model.decoder):  # each has a configuration of its own
         part.config._attn_implementation = "t5"
     for module in list(model.modules()):
