@@ -286,7 +286,7 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(tuned, tmp_path)
     ("more", "said"),
     [
         (["--lora_r", "8"], "--lora_r goes with --tuning lora"),
-        (["--pretrained_ckpt", "demo/model"], "is not a T5 (model_type in its config.json)"),
+        (["--pretrained_ckpt", "demo/model"], "is a causal language model (LlamaForCausalLM)"),
         (["--learning_rate", "1e30"], "is too high for these examples"),
     ],
 )
