@@ -154,7 +154,7 @@ def train(training: Training, tokenizer, folder: Path, run: dict, process: Proce
     of the same run is resumed, one of another refused. They are saved as often as costs a twentieth of the
     time.
     """
-    steps, tokens, most = training.steps, training.tokens, device.peak_memory_gib
+    steps, tokens = training.steps, training.tokens
     run = run | {"schedule": str(training.recipe)}
     checkpoint, spent, history = resuming.resume(folder / "checkpoints", run, training.args, process)
     if checkpoint:
@@ -173,23 +173,19 @@ def train(training: Training, tokenizer, folder: Path, run: dict, process: Proce
         if done % max(1, len(steps) // 10) == 0 or done == len(steps):
             loss, speed = training.settle(), sum(tokens[first:done]) / (time.monotonic() - began)
             print(
-                f"step {done:>6,}/{len(steps):,}  loss {loss:.4f}  {speed:,.0f} tokens/s  {most():.1f} GiB  "
-                f"{sum(tokens[done:]) / speed:,.0f} s left",
+                f"step {done:>6,}/{len(steps):,}  loss {loss:.4f}  {speed:,.0f} tokens/s  "
+                f"{device.peak_memory_gib():.1f} GiB  {sum(tokens[done:]) / speed:,.0f} s left",
                 flush=True,
             )
         if time.monotonic() - saved > 20 * training.saving and done < len(steps):
             saved, checkpoint = time.monotonic(), folder / "checkpoints" / f"checkpoint-{done}"
             training.save(checkpoint)
-            now = {
-                "seconds": seconds(),
-                "wall_seconds": spent["wall_seconds"] + process.seconds(),
-                "peak_memory_gib": max(spent["peak_memory_gib"], most()),
-            }
+            now = resuming.so_far(spent, seconds(), process)
             resuming.mark(checkpoint, run, now, training.history, {"tokens": training.most})
             training.saving, saved = time.monotonic() - saved, time.monotonic()
     check_finite(training.model, training.args)
     took = seconds()
-    final = save_whole(folder / "model", training.model, tokenizer)
+    final = save_whole(folder / "model", training.model.save_pretrained, tokenizer.save_pretrained)
     computed = sum(
         len(group) * max(training.lengths[i] for i in group)
         for step in steps
@@ -201,11 +197,9 @@ def train(training: Training, tokenizer, folder: Path, run: dict, process: Proce
         "examples": len(training.lengths),
         "steps": len(steps),
         "tokens": sum(tokens),
-        "seconds": took,
-        "wall_seconds": spent["wall_seconds"] + process.seconds(),
+        **resuming.so_far(spent, took, process),
         "earlier_seconds": spent["wall_seconds"],
         "tokens_per_second": sum(tokens) / took,
-        "peak_memory_gib": max(spent["peak_memory_gib"], most()),
         "trainable_parameters": sum(map(torch.numel, training.trained)),
         "batching": {
             "padding_share": 1 - sum(tokens) / computed,

@@ -142,6 +142,13 @@ def generate(
     most = None if batch_size == "auto" else batch_size
     for index, ids in answer(model.eval(), left, max_new_tokens, ends, allowed, most) if left else ():
         kept.add(index, ids)
+    return in_order(tokenizer, prompts, kept, how, ends)
+
+
+def in_order(
+    tokenizer, prompts: Sequence[list[int]], kept: KeptAnswers, how: str, ends: list[int]
+) -> Answers:
+    """The answers to all prompts, once every one is kept."""
     answers = [kept.answers[i] for i in range(len(prompts))]
     return Answers(
         texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids in answers],

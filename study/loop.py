@@ -14,9 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn.utils import clip_grad_norm_
 
 from study import device, resuming
-from study.records import record
-from study.records.schema import SCHEMA
-from study.training import diverged, losses
+from study.training import check_finite, diverged, losses
 
 STATE = "weights.safetensors"
 SPEED = 2**30  # bytes a second that a checkpoint is thought to be written with until one has been
@@ -63,17 +61,15 @@ class Loop:
                 self.say(number, tokens, first)
             if time.monotonic() - self.saved > 20 * self.saving and number < last:
                 self.save(number + 1)
-        self.check_finite()
+        check_finite(self.model, self.args)
         seconds = self.seconds()
         return {
             **losses(self.history, len(learned) // self.args.epochs),
             "steps": len(learned),
             "tokens": sum(tokens),
-            "seconds": seconds,
-            "wall_seconds": self.spent["wall_seconds"] + self.process.seconds(),
+            **resuming.so_far(self.spent, seconds, self.process),
             "earlier_seconds": self.spent["wall_seconds"],
             "tokens_per_second": sum(tokens) / seconds,
-            "peak_memory_gib": max(self.spent["peak_memory_gib"], device.peak_memory_gib()),
             "trainable_parameters": sum(p.numel() for p in self.trained.values()),
             "schedule": self.run["schedule"],
             "examples_sha256": self.run["examples_sha256"],
@@ -93,12 +89,8 @@ class Loop:
             flush=True,
         )
 
-    def check_finite(self) -> None:
-        if not torch.stack([torch.isfinite(p).all() for p in self.trained.values()]).all():
-            raise diverged("the trained weights are no longer numbers", self.args)
-
     def save(self, steps: int) -> None:
-        self.check_finite()  # waits for the device, so what follows is the time of saving alone
+        check_finite(self.model, self.args)  # waits for the device: what follows is the time of saving alone
         began, folder = time.monotonic(), self.folder / f"checkpoint-{steps}"
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: p.data for name, p in self.trained.items()}
@@ -106,13 +98,7 @@ class Loop:
             state |= {f"{kind}:{name}": self.optimizer.state[p][kind] for kind in ("exp_avg", "exp_avg_sq")}
         save_file(state, folder / STATE)
         self.history = [[number, float(loss), learned] for number, loss, learned in self.history]
-        spent = {
-            "seconds": self.seconds(),
-            "wall_seconds": self.spent["wall_seconds"] + self.process.seconds(),
-            "peak_memory_gib": max(self.spent["peak_memory_gib"], device.peak_memory_gib()),
-        }
-        progress = {"schema": SCHEMA, **self.run, "spent": spent, "history": self.history}
-        record.write_json(folder / resuming.PROGRESS, progress)
-        resuming.discard_older(self.folder)
+        spent = resuming.so_far(self.spent, self.seconds(), self.process)
+        resuming.mark(folder, self.run, spent, self.history, plan={})
         self.saved = time.monotonic()
         self.saving = self.saved - began

@@ -13,7 +13,7 @@ from study.intervals import LEVEL, interval, p_by_swapping
 # its interval.
 VERSION = {"classification": 2, "summarization": 3}
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-LEAST, RARE = 3, 0.4  # more than this share of classes with fewer test examples: macro F1 has no interval
+LEAST, LACKING = 3, 0.4  # more than this share of classes with fewer test examples: macro F1 has no interval
 
 
 class Answers:
@@ -51,7 +51,7 @@ class Answers:
     def trusted(self) -> bool:
         """Whether macro F1 has an interval that holds."""
         _, references, answers = self.counts
-        return (references[references + answers > 0] < LEAST).mean() <= RARE
+        return (references[references + answers > 0] < LEAST).mean() <= LACKING
 
     def values(self) -> dict[str, np.ndarray]:
         """What each example adds to each score, [examples]: to F1 the jackknife's pseudo-value (Tukey, 1958),

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from study import checkpoint as checkpoints_of_models
+from study import device
 from study.device import Process
 from study.errors import UserError
 from study.fast import memory
@@ -68,6 +69,16 @@ def resume(checkpoints: Path, run: dict, args, process: Process) -> tuple[Path |
         if name in run and before != run[name]:
             raise UserError(f"{checkpoint} was made with {what}: {redo}")
     return checkpoint, progress["spent"], progress["history"]
+
+
+def so_far(spent: dict, seconds: float, process: Process) -> dict:
+    """What a training has taken with the attempts before, `spent`: `seconds` of training in all, those of its
+    processes, and the most memory."""
+    return {
+        "seconds": seconds,
+        "wall_seconds": spent["wall_seconds"] + process.seconds(),
+        "peak_memory_gib": max(spent["peak_memory_gib"], device.peak_memory_gib()),
+    }
 
 
 def mark(checkpoint: Path, run: dict, spent: dict, history: list, plan: dict) -> None:

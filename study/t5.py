@@ -6,7 +6,6 @@ in which T5 overflows.
 """
 
 import functools
-import os
 import random
 import shutil
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from study import checks, device, encoding, generation
 from study.errors import UserError, is_out_of_memory
 from study.model import fingerprint, from_checkpoint, load_adapter, place_of
 from study.packing import seed_of
+from study.training import save_whole
 
 TOGETHER = 20_480  # tokens on the device at once, padding included: 32 of the longest by default
 POOL = 32  # steps whose examples are sorted by length together
@@ -310,14 +310,10 @@ def adapted(layer, x: torch.Tensor) -> torch.Tensor:
 def save_model(model, checkpoint: str, tokenizer, folder: Path) -> str:
     """Write `folder`/model in one move, as a checkpoint with the configuration of the one that it was trained
     from. Returns its fingerprint."""
-    new, final = folder / ".model", folder / "model"
-    shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed here
-    model.save_pretrained(new, max_shard_size="1TB")
-    tokenizer.save_pretrained(new)
     # transformers would write that the head is tied, which it is not in T5 v1.1.
-    shutil.copyfile(place_of(checkpoint)[0] / "config.json", new / "config.json")
-    shutil.rmtree(final, ignore_errors=True)
-    os.replace(new, final)
+    config = functools.partial(shutil.copy, place_of(checkpoint)[0] / "config.json")
+    whole = functools.partial(model.save_pretrained, max_shard_size="1TB")  # in one file
+    final = save_whole(folder / "model", whole, tokenizer.save_pretrained, config)
     return fingerprint(final, WEIGHTS)
 
 
@@ -370,14 +366,4 @@ def answer(model, tokenizer, prompts: Sequence[list[int]], args, kept) -> genera
         model, left, args.max_new_tokens, ends, None, most, continue_batch
     ):
         kept.add(index, ids)
-    answers = [kept.answers[i] for i in range(len(prompts))]
-    return generation.Answers(
-        texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids in answers],
-        input_tokens=sum(map(len, prompts)),
-        output_tokens=sum(map(len, answers)),
-        seconds=kept.spent(),
-        earlier_seconds=kept.wall_seconds,
-        how=how,
-        prompts_sha256=encoding.sha256_of(prompts),
-        ends=ends,
-    )
+    return generation.in_order(tokenizer, prompts, kept, how, ends)

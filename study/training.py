@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -154,11 +154,7 @@ class Reporter(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         check_finite(kwargs["model"], args)
         if state.is_world_process_zero:
-            spent = {
-                "seconds": self.seconds(),
-                "wall_seconds": self.spent["wall_seconds"] + self.process.seconds(),
-                "peak_memory_gib": max(self.spent["peak_memory_gib"], device.peak_memory_gib()),
-            }
+            spent = resuming.so_far(self.spent, self.seconds(), self.process)
             checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             resuming.mark(checkpoint, self.run, spent, self.history, self.path.plan())
         self.saving, self.saved = time.monotonic() - self.saved, time.monotonic()
@@ -267,11 +263,9 @@ def train(
         "examples": len(examples),
         "steps": len(steps),
         "tokens": sum(tokens),
-        "seconds": seconds,
-        "wall_seconds": spent["wall_seconds"] + process.seconds(),
+        **resuming.so_far(spent, seconds, process),
         "earlier_seconds": spent["wall_seconds"],
         "tokens_per_second": sum(tokens) / seconds,
-        "peak_memory_gib": max(spent["peak_memory_gib"], device.peak_memory_gib()),
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "batching": path.batching() | {"processes": training.world_size},
         "without_adapter": checks.without_adapter(model) if args.target_modules == ["all-linear"] else None,
@@ -326,15 +320,15 @@ def check_targets(model, names: Sequence[str]) -> None:
 
 def save_adapter(model, tokenizer, folder: Path) -> str:
     """Write `folder`/adapter in one move; a reader never sees half of it. Returns its fingerprint."""
-    return fingerprint(save_whole(folder / "adapter", model, tokenizer))
+    return fingerprint(save_whole(folder / "adapter", model.save_pretrained, tokenizer.save_pretrained))
 
 
-def save_whole(final: Path, *parts) -> Path:
-    """Write what `parts` (model, tokenizer) save into one folder, in one move."""
+def save_whole(final: Path, *writers: Callable[[Path], object]) -> Path:
+    """Let the `writers` write into one folder, in their order, which then appears in one move."""
     new = final.with_name(f".{final.name}")
     shutil.rmtree(new, ignore_errors=True)  # left by a run that was killed here
-    for part in parts:
-        part.save_pretrained(new)
+    for write in writers:
+        write(new)
     shutil.rmtree(final, ignore_errors=True)
     os.replace(new, final)
     return final

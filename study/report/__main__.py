@@ -151,7 +151,7 @@ def main() -> None:
         from study.report.rescore import rescore
 
         lines, problems = rescore(args.folders or [Path("experiments")])
-        print("\n".join(lines))
+        print(*lines, sep="\n", end="\n" * bool(lines))
         return end(problems)
     prices = cost.read_prices(args.prices) if args.prices else []
     folders = args.folders or ([] if args.published else [Path("experiments")])
