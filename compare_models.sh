@@ -11,30 +11,34 @@ owns="pretrained_ckpt:MODELS train_sample_fraction:FRACTIONS seed:SEEDS task_typ
 source "$(dirname "${BASH_SOURCE[0]}")/study/loop.sh"
 task=${TASK:-classification}
 case $task in
-  classification) all="tfidf-nb tfidf-svm distilbert bert flan-t5-large falcon-7b redpajama-3b redpajama-7b llama-2-7b llama-2-13b" ;;
-  summarization) all="lead-3 longest-3 flan-t5-base flan-t5-large falcon-7b redpajama-3b redpajama-7b llama-2-7b llama-2-13b" ;;
+  classification) all="tfidf-nb tfidf-svm" ;;
+  summarization) all="lead-3 longest-3" ;;
   *)
     echo "error: TASK=$task: it is classification or summarization" >&2
     exit 2
     ;;
 esac
+declare -A presets # KIND=CHECKPOINT by name, in the published order
+while read -r name kind checkpoint tasks; do
+  [[ $name != flan-t5-large ]] || kind=t5-lora # as published
+  presets[$name]=$kind=$checkpoint
+  [[ " $tasks " != *" $task "* ]] || all+=" $name"
+done < <(PYTHONPATH=$root python -c '
+from study.presets import PRESETS
+
+for name, about in PRESETS.items():
+    print(name, about.kind, about.checkpoint, *about.tasks)')
 
 kind_of() { # kind_of MODEL: as KIND=CHECKPOINT
   case $1 in
-    distilbert) echo encoder=distilbert/distilbert-base-uncased ;;
-    bert) echo encoder=google-bert/bert-base-uncased ;;
-    flan-t5-base) echo t5=google/flan-t5-base ;;
-    flan-t5-large) echo t5-lora=google/flan-t5-large ;;
-    falcon-7b) echo causal=tiiuae/falcon-7b ;;
-    redpajama-3b) echo causal=togethercomputer/RedPajama-INCITE-Base-3B-v1 ;;
-    redpajama-7b) echo causal=togethercomputer/RedPajama-INCITE-7B-Base ;;
-    llama-2-7b) echo causal=NousResearch/Llama-2-7b-hf ;;
-    llama-2-13b) echo causal=NousResearch/Llama-2-13b-hf ;;
     tfidf-* | lead-3 | longest-3) echo "cheap=$1" ;;
     causal=* | encoder=* | t5=* | t5-lora=*) echo "$1" ;;
     *)
-      echo "error: MODELS: $1 is none of $all, nor KIND=CHECKPOINT with KIND causal, encoder, t5 or t5-lora" >&2
-      return 2
+      if [[ ! ${presets[$1]:-} ]]; then
+        echo "error: MODELS: $1 is none of $all, nor KIND=CHECKPOINT with KIND causal, encoder, t5 or t5-lora" >&2
+        return 2
+      fi
+      echo "${presets[$1]}"
       ;;
   esac
 }

@@ -4,13 +4,14 @@ take."""
 import itertools
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import PROCESS, ROOT, write_rows
+from conftest import PROCESS, ROOT, error_line, write_rows
 
 from prompts import prompt_sha256
 from study import cli, data, device, metrics
@@ -744,3 +745,56 @@ def test_a_cell_that_no_short_run_can_estimate_is_not_run_on_a_budget(tmp_path):
     done = within(tmp_path, "--budget_usd", "1", "--price_per_hour=36", EPOCHS="1")
     assert [call[-8:] for call in calls(tmp_path)] == [FEW, FEW]
     assert len(done.stderr.splitlines()) <= 2
+
+
+# compare_models.sh
+
+
+def named_cells(output: str) -> list[str]:
+    """What each cell of a dry run is of: its checkpoint or its method."""
+    return re.findall(r"^\[\d+\] .*?--(?:pretrained_ckpt|method) (\S+)", output, re.M)
+
+
+@pytest.mark.parametrize("task", ["classification", "summarization"])
+def test_the_models_of_a_task_are_compared_in_the_published_order_after_what_costs_nothing(tmp_path, task):
+    from study.presets import PRESETS
+
+    env = {"TASK": task, "FRACTIONS": "1.0"}
+    done = loop("compare_models.sh", "--dry_run", "--output_dir", tmp_path, cwd=tmp_path, **env)
+    assert (done.returncode, done.stderr) == (0, "")
+    free, models = named_cells(done.stdout)[:2], named_cells(done.stdout)[2:]
+    assert (
+        free == {"classification": ["tfidf-nb", "tfidf-svm"], "summarization": ["lead-3", "longest-3"]}[task]
+    )
+    assert models == [about.checkpoint for about in PRESETS.values() if task in about.tasks]
+    assert "google/flan-t5-large --tuning lora" in done.stdout
+
+
+def test_shares_and_seeds_of_a_named_checkpoint_are_cells_and_what_learns_nothing_is_one(tmp_path):
+    env = {
+        "TASK": "summarization",
+        "MODELS": "lead-3 causal=a/model t5=a/t5",
+        "FRACTIONS": "0.5 1.0",
+        "SEEDS": "1 2",
+    }
+    done = loop("compare_models.sh", "--dry_run", "--output_dir", tmp_path, cwd=tmp_path, **env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert named_cells(done.stdout) == ["lead-3", *["a/model"] * 4, *["a/t5"] * 4]
+    assert done.stdout.count("a/t5 --tuning full") == 4
+
+
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"MODELS": "gpt-5"}, "MODELS: gpt-5 is none of tfidf-nb tfidf-svm distilbert"),
+        (
+            {"TASK": "summarization", "MODELS": "bert"},
+            "MODELS: bert classifies only, and TASK is summarization",
+        ),
+        ({"TASK": "translation"}, "TASK=translation: it is classification or summarization"),
+    ],
+)
+def test_a_model_or_task_that_the_loop_does_not_know_is_bad_usage(tmp_path, env, said):
+    done = loop("compare_models.sh", "--dry_run", cwd=tmp_path, **env)
+    assert said in error_line(done)
+    assert done.returncode == 2
