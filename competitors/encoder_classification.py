@@ -8,6 +8,8 @@ It leaves the model (loads in plain transformers), train.json, eval.json and pre
 its own. Started again, it goes on where it was stopped, and prints what it has if it was done.
 """
 
+import functools
+import math
 import sys
 import time
 from pathlib import Path
@@ -56,16 +58,8 @@ def fine_tune(args, folder: Path, train: data.Split, labels: list[str], process:
         content["checkpoint"] = checkpoint.identify(args.pretrained_ckpt, fetch=True)
 
         # The libraries load here, so that --help, bad input and a finished run answer at once.
-        from study import checks, encoder, encoding, full, model, packing, resuming
+        from study import checks, encoder, encoding, loop, model, packing, resuming
 
-        # BERT's own recipe (Devlin et al., 2019; Mosbach et al., 2021): without the warm-up some seeds learn
-        # nothing, and a rate that falls to 0 leaves less to where training happens to stop.
-        recipe = full.Recipe(
-            learning_rate=args.learning_rate,
-            warmup=0.1,  # of all steps
-            weight_decay=0.01,
-            max_grad_norm=1.0,
-        )
         tokenizer = model.load_tokenizer(args.pretrained_ckpt, ends=False)
         rows, cut = encoder.encode(tokenizer, [text for text, _ in train.examples], args.max_seq_length)
         content["data"]["train"] |= {"truncated": cut}
@@ -74,13 +68,22 @@ def fine_tune(args, folder: Path, train: data.Split, labels: list[str], process:
         tuned = encoder.load(args.pretrained_ckpt, labels, args.seed)
         model.check_length(tuned, tokenizer, args)
         checks.refuse_unknown_tokens(tuned, tokenizer, rows)
-        texts = encoder.Texts(rows, tokenizer.pad_token_id or 0)
-        loss_sum = encoder.loss_of(tuned, texts, classes)
-        steps = packing.steps_of_like_length(texts.lengths, args.batch_size, args.epochs, args.seed)
+        texts = encoder.Texts(rows, tokenizer.pad_token_id or 0, classes)
+        steps = packing.steps_of_like_length(texts.sizes, args.batch_size, args.epochs, args.seed)
+        # BERT's own recipe (Devlin et al., 2019; Mosbach et al., 2021): without the warm-up some seeds learn
+        # nothing, and a rate that falls to 0 leaves less to where training happens to stop.
+        recipe = loop.Recipe(
+            learning_rate=args.learning_rate,
+            warmup=math.ceil(0.1 * len(steps)),
+            falls=True,
+            weight_decay=0.01,
+            max_grad_norm=1.0,
+        )
         run = {name: content[name] for name in ("method", "config", "data", "checkpoint")}
         run["examples_sha256"] = encoding.sha256_of([rows, classes])
-        training = full.Training(tuned, loss_sum, steps, texts.lengths, recipe, args)
-        content["train"] = full.train(training, tokenizer, folder, run, process)
+        training = loop.Training(tuned, texts, steps, recipe, args)
+        save = functools.partial(encoder.save, tuned, tokenizer, folder)
+        content["train"] = loop.train(training, folder, run, process, save)
         content["cost"] = cost.of_run(args, device.name(), content["train"]["wall_seconds"])
     resuming.discard_checkpoints(folder, process)
     content = record.read(folder / "train.json")
@@ -113,7 +116,7 @@ def score(args, path: Path, test: data.Split, trained: dict, process: device.Pro
             "wall_seconds": process.seconds() - spent,
             "examples_per_second": len(rows) / seconds,
             "peak_memory_gib": device.peak_memory_gib(),
-            "input_tokens": sum(texts.lengths),
+            "input_tokens": sum(texts.tokens),
             "output_tokens": 0,
             "decoding": "none",
             **scores,

@@ -10,6 +10,7 @@ SAMSum's train split among others, so that summaries are of a data set that it k
 """
 
 import dataclasses
+import functools
 import sys
 from pathlib import Path
 
@@ -103,10 +104,9 @@ def score(test: data.Split, path: Path, trained: dict, args, content: dict, proc
 
 def fit(examples: list[tuple[str, str]], args, folder: Path, content: dict, process: device.Process) -> dict:
     """Train, leave the model in `folder`, and return the record's `train`."""
-    import torch
     from peft import LoraConfig
 
-    from study import checks, encoding, loop, model, t5, training
+    from study import checks, encoding, loop, model, packing, t5, training
 
     tokenizer = model.load_tokenizer(args.pretrained_ckpt)
     pairs, shortened = t5.encode_pairs(tokenizer, args.task, examples, args)
@@ -126,44 +126,27 @@ def fit(examples: list[tuple[str, str]], args, folder: Path, content: dict, proc
             task_type="SEQ_2_SEQ_LM",
         )
         tuned = t5.with_lora(tuned, lora, args.seed)
-    tuned.train()  # with the checkpoint's own dropout, 0.1 in Flan-T5
     # T5 fine-tunes at a constant rate (Raffel et al., 2020, 3.1.2). With AdamW, all weights together learn
     # well at 1e-4 to 3e-4, less than Adafactor's 1e-3, whose steps scale with the weights; adapters at 1e-3.
-    optimizer = torch.optim.AdamW(
-        [p for p in tuned.parameters() if p.requires_grad],
-        lr=args.learning_rate,
-        betas=(0.9, 0.999),
-        eps=1e-8,
+    # The checkpoint's own dropout, 0.1 in Flan-T5, is on.
+    recipe = loop.Recipe(
+        learning_rate=args.learning_rate,
+        warmup=training.warmup_steps(0.03, len(pairs), args.batch_size),
+        falls=False,
         weight_decay=0.0,
-        fused=torch.cuda.is_available(),
+        max_grad_norm=1.0,
     )
-    warmup = training.warmup_steps(0.03, len(pairs), args.batch_size)
     run = {name: content[name] for name in ("method", "config", "data", "prompt_sha256", "checkpoint")}
     run["examples_sha256"] = encoding.sha256_of([[pair.prompt, pair.answer] for pair in pairs])
-    run["schedule"] = f"constant after a linear warm-up of {warmup} steps"
-    steps = t5.Steps(tuned, pairs, t5.plan_steps(pairs, args.batch_size, args.epochs, args.seed), args.seed)
-    looping = loop.Loop(tuned, optimizer, warmup, 1.0, args, folder, run, process)
-    padding = steps.padding()
-    print(
-        f"training   {len(pairs):,} examples, {len(steps.steps):,} steps, {sum(steps.tokens):,} tokens, "
-        f"{padding:.1%} padding beside them"
-        + (f"; resumed from {looping.checkpoint.name}" if looping.checkpoint else ""),
-        flush=True,
-    )
-    trained = looping.train(steps, steps.learned, steps.tokens)
-    if args.tuning == "lora":
-        trained["adapter_sha256"] = training.save_adapter(tuned, tokenizer, folder)
-        trained["adapter_config_sha256"] = model.fingerprint(folder / "adapter", model.CONFIG)
-    else:
-        trained["adapter_sha256"] = t5.save_model(tuned, args.pretrained_ckpt, tokenizer, folder)
-    return trained | {
-        "examples": len(pairs),
-        "wall_seconds": trained["earlier_seconds"] + process.seconds(),
-        "padding": padding,
+    learned = t5.Pairs(pairs, tuned.config)
+    steps = packing.steps_of_like_length(learned.like(), args.batch_size, args.epochs, args.seed)
+    looping = loop.Training(tuned, learned, steps, recipe, args)
+    save = functools.partial(t5.save, tuned, args.pretrained_ckpt, args.tuning, tokenizer, folder)
+    own = {
         "dropout_of_checkpoint": tuned.config.dropout_rate,
         "dtype": str(t5.dtype()).removeprefix("torch."),
-        "tokens_at_once": steps.most,
     }
+    return loop.train(looping, folder, run, process, save) | own
 
 
 if __name__ == "__main__":

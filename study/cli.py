@@ -235,8 +235,6 @@ def add_training_flags(parser: argparse.ArgumentParser, task: str | None, kind: 
         metavar="N",
         help="examples per optimizer step (%(default)s)",
     )
-    if kind == "t5":
-        return
     add(
         "--max_tokens_per_batch",
         type=auto_int,
@@ -244,7 +242,7 @@ def add_training_flags(parser: argparse.ArgumentParser, task: str | None, kind: 
         metavar="TOKENS",
         help="tokens on the device at once; splits a batch, changes speed and memory only (%(default)s)",
     )
-    if kind == "encoder":
+    if kind in {"encoder", "t5"}:
         return
     add(
         "--gradient_checkpointing",

@@ -19,10 +19,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from prompts import defuse
-from study import checks, device, full, model
+from study import checks, device, model
 from study.encoding import TOGETHER, special_tokens
 from study.errors import UserError
+from study.loop import Examples
+from study.training import save_whole
 
+WEIGHTS = "model.safetensors"
+FINGERPRINTS = {WEIGHTS: "model_sha256", "config.json": "model_config_sha256"}
 SCORED_TOKENS = {"cuda": 65_536, "cpu": 4_096}  # in a pass of scoring
 
 
@@ -118,11 +122,16 @@ def ready(encoder):
     return encoder.to(device.current())
 
 
+def save(encoder, tokenizer, folder: Path) -> dict[str, str]:
+    """Leave the model in `folder`/model, which loads in plain transformers. Returns its fingerprints."""
+    final = save_whole(folder / "model", encoder.save_pretrained, tokenizer.save_pretrained)
+    return {name: model.fingerprint(final, file) for file, name in FINGERPRINTS.items()}
+
+
 def load_trained(folder: Path, trained: dict):
     """The model that a training has left in `folder`, for scoring. Raises UserError if it is another one than
     its record `trained` tells of."""
-    named = {full.WEIGHTS: "model_sha256", full.CONFIG: "model_config_sha256"}
-    for file, name in named.items():
+    for file, name in FINGERPRINTS.items():
         if not (folder / file).is_file() or model.fingerprint(folder, file) != trained[name]:
             raise UserError(
                 f"{folder} is not the model that its train.json tells of: train it again with --force"
@@ -134,28 +143,40 @@ def load_trained(folder: Path, trained: dict):
     return ready(model.load_with_attention(loader, str(folder), "auto", options)).eval()
 
 
-class Texts:
-    """Texts as tokens on the device, padded on the right, so that a batch is cut out of them there."""
+class Texts(Examples):
+    """Texts as tokens on the device, padded on the right, so that a batch is cut out of them there; with
+    their `classes`, to learn from."""
 
-    def __init__(self, rows: Sequence[Sequence[int]], pad: int):
-        self.lengths, self.device = [len(row) for row in rows], device.current()
-        ids = np.full((len(rows), max(self.lengths)), pad, np.int32)
+    most = 16_384
+
+    def __init__(self, rows: Sequence[Sequence[int]], pad: int, classes: Sequence[int] = ()):
+        super().__init__([(len(row),) for row in rows], [1] * len(rows), multiples=(16,))
+        self.device = device.current()
+        ids = np.full((len(rows), *self.widest), pad, np.int32)
         for i, row in enumerate(rows):
             ids[i, : len(row)] = row
-        self.ids = torch.from_numpy(ids).to(self.device)  # [texts, longest]
-        self.known = torch.tensor(self.lengths, device=self.device)  # [texts]
+        # [texts, longest], [texts], [texts]
+        self.ids, self.lengths, self.classes = (
+            torch.from_numpy(np.asarray(array)).to(self.device) for array in (ids, self.tokens, classes)
+        )
 
-    def batch(self, indices: Sequence[int]) -> tuple[torch.Tensor, dict]:
-        """Places [n] of some texts, and the model's inputs [n, longest of them]; no mask without padding."""
-        lengths = [self.lengths[i] for i in indices]
-        places = torch.tensor(indices)
+    def batch(self, group: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The model's inputs [n, width] of some texts, no mask without padding, and their classes [n]."""
+        places, [width] = torch.tensor(group), self.widths(group)
         if self.device.type == "cuda":
             places = places.pin_memory().to(self.device, non_blocking=True)
-        inputs = {"input_ids": self.ids[:, : max(lengths)].index_select(0, places).long()}
-        if min(lengths) < max(lengths):
-            counted = torch.arange(max(lengths), device=self.device)
-            inputs["attention_mask"] = (counted < self.known[places][:, None]).long()
-        return places, inputs
+        batch = {"input_ids": self.ids[:, :width].index_select(0, places).long()}
+        if min(self.tokens[i] for i in group) < width:
+            counted = torch.arange(width, device=self.device)
+            batch["attention_mask"] = (counted < self.lengths[places][:, None]).long()
+        return batch | ({"classes": self.classes[places]} if len(self.classes) else {})
+
+    def loss_sum(self, encoder, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Cross-entropy summed over the texts, in float32."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != "classes"}
+        with in_bfloat16():
+            logits = encoder(**inputs).logits
+        return F.cross_entropy(logits.float(), batch["classes"], reduction="sum")
 
 
 def in_bfloat16() -> contextlib.AbstractContextManager:
@@ -164,25 +185,12 @@ def in_bfloat16() -> contextlib.AbstractContextManager:
     return torch.autocast(device.current().type, torch.bfloat16, enabled=on)
 
 
-def loss_of(encoder, texts: Texts, classes: Sequence[int]):
-    """A function of some texts: their cross-entropy, summed."""
-    targets = torch.tensor(classes, device=texts.device)
-
-    def loss_sum(indices: Sequence[int]) -> torch.Tensor:
-        places, inputs = texts.batch(indices)
-        with in_bfloat16():
-            logits = encoder(**inputs).logits
-        return F.cross_entropy(logits.float(), targets[places], reduction="sum")
-
-    return loss_sum
-
-
 def classify(encoder, texts: Texts, at_once: int | str) -> tuple[list[int], list[float]]:
     """Of each text the most probable class, and its probability; `at_once` texts in a pass, or "auto"."""
     order, found = [], []
     with torch.no_grad(), in_bfloat16():
         for group in groups_of(texts, at_once):
-            shares = encoder(**texts.batch(group)[1]).logits.float().softmax(dim=1)
+            shares = encoder(**texts.batch(group)).logits.float().softmax(dim=1)
             found.append(torch.stack([*map(torch.Tensor.double, shares.max(dim=1))]))
             order += group
     sure, classes = torch.cat(found, dim=1).cpu()
@@ -192,9 +200,9 @@ def classify(encoder, texts: Texts, at_once: int | str) -> tuple[list[int], list
 
 def groups_of(texts: Texts, at_once: int | str) -> Iterator[list[int]]:
     """All texts, the longest first."""
-    order = sorted(range(len(texts.lengths)), key=lambda i: -texts.lengths[i])
+    order = sorted(range(len(texts.tokens)), key=lambda i: -texts.tokens[i])
     while order:
-        fitting = SCORED_TOKENS[texts.device.type] // texts.lengths[order[0]]
+        fitting = SCORED_TOKENS[texts.device.type] // texts.tokens[order[0]]
         count = max(1, fitting) if at_once == "auto" else at_once
         yield order[:count]
         order = order[count:]

@@ -1,104 +1,259 @@
-"""A plain training loop of one process that goes on after a kill and ends as it would have.
+"""A training loop for models that need no fast path: an encoder or a T5, all weights or adapters.
 
-A checkpoint is weights.safetensors, the trained weights and AdamW's two means of each, and progress.json
-(resuming.py). It holds no random state: a step draws by its number.
+A killed run goes on (resuming.py) and ends as it would have. Trained weights and AdamW's moments are float32.
+The loss of a step is the mean over what is learned in it, in however many passes it is computed. The host
+waits for the GPU only where it prints or saves.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.nn.utils import clip_grad_norm_
 
 from study import device, resuming
+from study.device import Process
+from study.errors import UserError, is_out_of_memory
+from study.fast.replay import Passes
+from study.packing import seed_of
 from study.training import check_finite, diverged, losses
 
-STATE = "weights.safetensors"
-SPEED = 2**30  # bytes a second that a checkpoint is thought to be written with until one has been
+STATE = "state.safetensors"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+WRITTEN = 5e8  # bytes a second that a first checkpoint is expected to be written with
 
 
-class Loop:
-    """Steps of an optimizer over the trained weights of a model; `run` and `process` as in training.train."""
+@dataclass(frozen=True)
+class Recipe:
+    """How weights are moved: AdamW, its rate after a linear warm-up constant or falling linearly to 0."""
 
-    def __init__(self, model, optimizer, warmup: int, max_grad_norm: float, args, folder: Path, run, process):
-        self.model, self.optimizer, self.warmup, self.most = model, optimizer, warmup, max_grad_norm
-        self.args, self.folder, self.run, self.process = args, folder / "checkpoints", run, process
+    learning_rate: float
+    warmup: int  # steps
+    falls: bool
+    weight_decay: float  # of matrices; not of biases and norms
+    max_grad_norm: float
+
+    def optimizer(self, weights: Sequence[torch.nn.Parameter]) -> torch.optim.AdamW:
+        groups = [
+            {"params": [p for p in weights if p.dim() > 1], "weight_decay": self.weight_decay},
+            {"params": [p for p in weights if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(groups, lr=self.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+    def rate(self, step: int, steps: int) -> float:
+        """Above 0 in the first step and in the last, so that each teaches something."""
+        left = (steps - step) / max(1, steps - self.warmup) if self.falls else 1.0
+        return self.learning_rate * min((step + 1) / self.warmup, left)
+
+    def __str__(self) -> str:
+        how = "falling linearly to 0" if self.falls else "constant"
+        return f"{how} after a linear warm-up of {self.warmup} steps"
+
+
+class Examples:
+    """Training examples as tokens, and what a model computes of some of them.
+
+    `sizes` are the tokens of each in every stack of the model (an encoder's; an encoder's and a decoder's);
+    a batch is as wide as its longest, on CUDA rounded up to `multiples`: kernels want that, and few shapes
+    come again often. `learned` counts the terms of each one's loss, `most` the tokens at once where no flag
+    says it.
+    """
+
+    most: int
+
+    def __init__(self, sizes: Sequence[tuple[int, ...]], learned: Sequence[int], multiples: tuple[int, ...]):
+        self.sizes, self.learned = sizes, learned
+        self.multiples = multiples if torch.cuda.is_available() else (1,) * len(multiples)
+        self.tokens = [sum(size) for size in sizes]
+        self.widest = tuple(map(max, zip(*sizes, strict=True)))
+
+    def widths(self, group: Sequence[int]) -> tuple[int, ...]:
+        """Of a batch in every stack; none is wider than the longest example."""
+        longest = map(max, zip(*(self.sizes[i] for i in group), strict=True))
+        rounded = (-(-n // m) * m for n, m in zip(longest, self.multiples, strict=True))
+        return tuple(map(min, rounded, self.widest))
+
+    def area(self, group: Sequence[int]) -> int:
+        """Tokens of a batch, padding included."""
+        return len(group) * sum(self.widths(group))
+
+    def split(self, step: Sequence[int], most: int) -> list[list[int]]:
+        """A step's examples in few groups of at most `most` tokens, or one example that alone exceeds that;
+        the longest first."""
+        groups: list[list[int]] = []
+        for i in sorted(step, key=lambda i: (self.sizes[i], i), reverse=True):
+            if groups and self.area([*groups[-1], i]) <= most:
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        return groups
+
+    def batch(self, group: Sequence[int]) -> dict[str, torch.Tensor]:
+        """What `loss_sum` takes, on the device; the host does not wait."""
+        raise NotImplementedError
+
+    def loss_sum(self, model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        raise NotImplementedError
+
+
+class Training:
+    """The steps of one training: what is done, what it took, and where it is kept."""
+
+    def __init__(self, model, examples: Examples, steps: list[list[int]], recipe: Recipe, args):
+        self.model, self.examples, self.steps = model.train(), examples, steps
         self.trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.checkpoint, self.spent, self.history = resuming.resume(self.folder, run, args, process)
-        if self.checkpoint:
-            self.load(len(self.history))
+        self.recipe, self.args, self.optimizer = recipe, args, recipe.optimizer([*self.trained.values()])
+        self.learned = [sum(examples.learned[i] for i in step) for step in steps]
+        self.tokens = [sum(examples.tokens[i] for i in step) for step in steps]
+        self.most = examples.most if args.max_tokens_per_batch == "auto" else args.max_tokens_per_batch
+        self.passes = Passes(model, examples.loss_sum)
+        self.history = []  # [step, loss, learned]; the last losses may be on the device yet
+        self.saving = 12 * sum(map(torch.numel, self.trained.values())) / WRITTEN  # seconds of a checkpoint
 
-    def load(self, step: int) -> None:
-        state = load_file(self.checkpoint / STATE)
-        for name, p in self.trained.items():
-            p.data.copy_(state[name])
-            means = {kind: state[f"{kind}:{name}"].to(p.device) for kind in ("exp_avg", "exp_avg_sq")}
-            counter = p.device if self.optimizer.defaults["fused"] else "cpu"
-            self.optimizer.state[p] = {"step": torch.tensor(float(step), device=counter), **means}
+    def step(self, number: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.recipe.rate(number, len(self.steps))
+        while True:
+            groups = self.examples.split(self.steps[number], self.most)
+            try:
+                loss = self.backward(number, groups)
+                break
+            except RuntimeError as error:
+                if max(map(len, groups)) == 1 or not is_out_of_memory(error):
+                    raise
+            self.passes.forget()
+            self.optimizer.zero_grad()
+            torch.cuda.empty_cache()
+            self.most = max(map(self.examples.area, groups)) // 2
+            print(f"out of memory: going on with {self.most:,} tokens at once", flush=True)
+        self.history.append([number, loss, self.learned[number]])
+        torch.nn.utils.clip_grad_norm_(self.trained.values(), self.recipe.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(
+            set_to_none=not self.passes.recorded
+        )  # what is recorded adds to these tensors
 
-    def train(
-        self, step: Callable[[int], torch.Tensor], learned: Sequence[int], tokens: Sequence[int]
-    ) -> dict:
-        """Run the steps that are left, one for each of `learned` and `tokens` (learned tokens, all tokens).
-        `step(number)` leaves the gradients of one and returns its mean loss, on the device.
+    def backward(self, number: int, groups: list[list[int]]) -> torch.Tensor:
+        """Gradients of one step. Returns its loss, the mean over what is learned, on the device."""
+        total = 0.0
+        for i, group in enumerate(groups):
+            # A resumed run draws what the first would have.
+            torch.manual_seed(seed_of(self.args.seed, number, i))
+            total = total + self.passes(self.examples.batch(group), 1 / self.learned[number])
+        return total
 
-        Returns what a record's `train` says of it. Raises UserError if the loss or a weight is no number.
-        """
-        self.began = self.saved = time.monotonic()
-        size = sum(p.numel() * p.element_size() for p in self.trained.values())
-        self.saving, first, last = 3 * size / SPEED, len(self.history), len(learned) - 1
-        for number in range(first, last + 1):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.args.learning_rate * min(1.0, (number + 1) / self.warmup)
-            self.history.append([number, step(number), learned[number]])
-            clip_grad_norm_(self.trained.values(), self.most)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
-            if (number + 1) % max(1, (last + 1) // 10) == 0 or number == last:
-                self.say(number, tokens, first)
-            if time.monotonic() - self.saved > 20 * self.saving and number < last:
-                self.save(number + 1)
+    def padding(self) -> float:
+        """The share of padding in what the device computes."""
+        groups = (group for step in self.steps for group in self.examples.split(step, self.most))
+        return 1 - sum(self.tokens) / sum(map(self.examples.area, groups))
+
+    def settle(self) -> float:
+        """Fetch the losses that are on the device. Returns the last. Raises UserError if one is no number, as
+        all later ones would be."""
+        waiting = [entry for entry in self.history if isinstance(entry[1], torch.Tensor)]
+        found = torch.stack([loss for _, loss, _ in waiting]).tolist() if waiting else []
+        for entry, loss in zip(waiting, found, strict=True):
+            if not math.isfinite(loss):
+                raise diverged(f"the loss is {loss} at step {entry[0] + 1:,}", self.args)
+            entry[1] = loss
+        return self.history[-1][1]
+
+    def save(self, checkpoint: Path) -> None:
+        """Weights and moments, as safetensors."""
+        self.settle()
         check_finite(self.model, self.args)
-        seconds = self.seconds()
-        return {
-            **losses(self.history, len(learned) // self.args.epochs),
-            "steps": len(learned),
-            "tokens": sum(tokens),
-            **resuming.so_far(self.spent, seconds, self.process),
-            "earlier_seconds": self.spent["wall_seconds"],
-            "tokens_per_second": sum(tokens) / seconds,
-            "trainable_parameters": sum(p.numel() for p in self.trained.values()),
-            "schedule": self.run["schedule"],
-            "examples_sha256": self.run["examples_sha256"],
-        }
+        tensors = {}
+        for name, weight in self.trained.items():
+            moments = self.optimizer.state.get(weight, {})
+            kept = {"weight": weight.detach()} | {kind: moments[kind] for kind in MOMENTS if moments}
+            tensors |= {f"{kind} {name}": tensor for kind, tensor in kept.items()}
+        checkpoint.mkdir(parents=True)
+        save_file(tensors, checkpoint / STATE)
 
-    def seconds(self) -> float:
-        return self.spent["seconds"] + time.monotonic() - self.began
+    def restore(self, checkpoint: Path, history: list) -> None:
+        """Go on from a checkpoint. Raises UserError for one that is damaged."""
+        self.history, before = history, resuming.read_progress(checkpoint)
+        if before["config"]["max_tokens_per_batch"] == self.args.max_tokens_per_batch:
+            self.most = before["plan"]["tokens"]  # dropout is drawn pass by pass
+        try:
+            tensors = load_file(checkpoint / STATE)
+            for name, weight in self.trained.items():
+                weight.data.copy_(tensors[f"weight {name}"])
+                moments = {kind: tensors.get(f"{kind} {name}") for kind in MOMENTS}
+                if moments[MOMENTS[0]] is not None:
+                    step = torch.tensor(float(len(history)), device=weight.device)
+                    moments = {kind: moment.to(weight.device) for kind, moment in moments.items()}
+                    self.optimizer.state[weight] = {"step": step, **moments}
+        except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())[:100]
+            raise UserError(f"{checkpoint} is damaged ({reason}): remove it and start again") from None
 
-    def say(self, number: int, tokens: Sequence[int], first: int) -> None:
-        loss = float(self.history[-1][1])  # waits for the device
-        if not math.isfinite(loss):
-            raise diverged(f"the loss is {loss} at step {number + 1:,}", self.args)
-        speed = sum(tokens[first : number + 1]) / (time.monotonic() - self.began)
-        print(
-            f"step {number + 1:>6,}/{len(tokens):,}  loss {loss:.4f}  {speed:,.0f} tokens/s  "
-            f"{device.peak_memory_gib():.1f} GiB  {sum(tokens[number + 1 :]) / speed:,.0f} s left",
-            flush=True,
-        )
 
-    def save(self, steps: int) -> None:
-        check_finite(self.model, self.args)  # waits for the device: what follows is the time of saving alone
-        began, folder = time.monotonic(), self.folder / f"checkpoint-{steps}"
-        folder.mkdir(parents=True, exist_ok=True)
-        state = {name: p.data for name, p in self.trained.items()}
-        for name, p in self.trained.items():
-            state |= {f"{kind}:{name}": self.optimizer.state[p][kind] for kind in ("exp_avg", "exp_avg_sq")}
-        save_file(state, folder / STATE)
-        self.history = [[number, float(loss), learned] for number, loss, learned in self.history]
-        spent = resuming.so_far(self.spent, self.seconds(), self.process)
-        resuming.mark(folder, self.run, spent, self.history, plan={})
-        self.saved = time.monotonic()
-        self.saving = self.saved - began
+def train(
+    training: Training, folder: Path, run: dict, process: Process, save: Callable[[], dict[str, str]]
+) -> dict:
+    """Run the steps that are left, and `save`, which leaves what was trained in `folder` and returns its
+    fingerprints. Returns the record's `train`.
+
+    `run` says what is trained ({"method", "config", "data", "checkpoint", "examples_sha256"}); a checkpoint
+    of the same run is resumed, one of another refused. They are saved as often as costs a twentieth of the
+    time.
+    """
+    count, steps, tokens = len(training.examples.sizes), training.steps, training.tokens
+    run = run | {"schedule": str(training.recipe)}
+    checkpoint, spent, history = resuming.resume(folder / "checkpoints", run, training.args, process)
+    if checkpoint:
+        training.restore(checkpoint, history)
+    print(
+        f"training   {count:,} examples, {len(steps):,} steps, {sum(tokens):,} tokens, "
+        f"at most {training.most:,} at once" + (f"; resumed from {checkpoint.name}" if checkpoint else ""),
+        flush=True,
+    )
+    first, began = len(training.history), time.monotonic()
+    saved = began
+    seconds = lambda: spent["seconds"] + time.monotonic() - began
+    for number in range(first, len(steps)):
+        training.step(number)
+        done = number + 1
+        if done % max(1, len(steps) // 10) == 0 or done == len(steps):
+            loss, speed = training.settle(), sum(tokens[first:done]) / (time.monotonic() - began)
+            print(
+                f"step {done:>6,}/{len(steps):,}  loss {loss:.4f}  {speed:,.0f} tokens/s  "
+                f"{device.peak_memory_gib():.1f} GiB  {sum(tokens[done:]) / speed:,.0f} s left",
+                flush=True,
+            )
+        if time.monotonic() - saved > 20 * training.saving and done < len(steps):
+            training.settle()  # waits for the device: what follows is the time of saving alone
+            saved, checkpoint = time.monotonic(), folder / "checkpoints" / f"checkpoint-{done}"
+            training.save(checkpoint)
+            now = resuming.so_far(spent, seconds(), process)
+            resuming.mark(checkpoint, run, now, training.history, {"tokens": training.most})
+            training.saving, saved = time.monotonic() - saved, time.monotonic()
+    check_finite(training.model, training.args)
+    took, fingerprints = seconds(), save()
+    return {
+        **losses(training.history, len(steps) // training.args.epochs),
+        "examples": count,
+        "steps": len(steps),
+        "tokens": sum(tokens),
+        **resuming.so_far(spent, took, process),
+        "earlier_seconds": spent["wall_seconds"],
+        "tokens_per_second": sum(tokens) / took,
+        "trainable_parameters": sum(map(torch.numel, training.trained.values())),
+        "batching": {
+            "padding_share": training.padding(),
+            "max_tokens_per_batch": training.most,
+            "attention": training.model.config._attn_implementation,
+            "cuda_graphs": len(training.passes.graphs),
+            "processes": 1,
+        },
+        "schedule": run["schedule"],
+        "examples_sha256": run["examples_sha256"],
+        **fingerprints,
+    }

@@ -40,7 +40,7 @@ def plan_steps(examples: int, batch_size: int, epochs: int, seed: int) -> list[l
     return steps
 
 
-def steps_of_like_length(lengths: Sequence[int], batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+def steps_of_like_length(lengths: Sequence, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
     """Like `plan_steps`, with examples of like length in a step: of every POOL steps' examples, which are
     drawn at random, each step takes neighbours in length; the steps of an epoch then go in an order drawn
     anew, so that long and short ones mix."""

@@ -6,12 +6,12 @@ in which T5 overflows.
 """
 
 import functools
-import random
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
@@ -28,14 +28,11 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from study import checkpoint as checkpoints
 from study import checks, device, encoding, generation
-from study.errors import UserError, is_out_of_memory
-from study.model import fingerprint, from_checkpoint, load_adapter, place_of
-from study.packing import seed_of
-from study.training import save_whole
+from study.errors import UserError
+from study.loop import Examples
+from study.model import CONFIG, fingerprint, from_checkpoint, load_adapter, place_of
+from study.training import save_adapter, save_whole
 
-TOGETHER = 20_480  # tokens on the device at once, padding included: 32 of the longest by default
-POOL = 32  # steps whose examples are sorted by length together
-EIGHT = 8  # lengths are multiples of it, as attention kernels want their masks
 WEIGHTS = "model.safetensors"
 
 
@@ -93,110 +90,53 @@ def say_lost(described: dict) -> None:
 # Batches
 
 
-def plan_steps(pairs: Sequence[Pair], batch_size: int, epochs: int, seed: int) -> list[list[int]]:
-    """The examples of every optimizer step, of like lengths: each epoch, in an order of its own by the seed,
-    is sorted within pools of steps, and all steps are mixed again."""
-    like = lambda i: (pairs[i].lengths[0] // (2 * EIGHT), pairs[i].lengths[1], i)
-    steps = []
-    for epoch in range(epochs):
-        draw, order, batches = random.Random(f"{seed} {epoch}"), list(range(len(pairs))), []
-        draw.shuffle(order)
-        for first in range(0, len(order), POOL * batch_size):
-            pool = sorted(order[first : first + POOL * batch_size], key=like)
-            batches += [pool[i : i + batch_size] for i in range(0, len(pool), batch_size)]
-        draw.shuffle(batches)
-        steps += batches
-    return steps
+class Pairs(Examples):
+    """Prompts for the encoder and their answers for the decoder."""
+
+    most = 20_480  # 32 of the longest by default
+
+    def __init__(self, pairs: Sequence[Pair], config):
+        learned = [len(pair.answer) for pair in pairs]
+        super().__init__([pair.lengths for pair in pairs], learned, multiples=(32, 16))
+        self.pairs, self.pad, self.start = pairs, config.pad_token_id, start_of(config)
+
+    def like(self) -> list[tuple[int, int]]:
+        """By which examples of a step are alike: a prompt's width, then the answer's length."""
+        return [(-(-prompt // self.multiples[0]), answer) for prompt, answer in self.sizes]
+
+    def batch(self, group: Sequence[int]) -> dict[str, torch.Tensor]:
+        """The model's inputs [n, width] and the answers' tokens [n, width], -100 where there is none."""
+        pairs, (longest, width) = [self.pairs[i] for i in group], self.widths(group)
+        begun = [[self.start, *pair.answer[:-1]] for pair in pairs]
+        batch = {
+            "input_ids": filled([pair.prompt for pair in pairs], longest, self.pad),
+            "decoder_input_ids": filled(begun, width, self.pad),
+            "labels": filled([pair.answer for pair in pairs], width, -100),
+        }
+        if min(len(pair.prompt) for pair in pairs) < longest:
+            batch["attention_mask"] = filled([[1] * len(pair.prompt) for pair in pairs], longest, 0)
+        place = device.current()
+        if place.type == "cuda":
+            batch = {name: ids.pin_memory().to(place, non_blocking=True) for name, ids in batch.items()}
+        return batch
+
+    def loss_sum(self, model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Cross-entropy summed over the answers' tokens, in float32."""
+        inputs, labels = dict(batch), batch["labels"]
+        del inputs["labels"]
+        if "attention_mask" in inputs:  # in four dimensions transformers takes it as it is
+            inputs["attention_mask"] = inputs["attention_mask"][:, None, None].bool()
+        with torch.autocast(labels.device.type, torch.bfloat16, enabled=dtype() == torch.bfloat16):
+            logits = model(**inputs, use_cache=False).logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
 
 
-def padded(length: int) -> int:
-    return -(-length // EIGHT) * EIGHT
-
-
-def area(group: Sequence[Pair]) -> int:
-    """Tokens of a group on the device, padding included."""
-    return len(group) * sum(padded(max(column)) for column in zip(*(p.lengths for p in group), strict=True))
-
-
-def split(pairs: Sequence[Pair], most: int) -> list[list[Pair]]:
-    """A step's examples in few groups of at most `most` tokens, or one example that alone exceeds that."""
-    groups: list[list[Pair]] = []
-    for pair in sorted(pairs, key=lambda pair: pair.lengths):
-        if groups and area([*groups[-1], pair]) <= most:
-            groups[-1].append(pair)
-        else:
-            groups.append([pair])
-    return groups
-
-
-def on_device(rows: list, place: torch.device) -> torch.Tensor:
-    """Without waiting for what the device computes."""
-    tensor = torch.tensor(rows)
-    return tensor.pin_memory().to(place, non_blocking=True) if place.type == "cuda" else tensor
-
-
-def collate(
-    group: Sequence[Pair], start: int, pad: int, place: torch.device
-) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """The model's inputs [examples, longest], the places of the answers' tokens in the flattened decoder's
-    rows [n], and these tokens [n]."""
-    longest, width = (padded(max(column)) for column in zip(*(pair.lengths for pair in group), strict=True))
-    ids = [pair.prompt + [pad] * (longest - len(pair.prompt)) for pair in group]
-    begun = [[start, *pair.answer[:-1]] + [pad] * (width - len(pair.answer)) for pair in group]
-    places = [i * width + j for i, pair in enumerate(group) for j in range(len(pair.answer))]
-    inputs = {"input_ids": on_device(ids, place), "decoder_input_ids": on_device(begun, place)}
-    if any(len(pair.prompt) < longest for pair in group):
-        lengths = on_device([len(pair.prompt) for pair in group], place)
-        mask = torch.arange(longest, device=place) < lengths[:, None]
-        inputs["attention_mask"] = mask[:, None, None]  # in four dimensions transformers takes it as it is
-    return (
-        inputs,
-        on_device(places, place),
-        on_device([token for pair in group for token in pair.answer], place),
-    )
-
-
-def loss_sum(model, group: Sequence[Pair]) -> torch.Tensor:
-    """Cross-entropy summed over the answers' tokens, in float32."""
-    config, place = model.config, model.device
-    inputs, places, targets = collate(group, start_of(config), config.pad_token_id, place)
-    with torch.autocast(place.type, torch.bfloat16, enabled=dtype() == torch.bfloat16):
-        logits = model(**inputs, use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).index_select(0, places).float(), targets, reduction="sum")
-
-
-class Steps:
-    """What loop.Loop calls for a step: its gradients, in groups that fit the device."""
-
-    def __init__(self, model, pairs: Sequence[Pair], steps: list[list[int]], seed: int):
-        self.model, self.pairs, self.steps, self.seed, self.most = model, pairs, steps, seed, TOGETHER
-        self.learned = [sum(pairs[i].lengths[1] for i in step) for step in steps]
-        self.tokens = [sum(sum(pairs[i].lengths) for i in step) for step in steps]
-
-    def padding(self) -> float:
-        """The share of padding in what the device computes."""
-        groups = (split([self.pairs[i] for i in step], self.most) for step in self.steps)
-        return 1 - sum(self.tokens) / sum(area(group) for step in groups for group in step)
-
-    def __call__(self, number: int) -> torch.Tensor:
-        pairs = [self.pairs[i] for i in self.steps[number]]
-        while True:
-            torch.manual_seed(seed_of(self.seed, number))  # dropout, so a resumed run draws the same
-            total, groups = 0, split(pairs, self.most)
-            try:
-                for group in groups:
-                    loss = loss_sum(self.model, group) / self.learned[number]
-                    loss.backward()
-                    total = total + loss.detach()
-            except RuntimeError as error:
-                if max(map(len, groups)) == 1 or not is_out_of_memory(error):
-                    raise
-            else:
-                return total
-            self.model.zero_grad(set_to_none=True)
-            torch.cuda.empty_cache()
-            self.most = max(map(area, groups)) // 2
-            print(f"out of memory: going on with {self.most:,} tokens at once", flush=True)
+def filled(rows: Sequence[Sequence[int]], width: int, fill: int) -> torch.Tensor:
+    """[rows, width], `fill` on the right of each."""
+    array = np.full((len(rows), width), fill)
+    for i, row in enumerate(rows):
+        array[i, : len(row)] = row
+    return torch.from_numpy(array)
 
 
 # The model
@@ -307,14 +247,17 @@ def adapted(layer, x: torch.Tensor) -> torch.Tensor:
     return torch.addmm(*rows, up.t(), alpha=layer.scaling["default"]).view_as(base)
 
 
-def save_model(model, checkpoint: str, tokenizer, folder: Path) -> str:
-    """Write `folder`/model in one move, as a checkpoint with the configuration of the one that it was trained
-    from. Returns its fingerprint."""
+def save(model, checkpoint: str, tuning: str, tokenizer, folder: Path) -> dict[str, str]:
+    """Leave `folder`/adapter, or `folder`/model with the configuration of the checkpoint that it was trained
+    from. Returns its fingerprints."""
+    if tuning == "lora":
+        adapter = save_adapter(model, tokenizer, folder)
+        return {"adapter_sha256": adapter, "adapter_config_sha256": fingerprint(folder / "adapter", CONFIG)}
     # transformers would write that the head is tied, which it is not in T5 v1.1.
     config = functools.partial(shutil.copy, place_of(checkpoint)[0] / "config.json")
     whole = functools.partial(model.save_pretrained, max_shard_size="1TB")  # in one file
     final = save_whole(folder / "model", whole, tokenizer.save_pretrained, config)
-    return fingerprint(final, WEIGHTS)
+    return {"model_sha256": fingerprint(final, WEIGHTS)}
 
 
 def load_tuned(checkpoint: str, folder: Path, tuning: str, trained: dict):
@@ -325,7 +268,7 @@ def load_tuned(checkpoint: str, folder: Path, tuning: str, trained: dict):
         model = load_adapter(load(checkpoint), folder / "adapter", *hashes).merge_and_unload()
     else:
         path = folder / "model" / WEIGHTS
-        if not path.is_file() or fingerprint(path.parent, WEIGHTS) != trained["train"]["adapter_sha256"]:
+        if not path.is_file() or fingerprint(path.parent, WEIGHTS) != trained["train"].get("model_sha256"):
             raise UserError(
                 f"{path} is not the model that its train.json tells of: train it again with --force"
             )

@@ -1,6 +1,7 @@
 """An encoder that is fine-tuned in full: what it learns, that padding and passes change nothing, that a
 killed run ends as it would have, and what is refused."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -22,7 +23,7 @@ from transformers import (
     ModernBertConfig,
 )
 
-from study import encoder, full, model, packing
+from study import encoder, loop, model, packing
 from study.cli import parse_args
 from study.errors import UserError
 
@@ -102,7 +103,9 @@ def test_the_record_says_what_was_trained_and_the_model_loads_in_plain_transform
     assert {path.name for path in whole.iterdir()} == {
         *("model", "train.json", "eval.json", "predictions.jsonl", ".lock")
     }
-    assert scored["model_sha256"] == train["model_sha256"] == model.fingerprint(whole / "model", full.WEIGHTS)
+    assert (
+        scored["model_sha256"] == train["model_sha256"] == model.fingerprint(whole / "model", encoder.WEIGHTS)
+    )
     plain = AutoModelForSequenceClassification.from_pretrained(whole / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(whole / "model")
     texts = [json.loads(line)["text"] for line in (DEMO_DATA / "posts_test.jsonl").open()]
@@ -125,30 +128,28 @@ def test_a_finished_run_is_found_and_another_split_of_it_is_scored_without_train
 
 @pytest.fixture(params=CONFIGS)
 def each(request, checkpoints) -> tuple:
-    """An encoder in eval mode, texts of several lengths, and their loss."""
+    """An encoder in eval mode, and texts of several lengths."""
     tokenizer = model.load_tokenizer(str(checkpoints[request.param]), ends=False)
     rows, _ = encoder.encode(tokenizer, [row["text"] for row in POSTS[:24]], 64)
     loaded = encoder.load(str(checkpoints[request.param]), LABELS, 1).eval()
-    texts = encoder.Texts(rows, tokenizer.pad_token_id)
     classes = [LABELS.index(row["label"]) for row in POSTS[:24]]
-    return loaded, texts, encoder.loss_of(loaded, texts, classes)
+    return loaded, encoder.Texts(rows, tokenizer.pad_token_id, classes)
 
 
 def test_loss_and_gradients_of_a_step_are_the_same_however_it_is_split(each):
-    loaded, texts, loss_sum = each
-    assert len(set(texts.lengths)) > 5
+    loaded, texts = each
+    assert len(set(texts.tokens)) > 5
     found = []
     for most in (10_000, 200, 1):
         flags = ["--max_tokens_per_batch", str(most), "--batch_size", "24"]
         args = parse_args("classification", "", flags, kind="encoder")
-        training = full.Training(
-            loaded, loss_sum, [[*range(24)]], texts.lengths, full.Recipe(0, 0, 0, 1), args
-        )
+        training = loop.Training(loaded, texts, [[*range(24)]], loop.Recipe(0, 1, False, 0, 1), args)
+        groups = texts.split([*range(24)], training.most)
         loaded.eval()  # without dropout, which is drawn pass by pass
         loaded.zero_grad()
-        loss = float(training.backward(0))
+        loss = float(training.backward(0, groups))
         gradients = torch.cat([p.grad.flatten() for p in loaded.parameters() if p.grad is not None])
-        found.append((len(training.passes([*range(24)])), loss, gradients))
+        found.append((len(groups), loss, gradients))
     assert found[0][0] == 1 < found[1][0] < found[2][0] == 24
     for _, loss, gradients in found[1:]:
         assert loss == pytest.approx(found[0][1], rel=1e-5)
@@ -156,7 +157,7 @@ def test_loss_and_gradients_of_a_step_are_the_same_however_it_is_split(each):
 
 
 def test_answers_do_not_depend_on_what_they_are_batched_with(each):
-    loaded, texts, _ = each
+    loaded, texts = each
     torch.nn.init.normal_(encoder.output_layer(loaded).weight, std=1.0)  # far from ties
     alone, together = encoder.classify(loaded, texts, 1), encoder.classify(loaded, texts, "auto")
     assert alone[0] == together[0]
@@ -180,11 +181,14 @@ def test_the_order_depends_on_the_seed_only_and_puts_like_lengths_into_a_step():
 
 
 def test_the_rate_rises_and_falls_to_a_last_step_above_0():
-    recipe = full.Recipe(learning_rate=1.0, warmup=0.2, weight_decay=0, max_grad_norm=1)
+    recipe = loop.Recipe(learning_rate=1.0, warmup=2, falls=True, weight_decay=0, max_grad_norm=1)
     assert [recipe.rate(i, 10) for i in range(10)] == pytest.approx(
         [0.5, 1, *(i / 8 for i in range(8, 0, -1))]
     )
-    assert recipe.rate(0, 1) == 1
+    assert dataclasses.replace(recipe, warmup=1).rate(0, 1) == 1
+    constant = dataclasses.replace(recipe, falls=False)
+    assert [constant.rate(i, 4) for i in range(4)] == [0.5, 1, 1, 1]
+    assert str(constant) == "constant after a linear warm-up of 2 steps"
 
 
 LONG = ("--epochs=6", "--max_train_samples=240", "--max_seq_length=128", "--batch_size=8")
@@ -219,13 +223,15 @@ def test_an_evaluation_of_another_training_is_stale_and_a_changed_model_refused(
     run(tmp_path, checkpoints["bert"], *SHORT)
     before = read(tmp_path)
     trained = read(tmp_path, "train.json")
-    weights = tmp_path / "model" / full.WEIGHTS
+    weights = tmp_path / "model" / encoder.WEIGHTS
     tensors = load_file(weights)
     save_file(tensors | {"classifier.bias": tensors["classifier.bias"] + 1}, weights, {"format": "pt"})
     (tmp_path / "eval.json").unlink()
     flags = (*DATA, *SHORT, "--pretrained_ckpt", checkpoints["bert"], "--experiment_dir", tmp_path)
     assert "is not the model that its train.json tells of" in error_line(run_preloaded(SCRIPT, *flags))
-    trained["train"]["model_sha256"] = model.fingerprint(weights.parent, full.WEIGHTS)  # as if trained anew
+    trained["train"]["model_sha256"] = model.fingerprint(
+        weights.parent, encoder.WEIGHTS
+    )  # as if trained anew
     (tmp_path / "train.json").write_text(json.dumps(trained))
     (tmp_path / "eval.json").write_text(json.dumps(before))
     assert "trained\t" in run(tmp_path, checkpoints["bert"], *SHORT, "--dry_run")
@@ -252,9 +258,9 @@ def test_what_can_not_be_trained_is_refused_in_one_line(checkpoints, tmp_path):
         encoder.load(str(DEMO_MODEL), LABELS, 1)
     broken = tmp_path / "broken"
     shutil.copytree(checkpoints["bert"], broken)
-    tensors = load_file(broken / full.WEIGHTS)
+    tensors = load_file(broken / encoder.WEIGHTS)
     del tensors["bert.encoder.layer.1.output.dense.weight"]
-    save_file(tensors, broken / full.WEIGHTS, {"format": "pt"})
+    save_file(tensors, broken / encoder.WEIGHTS, {"format": "pt"})
     with pytest.raises(UserError, match=r"lacks the tensor bert.encoder.layer.1.output.dense.weight"):
         encoder.load(str(broken), LABELS, 1)
     unknown = write_rows(tmp_path / "test.jsonl", [{"text": "a text", "label": "unheard of"}])

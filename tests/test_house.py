@@ -20,8 +20,9 @@ FLOORS = (
     "study.checks study.model study.packing",
     "study.fast",
     "study.paths study.resuming",
-    "study.training study.generation study.loop study.t5",
-    "study.full study.encoder",
+    "study.training study.generation",
+    "study.loop",
+    "study.encoder study.t5",
     "llama2_classification llama2_classification_inference llama2_summarization",
     "llama2_summarization_inference llama2_baseline_inference",
 )

@@ -6,10 +6,8 @@ import math
 import re
 import shutil
 import string
-import time
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,12 +18,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from study import cli, generation, loop, metrics, t5
+from study import cli, generation, loop, metrics, packing, t5
 from study.errors import UserError
 from study.model import fingerprint, load_tokenizer
 
 SCRIPT = "competitors/flan_t5.py"
 FILES = {"classification": "posts", "summarization": "dialogues"}
+RECIPE = loop.Recipe(learning_rate=0.0, warmup=1, falls=False, weight_decay=0.0, max_grad_norm=1.0)
+ARGS = cli.parse_args(None, "", [], "t5")
 
 
 def rows_of(task: str, split: str = "train") -> list[dict]:
@@ -119,14 +119,18 @@ def test_the_lean_model_is_transformers_own_with_a_head_that_is_not_tied(tiny, p
             if hasattr(module, "dropout"):
                 module.dropout = 0.0 if isinstance(module.dropout, float) else torch.nn.Identity()
     group = pairs[:7]
-    inputs, places, targets = t5.collate(group, 0, 0, torch.device("cpu"))
+    learned = t5.Pairs(group, own.config)
+    batch = learned.batch(range(7))
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
     assert inputs["decoder_input_ids"][:, 0].tolist() == [0] * 7  # no BOS: the padding token begins
     assert all(pair.answer[-1] == pair.prompt[-1] == 1 for pair in group)
-    mask = inputs.pop("attention_mask")
-    logits = own(**inputs, attention_mask=mask[:, 0, 0].long()).logits.flatten(0, 1)[places]
-    loss = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    logits = own(**inputs).logits
+    loss = sum(
+        torch.nn.functional.cross_entropy(row[: len(pair.answer)], torch.tensor(pair.answer), reduction="sum")
+        for row, pair in zip(logits, group, strict=True)
+    )
     loss.backward()
-    ours = t5.loss_sum(lean, group)
+    ours = learned.loss_sum(lean, batch)
     ours.backward()
     torch.testing.assert_close(ours, loss)
     gradients = {name: p.grad for name, p in own.named_parameters()}
@@ -135,26 +139,25 @@ def test_the_lean_model_is_transformers_own_with_a_head_that_is_not_tied(tiny, p
 
 
 def test_loss_and_gradients_of_a_step_are_the_same_however_it_is_split(model, pairs):
-    found = []
+    found, learned = [], t5.Pairs(pairs, model.config)
     for most in (10**6, 700, 1):
-        steps = t5.Steps(model, pairs, [list(range(24))], 1)
-        steps.most = most
-        loss = steps(0)
-        found.append((loss, [p.grad for p in model.parameters()]))
+        groups = learned.split(range(24), most)
+        training = loop.Training(model, learned, [list(range(24))], RECIPE, ARGS)
+        model.eval()  # without dropout, which is drawn pass by pass
+        found.append((training.backward(0, groups), [p.grad for p in model.parameters()]))
         model.zero_grad(set_to_none=True)
     for loss, gradients in found[1:]:
         torch.testing.assert_close(loss, found[0][0])
         torch.testing.assert_close(gradients, found[0][1], rtol=1e-4, atol=1e-5)
-    assert len(t5.split(pairs[:24], 700)) > 3
+    assert len(learned.split(range(24), 700)) > 3
 
 
-def test_steps_have_every_example_once_an_epoch_in_like_lengths_by_the_seed(pairs):
-    steps = t5.plan_steps(pairs, 8, 2, seed=1)
-    for epoch in (steps[:8], steps[8:]):
-        assert sorted(i for step in epoch for i in step) == list(range(60))
-    assert steps[:8] == t5.plan_steps(pairs, 8, 1, seed=1) != t5.plan_steps(pairs, 8, 1, seed=2)
-    mixed = t5.Steps(None, pairs, [list(range(i, i + 8)) for i in range(0, 56, 8)], 1)
-    assert t5.Steps(None, pairs, steps, 1).padding() < 0.8 * mixed.padding()
+def test_steps_of_like_prompts_and_answers_have_less_padding(model, pairs):
+    learned = t5.Pairs(pairs, model.config)
+    steps = packing.steps_of_like_length(learned.like(), 8, 2, seed=1)
+    mixed = [list(range(i, i + 8)) for i in range(0, 56, 8)]
+    like, unlike = (loop.Training(model, learned, way, RECIPE, ARGS).padding() for way in (steps, mixed))
+    assert like < 0.8 * unlike
 
 
 def test_batched_greedy_answers_are_those_one_by_one_by_transformers_own(tiny, model, tokenizer, pairs):
@@ -222,8 +225,8 @@ def test_it_learns_the_dialogues_and_its_records_add_up(tuned, tiny, tokenizer):
     assert scores["metrics"]["rouge1"]["value"] < 10
     assert trained["method"] == content["method"] == "t5-full"
     assert trained["train"]["trainable_parameters"] == sum(p.numel() for p in untrained.parameters())
-    assert 0 < trained["train"]["padding"] < 0.3
-    assert content["adapter_sha256"] == trained["train"]["adapter_sha256"]
+    assert 0 < trained["train"]["batching"]["padding_share"] < 0.3
+    assert content["model_sha256"] == trained["train"]["model_sha256"]
     assert 0 < content["data"]["test"]["unknown_tokens"] < 0.1
     assert content["eval"]["wall_seconds"] < trained["train"]["wall_seconds"]
     saved = T5ForConditionalGeneration.from_pretrained(folder / "model")
@@ -238,17 +241,17 @@ def test_a_finished_run_is_found_and_a_redone_training_makes_its_evaluation_stal
     shutil.copytree(folder, copy)
     words = [copy if word == folder else word for word in words]
     content = read(copy / "train.json")
-    content["train"]["adapter_sha256"] = "0" * 64
+    content["train"]["model_sha256"] = "0" * 64
     (copy / "train.json").write_text(json.dumps(content))
     assert run(*words, "--dry_run").splitlines()[-1].startswith("trained\t")
     line = error_line(run_preloaded(SCRIPT, *words))
     assert "is not the model that its train.json tells of: train it again with --force" in line
     path = copy / "model" / "model.safetensors"
     save_file({name: 0.9 * weight for name, weight in load_file(path).items()}, path, {"format": "pt"})
-    content["train"]["adapter_sha256"] = fingerprint(path.parent, path.name)
+    content["train"]["model_sha256"] = fingerprint(path.parent, path.name)
     (copy / "train.json").write_text(json.dumps(content))
     assert "\nscored " in run(*words)
-    assert read(copy / "eval.json")["adapter_sha256"] == content["train"]["adapter_sha256"]
+    assert read(copy / "eval.json")["model_sha256"] == content["train"]["model_sha256"]
     assert run(*words).startswith("finished")
 
 
@@ -275,8 +278,8 @@ def test_killed_and_started_again_it_ends_with_the_same_weights(tuned, tmp_path)
     assert not (tmp_path / "checkpoints").exists()
     one, other = (load_file(path / "model" / "model.safetensors") for path in (folder, tmp_path))
     assert all(torch.equal(one[name], other[name]) for name in one)
-    assert [read(path / "train.json")["train"]["adapter_sha256"] for path in (folder, tmp_path)] == [
-        read(folder / "eval.json")["adapter_sha256"]
+    assert [read(path / "train.json")["train"]["model_sha256"] for path in (folder, tmp_path)] == [
+        read(folder / "eval.json")["model_sha256"]
     ] * 2
     assert read(tmp_path / "train.json")["train"]["earlier_seconds"] > 0
     assert (tmp_path / "predictions.jsonl").read_bytes() == (folder / "predictions.jsonl").read_bytes()
@@ -303,27 +306,3 @@ def test_an_adapter_computes_what_peft_computes(tiny):
     x = torch.randn(2, 5, 48)
     torch.testing.assert_close(layer(x), type(layer).forward(layer, x))
     assert not torch.allclose(layer(x), layer.base_layer(x))
-
-
-def test_checkpoints_take_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch):
-    args = SimpleNamespace(force=False, learning_rate=0.1, epochs=1)
-    model, spent = torch.nn.Linear(2, 1), []
-
-    def slowly(*_):
-        spent.append(0.01)
-        time.sleep(0.01)
-
-    def step(number: int) -> torch.Tensor:
-        time.sleep(0.005)
-        loss = model(torch.ones(2)).sum()
-        loss.backward()
-        return loss.detach()
-
-    monkeypatch.setattr(loop, "save_file", slowly)
-    optimizer = torch.optim.AdamW(model.parameters(), fused=False)
-    run = {"schedule": "constant", "examples_sha256": "0"}
-    looping = loop.Loop(model, optimizer, 1, 1.0, args, tmp_path, run, PROCESS)
-    began = time.monotonic()
-    looping.train(step, [1] * 200, [1] * 200)
-    assert len(spent) > 1
-    assert sum(spent) < (time.monotonic() - began) / 15

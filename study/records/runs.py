@@ -131,7 +131,7 @@ def has_scored(path: Path, content: dict, trained: dict) -> bool:
 def identity(content: dict) -> dict:
     """What an evaluation's answers depend on, by its record so far."""
     known = {name: content.get(name) for name in ("config_hash", "training", "data", "checkpoint")}
-    return known | {name: content[name] for name in ("adapter_sha256",) if name in content}
+    return known | learned(content)
 
 
 def check_same_data(recorded: dict, data: dict, where: Path) -> None:
