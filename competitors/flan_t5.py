@@ -138,9 +138,8 @@ def fit(examples: list[tuple[str, str]], args, folder: Path, content: dict, proc
     )
     run = {name: content[name] for name in ("method", "config", "data", "prompt_sha256", "checkpoint")}
     run["examples_sha256"] = encoding.sha256_of([[pair.prompt, pair.answer] for pair in pairs])
-    learned = t5.Pairs(pairs, tuned.config)
-    steps = packing.steps_of_like_length(learned.like(), args.batch_size, args.epochs, args.seed)
-    looping = loop.Training(tuned, learned, steps, recipe, args)
+    steps = packing.plan_steps(len(pairs), args.batch_size, args.epochs, args.seed)
+    looping = loop.Training(tuned, t5.learnable(pairs, tuned), steps, recipe, args)
     save = functools.partial(t5.save, tuned, args.pretrained_ckpt, args.tuning, tokenizer, folder)
     own = {
         "dropout_of_checkpoint": tuned.config.dropout_rate,

@@ -64,6 +64,7 @@ class Examples:
     """
 
     most: int
+    packed = False  # a batch is as wide as its longest
 
     def __init__(self, sizes: Sequence[tuple[int, ...]], learned: Sequence[int], multiples: tuple[int, ...]):
         self.sizes, self.learned = sizes, learned
@@ -250,6 +251,7 @@ def train(
             "padding_share": training.padding(),
             "max_tokens_per_batch": training.most,
             "attention": training.model.config._attn_implementation,
+            "packed": training.examples.packed,
             "cuda_graphs": len(training.passes.graphs),
             "processes": 1,
         },

@@ -5,7 +5,10 @@ reads every white space as one blank, so prompts lose their line breaks, and so 
 in which T5 overflows.
 """
 
+import contextlib
+import copy
 import functools
+import importlib.util
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +32,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from study import checkpoint as checkpoints
 from study import checks, device, encoding, generation
 from study.errors import UserError
+from study.fast import self_check
 from study.loop import Examples
 from study.model import CONFIG, fingerprint, from_checkpoint, load_adapter, place_of
 from study.training import save_adapter, save_whole
@@ -95,14 +99,15 @@ class Pairs(Examples):
 
     most = 20_480  # 32 of the longest by default
 
-    def __init__(self, pairs: Sequence[Pair], config):
+    def __init__(self, pairs: Sequence[Pair], config, computed: torch.dtype | None = None):
         learned = [len(pair.answer) for pair in pairs]
         super().__init__([pair.lengths for pair in pairs], learned, multiples=(32, 16))
         self.pairs, self.pad, self.start = pairs, config.pad_token_id, start_of(config)
+        self.dtype = computed or dtype()
 
-    def like(self) -> list[tuple[int, int]]:
-        """By which examples of a step are alike: a prompt's width, then the answer's length."""
-        return [(-(-prompt // self.multiples[0]), answer) for prompt, answer in self.sizes]
+    def products(self) -> contextlib.AbstractContextManager:
+        place = device.current().type
+        return torch.autocast(place, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def batch(self, group: Sequence[int]) -> dict[str, torch.Tensor]:
         """The model's inputs [n, width] and the answers' tokens [n, width], -100 where there is none."""
@@ -115,10 +120,7 @@ class Pairs(Examples):
         }
         if min(len(pair.prompt) for pair in pairs) < longest:
             batch["attention_mask"] = filled([[1] * len(pair.prompt) for pair in pairs], longest, 0)
-        place = device.current()
-        if place.type == "cuda":
-            batch = {name: ids.pin_memory().to(place, non_blocking=True) for name, ids in batch.items()}
-        return batch
+        return on_device(batch)
 
     def loss_sum(self, model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """Cross-entropy summed over the answers' tokens, in float32."""
@@ -126,7 +128,7 @@ class Pairs(Examples):
         del inputs["labels"]
         if "attention_mask" in inputs:  # in four dimensions transformers takes it as it is
             inputs["attention_mask"] = inputs["attention_mask"][:, None, None].bool()
-        with torch.autocast(labels.device.type, torch.bfloat16, enabled=dtype() == torch.bfloat16):
+        with self.products():
             logits = model(**inputs, use_cache=False).logits
         return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), reduction="sum")
 
@@ -137,6 +139,83 @@ def filled(rows: Sequence[Sequence[int]], width: int, fill: int) -> torch.Tensor
     for i, row in enumerate(rows):
         array[i, : len(row)] = row
     return torch.from_numpy(array)
+
+
+class PackedPairs(Pairs):
+    """The same laid end to end, without padding, by the kernels of fast/t5.py."""
+
+    packed = True
+
+    def __init__(self, pairs: Sequence[Pair], model):
+        from study.fast import t5  # needs triton
+
+        super().__init__(pairs, model.config)
+        self.path = t5.Packed(model, self.widest, self.dtype)
+
+    def area(self, group: Sequence[int]) -> int:
+        return sum(self.path.ends([self.sizes[i] for i in group]))
+
+    def batch(self, group: Sequence[int]) -> dict[str, torch.Tensor]:
+        pairs = [self.pairs[i] for i in group]
+        batch = self.path.batch([pair.prompt for pair in pairs], [pair.answer for pair in pairs], self.start)
+        return on_device(batch)
+
+    def loss_sum(self, model, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with self.products():
+            logits = self.path.logits(batch)
+        return F.cross_entropy(logits.float(), batch["labels"], reduction="sum")
+
+
+def learnable(pairs: Sequence[Pair], model) -> Pairs:
+    """The examples as `model` is trained on them: packed where that can be and computes the same, which one
+    line says otherwise."""
+    plain = Pairs(pairs, model.config)
+    if not torch.cuda.is_available():
+        return plain
+    if dtype() != torch.bfloat16 or not importlib.util.find_spec("triton"):
+        reason = "no bfloat16 or no triton here"
+    else:
+        reason = self_check.attempt(lambda: differs(model, pairs))
+    if reason:
+        print(f"padding batches: {reason}", flush=True)
+    return plain if reason else PackedPairs(pairs, model)
+
+
+def differs(model, pairs: Sequence[Pair]) -> str | None:
+    """What packed examples compute otherwise than padded ones, or None: gradients of short, middling and long
+    ones together, without dropout, beside those of padded ones in float32. What bfloat16 rounds, and deep
+    models pass on, may be off as far as it is in the padded ones, and some more."""
+    some = sorted(pairs, key=lambda pair: pair.lengths)
+    some = [some[0], some[len(some) // 2], some[-1]]
+    checked = copy.deepcopy(model).eval()
+    for weight in checked.parameters():  # of a new adapter, of which nothing else would be seen
+        if weight.requires_grad and not weight.any():
+            torch.nn.init.normal_(weight, std=0.02)
+    exact = copy.deepcopy(checked).float()
+    ways = (
+        (exact, Pairs(some, model.config, torch.float32)),
+        (checked, Pairs(some, model.config)),
+        (checked, PackedPairs(some, checked)),
+    )
+    found = []
+    for computed, learned in ways:
+        learned.loss_sum(computed, learned.batch(range(3))).backward()
+        gradients = [p.grad.flatten() for p in computed.parameters() if p.grad is not None]
+        found.append(torch.cat(gradients).double())
+        computed.zero_grad()
+    own, ours = (float((each - found[0]).norm() / found[0].norm()) for each in found[1:])
+    print(
+        f"self-check packed examples' gradients are off by {ours:.2g}, padded ones' by {own:.2g}", flush=True
+    )
+    return None if ours <= 2 * own + 0.02 else f"packed, their gradients are off by {ours:.2g}"
+
+
+def on_device(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Without waiting for what the device computes."""
+    place = device.current()
+    if place.type != "cuda":
+        return batch
+    return {name: tensor.pin_memory().to(place, non_blocking=True) for name, tensor in batch.items()}
 
 
 # The model
