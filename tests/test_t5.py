@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-from study import cli, generation, loop, metrics, packing, t5
+from study import cli, generation, loop, metrics, t5
 from study.errors import UserError
 from study.model import fingerprint, load_tokenizer
 
@@ -150,14 +150,6 @@ def test_loss_and_gradients_of_a_step_are_the_same_however_it_is_split(model, pa
         torch.testing.assert_close(loss, found[0][0])
         torch.testing.assert_close(gradients, found[0][1], rtol=1e-4, atol=1e-5)
     assert len(learned.split(range(24), 700)) > 3
-
-
-def test_steps_of_like_prompts_and_answers_have_less_padding(model, pairs):
-    learned = t5.Pairs(pairs, model.config)
-    steps = packing.steps_of_like_length(learned.like(), 8, 2, seed=1)
-    mixed = [list(range(i, i + 8)) for i in range(0, 56, 8)]
-    like, unlike = (loop.Training(model, learned, way, RECIPE, ARGS).padding() for way in (steps, mixed))
-    assert like < 0.8 * unlike
 
 
 def test_batched_greedy_answers_are_those_one_by_one_by_transformers_own(tiny, model, tokenizer, pairs):

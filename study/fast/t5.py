@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
 from transformers.models.t5.modeling_t5 import T5Attention
 
-from study.fast.t5_kernels import AddNorm, Attend, Gated, Span
+from study.fast.t5_kernels import AddNorm, Attend, Gated, Projection, Span
 from study.model import base_of
 
 ROUNDED = 512, 256  # a batch's tokens in the encoder and in the decoder are multiples of these
@@ -31,9 +32,20 @@ class Packed:
         self.longest = [max(pair) for pair in zip(longest, rounded, strict=True)]
         self.config, self.place = model.config, model.device
         self.buckets = [self.buckets_of(stack) for stack in (self.base.encoder, self.base.decoder)]
-        # Of dropout: each block's norms, attentions and gated layer, and the last norms.
-        self.sites = 4 * self.config.num_layers + 6 * self.config.num_decoder_layers + 2
+        self.sites = 16 * (self.config.num_layers + self.config.num_decoder_layers)  # of dropout, at most
         self.gated = self.config.is_gated_act and self.config.dense_act_fn == "gelu_new"
+        self.stacked = {}  # by linear layers with the same input
+        for block in [*self.base.encoder.block, *self.base.decoder.block]:
+            own, *cross, last = block.layer
+            layer, dense = own.SelfAttention, last.DenseReluDense
+            self.stack_up(layer.q, layer.k, layer.v)
+            for other in cross:
+                layer = other.EncDecAttention
+                self.stack_up(layer.q)
+                self.stack_up(layer.k, layer.v)
+            if self.gated:
+                self.stack_up(dense.wi_0, dense.wi_1)
+        self.groups = [group for _, group in self.stacked.values() if group]
 
     def buckets_of(self, stack) -> torch.Tensor:
         reach = self.longest[stack.is_decoder]
@@ -65,47 +77,102 @@ class Packed:
 
     def logits(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """[decoder's tokens, vocabulary], in the model's training or evaluation mode."""
+        refresh(self.groups)
         sites = ((batch["seeds"], site) for site in itertools.count())  # of dropout, one after another
-        (read, written), (from_read, from_written) = self.longest, batch["borders"]
-        seen = Span(from_read, from_read, read, read, buckets=self.buckets[0])
-        memory = self.stack(self.base.encoder, batch["encoder_ids"], sites, seen)
-        seen = Span(from_written, from_written, written, written, causal=True, buckets=self.buckets[1])
-        across = Span(from_written, from_read, written, read)
-        x = self.stack(self.base.decoder, batch["decoder_ids"], sites, seen, memory, across)
+        read, written = batch["borders"]
+        memory = self.stack(self.base.encoder, batch["encoder_ids"], sites, read)
+        x = self.stack(self.base.decoder, batch["decoder_ids"], sites, written, memory, read)
         return self.base.lm_head(x * self.config.d_model**-0.5 if self.config.scale_decoder_outputs else x)
 
-    def stack(self, stack, ids, sites: Iterator, seen: Span, memory=None, across=None) -> torch.Tensor:
+    def stack(self, stack, ids, sites: Iterator, borders, memory=None, others=None) -> torch.Tensor:
         """[tokens, width] of an encoder or, with the `memory` that it reads, a decoder."""
         drop = self.config.dropout_rate if self.base.training else 0.0
         table = stack.block[0].layer[0].SelfAttention.relative_attention_bias.weight  # [buckets, heads]
-        bias = table.detach().float()[seen.buckets].T.contiguous()  # [heads, distances]
+        buckets, longest = self.buckets[stack.is_decoder], self.longest[stack.is_decoder]
+        bias = table.detach().float()[buckets].T.contiguous()  # [heads, distances]
+        seen = Span(borders, borders, longest, longest, stack.is_decoder, bias, buckets)
+        across = Span(
+            borders, others, longest, self.longest[0], False, torch.zeros_like(bias[:, :1]), buckets
+        )
 
         def add_norm(x, delta, norm) -> tuple:
             total, h = AddNorm.apply(x, delta, norm.weight, norm.eps, self.dtype, *next(sites), drop)
             return (x if delta is None else total), h
 
-        def attend(attention, h, source, span: Span, *biases) -> torch.Tensor:
-            rows = attention.q(h), attention.k(source), attention.v(source)
-            heads = (row.view(len(row), attention.n_heads, -1) for row in rows)
-            return attention.o(Attend.apply(*heads, *biases, span, *next(sites), drop).flatten(1))
+        def attend(layer, table, span: Span, qkv, kv=None) -> torch.Tensor:
+            return layer.o(Attend.apply(qkv, kv, table, span, *next(sites), drop))
 
         x, delta = F.dropout(stack.embed_tokens(ids), drop), None
         for block in stack.block:
             own, *cross, last = block.layer
             x, h = add_norm(x, delta, own.layer_norm)
-            delta = attend(own.SelfAttention, h, h, seen, table, bias)
-            for layer in cross:
-                x, h = add_norm(x, delta, layer.layer_norm)
-                delta = attend(layer.EncDecAttention, h, memory, across, None, None)
+            layer = own.SelfAttention
+            delta = attend(layer, table, seen, self.project(h, sites, layer.q, layer.k, layer.v))
+            for other in cross:
+                x, h = add_norm(x, delta, other.layer_norm)
+                layer = other.EncDecAttention
+                q, kv = self.project(h, sites, layer.q), self.project(memory, sites, layer.k, layer.v)
+                delta = attend(layer, None, across, q, kv)
             x, h = add_norm(x, delta, last.layer_norm)
             dense = last.DenseReluDense
             if self.gated:
-                inner = Gated.apply(dense.wi_0(h), dense.wi_1(h), *next(sites), drop)
-                delta = dense.wo(inner)
+                gate_up = self.project(h, sites, dense.wi_0, dense.wi_1)
+                delta = dense.wo(Gated.apply(gate_up, *next(sites), drop))
             else:
                 delta = dense(h)
         _, h = add_norm(x, delta, stack.final_layer_norm)
         return F.dropout(h, drop)
+
+    def project(self, x: torch.Tensor, sites: Iterator, *layers) -> torch.Tensor:
+        """What linear layers make of x, side by side; those with frozen weights in one product."""
+        weight, group = self.stacked[layers]
+        if group is None:
+            return F.linear(x, torch.cat([layer.weight for layer in layers]) if weight is None else weight)
+        drop = group.dropout if self.base.training else 0.0
+        return Projection.apply(x, weight, group, *next(sites), drop, *group.parameters)
+
+    def stack_up(self, *layers) -> None:
+        """Keep frozen weights of layers one below the other, None where they learn, and their adapters."""
+        weights = [getattr(layer, "base_layer", layer).weight for layer in layers]
+        learn = any(weight.requires_grad for weight in weights)
+        adapted = any(isinstance(layer, LoraLayer) for layer in layers)
+        self.stacked[layers] = None if learn else torch.cat(weights), Group(layers) if adapted else None
+
+
+class Group:
+    """The adapters of linear layers with the same input, as Projection takes them."""
+
+    def __init__(self, layers):
+        sizes = [layer.out_features for layer in layers]
+        ends = np.cumsum(sizes)
+        adapted = [i for i, layer in enumerate(layers) if isinstance(layer, LoraLayer)]
+        first = layers[adapted[0]]
+        self.scale, rank = first.scaling["default"], first.r["default"]
+        self.dropout = getattr(first.lora_dropout["default"], "p", 0.0)
+        self.full_a = [layers[i].lora_A["default"].weight for i in adapted]
+        self.full_b = [layers[i].lora_B["default"].weight for i in adapted]
+        self.parameters = self.full_a + self.full_b
+        dtype = first.base_layer.weight.dtype
+        self.a = torch.empty(
+            rank * len(adapted), first.in_features, dtype=dtype, device=self.full_a[0].device
+        )
+        self.parts = [
+            (
+                slice(int(ends[i]) - sizes[i], int(ends[i])),
+                slice(rank * j, rank * (j + 1)),
+                torch.empty_like(b, dtype=dtype),
+            )
+            for j, (i, b) in enumerate(zip(adapted, self.full_b, strict=True))
+        ]
+        self.half = [*self.a.split(rank), *(b for *_, b in self.parts)]
+
+
+@torch.no_grad()
+def refresh(groups: Sequence[Group]) -> None:
+    """Take over what the adapters' parameters are now."""
+    if groups:
+        torch._foreach_copy_([h for g in groups for h in g.half], [p for g in groups for p in g.parameters])
+        torch._foreach_mul_([group.a for group in groups], [group.scale for group in groups])
 
 
 def laid(rows: Sequence[list[int]], end: int, fill: int) -> torch.Tensor:

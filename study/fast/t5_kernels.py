@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from study.fast.kernels import EXACT, dropout_mask, power_of_2
+from study.fast.train import product
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # kernels compute 2^x, not e^x
 TILE, WARPS = 64, 4  # queries and keys of a tile
@@ -142,55 +143,116 @@ def gelu_parts(gate):
 
 
 @triton.jit(do_not_specialize=["site"])
-def gated_kernel(gate, up, out, seeds, site, probability, width: tl.constexpr, tile: tl.constexpr):
+def gated_kernel(gate_up, out, seeds, site, probability, width: tl.constexpr, tile: tl.constexpr):
     """A tile of one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * tile + tl.arange(0, tile)
-    inside, at = column < width, row * width + column
-    gelu, _ = gelu_parts(tl.load(gate + at, inside, 0.0).to(tl.float32))
-    value = gelu * tl.load(up + at, inside, 0.0).to(tl.float32)
+    inside, at = column < width, row * 2 * width + column
+    gelu, _ = gelu_parts(tl.load(gate_up + at, inside, 0.0).to(tl.float32))
+    value = gelu * tl.load(gate_up + at + width, inside, 0.0).to(tl.float32)
     value *= dropout_mask(tl.load(seeds + site), row, column, width, probability)
-    tl.store(out + at, value.to(out.dtype.element_ty), inside)
+    tl.store(out + row * width + column, value.to(out.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["site"])
 def gated_backward_kernel(
-    gate, up, d_out, d_gate, d_up, seeds, site, probability, width: tl.constexpr, tile: tl.constexpr
+    gate_up, d_out, d_gate_up, seeds, site, probability, width: tl.constexpr, tile: tl.constexpr
 ):
     """A tile of one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * tile + tl.arange(0, tile)
-    inside, at = column < width, row * width + column
-    gelu, slope = gelu_parts(tl.load(gate + at, inside, 0.0).to(tl.float32))
-    value = tl.load(d_out + at, inside, 0.0).to(tl.float32)
+    inside, at = column < width, row * 2 * width + column
+    gelu, slope = gelu_parts(tl.load(gate_up + at, inside, 0.0).to(tl.float32))
+    value = tl.load(d_out + row * width + column, inside, 0.0).to(tl.float32)
     value *= dropout_mask(tl.load(seeds + site), row, column, width, probability)
-    tl.store(d_up + at, (value * gelu).to(d_up.dtype.element_ty), inside)
-    value *= tl.load(up + at, inside, 0.0).to(tl.float32) * slope
-    tl.store(d_gate + at, value.to(d_gate.dtype.element_ty), inside)
+    tl.store(d_gate_up + at + width, (value * gelu).to(d_gate_up.dtype.element_ty), inside)
+    value *= tl.load(gate_up + at + width, inside, 0.0).to(tl.float32) * slope
+    tl.store(d_gate_up + at, value.to(d_gate_up.dtype.element_ty), inside)
 
 
 class Gated(torch.autograd.Function):
-    """(gate, up) -> dropout(gelu(gate) * up), all [rows, width]."""
+    """dropout(gelu(gate) * up) [rows, width], which lie side by side in the columns of gate_up."""
 
     @staticmethod
-    def forward(ctx, gate, up, seeds, site: int, probability: float):
-        out, (rows, width) = torch.empty_like(gate), gate.shape
+    def forward(ctx, gate_up, seeds, site: int, probability: float):
+        rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty(rows, width)
         tile = min(1024, power_of_2(width))
         grid = rows, triton.cdiv(width, tile)
-        gated_kernel[grid](gate, up, out, seeds, site, probability, width, tile)
-        ctx.save_for_backward(gate, up, seeds)
-        ctx.rest = grid, site, probability, tile
+        gated_kernel[grid](gate_up, out, seeds, site, probability, width, tile)
+        ctx.save_for_backward(gate_up, seeds)
+        ctx.rest = grid, site, probability, width, tile
         return out
 
     @staticmethod
     def backward(ctx, d_out):
-        gate, up, seeds = ctx.saved_tensors
-        grid, site, probability, tile = ctx.rest
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
-        gated_backward_kernel[grid](
-            *(gate, up, d_out.contiguous(), d_gate, d_up, seeds, site, probability, gate.shape[1], tile)
-        )
-        return d_gate, d_up, None, None, None
+        gate_up, seeds = ctx.saved_tensors
+        grid, *rest = ctx.rest
+        d_gate_up = torch.empty_like(gate_up)
+        gated_backward_kernel[grid](gate_up, d_out.contiguous(), d_gate_up, seeds, *rest)
+        return d_gate_up, None, None, None
+
+
+# Linear layers with adapters
+
+
+@triton.jit(do_not_specialize=["site"])
+def dropped_kernel(
+    x, out, seeds, site, probability, width: tl.constexpr, tile: tl.constexpr, add: tl.constexpr
+):
+    """A tile of one row: out = dropout(x), or out += dropout(x)."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * tile + tl.arange(0, tile)
+    inside, at = column < width, row * width + column
+    value = tl.load(x + at, inside, 0.0).to(tl.float32)
+    value *= dropout_mask(tl.load(seeds + site), row, column, width, probability)
+    if add:
+        value += tl.load(out + at, inside, 0.0).to(tl.float32)
+    tl.store(out + at, value.to(out.dtype.element_ty), inside)
+
+
+def dropped(x: torch.Tensor, out: torch.Tensor, seeds, site: int, probability: float, add=False) -> None:
+    rows, width = x.shape
+    tile = min(1024, power_of_2(width))
+    dropped_kernel[(rows, triton.cdiv(width, tile))](x, out, seeds, site, probability, width, tile, add)
+
+
+class Projection(torch.autograd.Function):
+    """x [rows, width] times the frozen weights [size, width] of some linear layers, and their adapters.
+
+    `group` has `a` [ranks, width] of all adapters, scaled, and `parts`: of each the columns that it adds to,
+    its columns of `a`'s outputs, and its `b` [columns, rank]. Their parameters follow, all A, then all B;
+    one mask is drawn for all.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, group, seeds, site: int, probability: float, *parameters):
+        y, source = x @ weight.T, x
+        if probability:
+            source = torch.empty_like(x)
+            dropped(x, source, seeds, site, probability)
+        h = source @ group.a.T  # [rows, ranks]
+        for columns, ranks, b in group.parts:
+            y[:, columns].addmm_(h[:, ranks], b.T)
+        ctx.save_for_backward(source, weight, h, seeds)
+        ctx.rest = group, site, probability
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        source, weight, h, seeds = ctx.saved_tensors
+        group, site, probability = ctx.rest
+        dh = torch.cat([dy[:, columns] @ b for columns, _, b in group.parts], dim=1)  # [rows, ranks]
+        da = product(dh.T, source) * group.scale
+        db = [product(dy[:, columns].T, h[:, ranks]) for columns, ranks, _ in group.parts]
+        dx = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ weight
+            if probability:
+                dropped(dh @ group.a, dx, seeds, site, probability, add=True)
+            else:
+                dx.addmm_(dh, group.a)
+        return dx, None, None, None, None, None, *(da[ranks] for _, ranks, _ in group.parts), *db
 
 
 # Attention
@@ -199,32 +261,27 @@ class Gated(torch.autograd.Function):
 @dataclass(frozen=True)
 class Span:
     """Whose queries see whose keys. Example i has the query rows from queries[i] to queries[i + 1], none of
-    them more than `longest_query`, and likewise keys. `buckets` [2 reach - 1] are T5's of the distances from
-    1 - reach to reach - 1 of a key behind its query; None has no bias."""
+    them more than `longest_query`, and likewise keys. `bias` [heads, 2 reach - 1], float32, are added to
+    scores by the distance of a key behind its query, from 1 - reach to reach - 1; `buckets` are T5's of the
+    distances."""
 
     queries: torch.Tensor  # [examples + 1], int32
     keys: torch.Tensor
     longest_query: int
     longest_key: int
-    causal: bool = False
-    buckets: torch.Tensor | None = None
-
-    @property
-    def reach(self) -> int:
-        return 0 if self.buckets is None else (len(self.buckets) + 1) // 2
+    causal: bool
+    bias: torch.Tensor
+    buckets: torch.Tensor
 
 
 @triton.jit
-def scores(query, key, place, other, length, bias, head, reach, has_bias: tl.constexpr, causal: tl.constexpr):
+def scores(query, key, place, other, length, bias, head, reach, causal):
     """Of a tile of queries and keys, times log2(e); -1e30 where a query does not see a key."""
     score = tl.dot(query, tl.trans(key), input_precision=EXACT)  # [queries, keys]
-    seen = other[None, :] < length
-    if has_bias:
-        distance = other[None, :] - place[:, None] + reach - 1
-        bounded = tl.minimum(tl.maximum(distance, 0), 2 * reach - 2)
-        score += tl.load(bias + head * (2 * reach - 1) + bounded)
-    if causal:
-        seen = seen & (other[None, :] <= place[:, None])
+    distance = other[None, :] - place[:, None]
+    bounded = tl.minimum(tl.maximum(distance + reach - 1, 0), 2 * reach - 2)
+    score += tl.load(bias + head * (2 * reach - 1) + bounded)
+    seen = (other[None, :] < length) & ((distance <= 0) | (causal == 0))
     return tl.where(seen, score * LOG2_E, -1e30)
 
 
@@ -235,7 +292,7 @@ def share_mask(seeds, site, head, row, place, rows, widest: tl.constexpr, probab
     return dropout_mask(tl.load(seeds + site), numbers[:, None], place[None, :], widest, probability)
 
 
-@triton.jit(do_not_specialize=["site", "rows", "reach"])
+@triton.jit(do_not_specialize=["site", "rows", "reach", "causal"])
 def attention_kernel(
     q,
     k,
@@ -246,52 +303,52 @@ def attention_kernel(
     queries,
     keys,
     seeds,
+    q_stride,
+    k_stride,
     site,
     rows,
     reach,
+    causal,
     probability,
     heads: tl.constexpr,
     size: tl.constexpr,
     tile: tl.constexpr,
     widest: tl.constexpr,
-    has_bias: tl.constexpr,
-    causal: tl.constexpr,
-    drop: tl.constexpr,
 ):
     """A tile of an example's queries, of one head."""
-    example, head, stride = tl.program_id(1), tl.program_id(2), heads * size
+    example, head = tl.program_id(1), tl.program_id(2)
     start, end = tl.load(queries + example), tl.load(queries + example + 1)
     place = tl.program_id(0) * tile + tl.arange(0, tile)
     if tl.program_id(0) * tile < end - start:
         first, length = tl.load(keys + example), tl.load(keys + example + 1) - tl.load(keys + example)
         row, wanted = start + place, place < end - start
         column = head * size + tl.arange(0, size)[None, :]
-        query = tl.load(q + row.to(tl.int64)[:, None] * stride + column, wanted[:, None], 0.0)
+        far = row.to(tl.int64)[:, None]
+        query = tl.load(q + far * q_stride + column, wanted[:, None], 0.0)
         largest = tl.full([tile], -1e30, tl.float32)
         weight = tl.zeros([tile], tl.float32)
         total = tl.zeros([tile, size], tl.float32)
-        last = tl.minimum(length, tl.program_id(0) * tile + tile) if causal else length
+        last = tl.where(causal != 0, tl.minimum(length, tl.program_id(0) * tile + tile), length)
         for begin in range(0, last, tile):
             other = begin + tl.arange(0, tile)
-            at = (first + other).to(tl.int64)[:, None] * stride + column
+            at = (first + other).to(tl.int64)[:, None] * k_stride + column
             key = tl.load(k + at, (other < length)[:, None], 0.0)  # [tile, size]
             value = tl.load(v + at, (other < length)[:, None], 0.0)
-            score = scores(query, key, place, other, length, bias, head, reach, has_bias, causal)
+            score = scores(query, key, place, other, length, bias, head, reach, causal)
             larger = tl.maximum(largest, tl.max(score, 1))
             share = tl.exp2(score - larger[:, None])
             fade = tl.exp2(largest - larger)
             weight = weight * fade + tl.sum(share, 1)
-            if drop:
-                share *= share_mask(seeds, site, head, row, other, rows, widest, probability)
+            share *= share_mask(seeds, site, head, row, other, rows, widest, probability)
             total = tl.dot(share.to(value.dtype), value, total * fade[:, None], input_precision=EXACT)
             largest = larger
         weight = tl.maximum(weight, 1e-30)  # an example without keys
         result = (total / weight[:, None]).to(out.dtype.element_ty)
-        tl.store(out + row.to(tl.int64)[:, None] * stride + column, result, wanted[:, None])
+        tl.store(out + far * heads * size + column, result, wanted[:, None])
         tl.store(logsumexp + head.to(tl.int64) * rows + row, largest + tl.log2(weight), wanted)
 
 
-@triton.jit(do_not_specialize=["site", "rows", "reach"])
+@triton.jit(do_not_specialize=["site", "rows", "reach", "causal"])
 def attention_dq_kernel(
     q,
     k,
@@ -307,30 +364,31 @@ def attention_dq_kernel(
     keys,
     buckets,
     seeds,
+    q_stride,
+    k_stride,
     site,
     rows,
     reach,
+    causal,
     probability,
     heads: tl.constexpr,
     size: tl.constexpr,
     tile: tl.constexpr,
     widest: tl.constexpr,
-    has_bias: tl.constexpr,
-    causal: tl.constexpr,
-    drop: tl.constexpr,
     count: tl.constexpr,
 ):
     """Gradients of a tile of queries; their rows' sums of gradient * output, which the keys' kernel takes;
     and what they add to the bias of each of `count` buckets (0: to none)."""
-    example, head, stride = tl.program_id(1), tl.program_id(2), heads * size
+    example, head = tl.program_id(1), tl.program_id(2)
     start, end = tl.load(queries + example), tl.load(queries + example + 1)
     place = tl.program_id(0) * tile + tl.arange(0, tile)
     if tl.program_id(0) * tile < end - start:
         first, length = tl.load(keys + example), tl.load(keys + example + 1) - tl.load(keys + example)
         row, wanted = start + place, place < end - start
         column = head * size + tl.arange(0, size)[None, :]
-        mine, saved = row.to(tl.int64)[:, None] * stride + column, head.to(tl.int64) * rows + row
-        query = tl.load(q + mine, wanted[:, None], 0.0)
+        far, saved = row.to(tl.int64)[:, None], head.to(tl.int64) * rows + row
+        mine = far * heads * size + column
+        query = tl.load(q + far * q_stride + column, wanted[:, None], 0.0)
         slope = tl.load(d_out + mine, wanted[:, None], 0.0)
         output = tl.load(out + mine, wanted[:, None], 0.0)
         inner = tl.sum(slope.to(tl.float32) * output.to(tl.float32), 1)  # [tile]
@@ -340,17 +398,16 @@ def attention_dq_kernel(
         if count:
             bucket = tl.arange(0, count)
             found = tl.zeros([count], tl.float32)
-        last = tl.minimum(length, tl.program_id(0) * tile + tile) if causal else length
+        last = tl.where(causal != 0, tl.minimum(length, tl.program_id(0) * tile + tile), length)
         for begin in range(0, last, tile):
             other = begin + tl.arange(0, tile)
-            at = (first + other).to(tl.int64)[:, None] * stride + column
+            at = (first + other).to(tl.int64)[:, None] * k_stride + column
             key = tl.load(k + at, (other < length)[:, None], 0.0)
             value = tl.load(v + at, (other < length)[:, None], 0.0)
-            score = scores(query, key, place, other, length, bias, head, reach, has_bias, causal)
+            score = scores(query, key, place, other, length, bias, head, reach, causal)
             share = tl.exp2(score - log_weight[:, None])  # [queries, keys]
             d_share = tl.dot(slope, tl.trans(value), input_precision=EXACT)
-            if drop:
-                d_share *= share_mask(seeds, site, head, row, other, rows, widest, probability)
+            d_share *= share_mask(seeds, site, head, row, other, rows, widest, probability)
             d_score = share * (d_share - inner[:, None])
             total = tl.dot(d_score.to(key.dtype), key, total, input_precision=EXACT)
             if count:
@@ -360,12 +417,12 @@ def attention_dq_kernel(
                 for each in range(count):
                     hit = tl.sum(tl.sum(tl.where(which == each, d_score, 0.0), 1), 0)
                     found += tl.where(bucket == each, hit, 0.0)
-        tl.store(d_q + mine, total.to(d_q.dtype.element_ty), wanted[:, None])
+        tl.store(d_q + far * q_stride + column, total.to(d_q.dtype.element_ty), wanted[:, None])
         if count:
             tl.atomic_add(d_bias + bucket * heads + head, found)
 
 
-@triton.jit(do_not_specialize=["site", "rows", "reach"])
+@triton.jit(do_not_specialize=["site", "rows", "reach", "causal"])
 def attention_dkv_kernel(
     q,
     k,
@@ -379,20 +436,20 @@ def attention_dkv_kernel(
     queries,
     keys,
     seeds,
+    q_stride,
+    k_stride,
     site,
     rows,
     reach,
+    causal,
     probability,
     heads: tl.constexpr,
     size: tl.constexpr,
     tile: tl.constexpr,
     widest: tl.constexpr,
-    has_bias: tl.constexpr,
-    causal: tl.constexpr,
-    drop: tl.constexpr,
 ):
     """Gradients of a tile of an example's keys and values, of one head."""
-    example, head, stride = tl.program_id(1), tl.program_id(2), heads * size
+    example, head = tl.program_id(1), tl.program_id(2)
     start, end = tl.load(keys + example), tl.load(keys + example + 1)
     other = tl.program_id(0) * tile + tl.arange(0, tile)
     if tl.program_id(0) * tile < end - start:
@@ -400,25 +457,23 @@ def attention_dkv_kernel(
         length = tl.load(queries + example + 1) - first
         wanted = other < end - start
         column = head * size + tl.arange(0, size)[None, :]
-        mine = (start + other).to(tl.int64)[:, None] * stride + column
+        mine = (start + other).to(tl.int64)[:, None] * k_stride + column
         key = tl.load(k + mine, wanted[:, None], 0.0)
         value = tl.load(v + mine, wanted[:, None], 0.0)
         total_k = tl.zeros([tile, size], tl.float32)
         total_v = tl.zeros([tile, size], tl.float32)
-        for begin in range(tl.program_id(0) * tile if causal else 0, length, tile):
+        for begin in range(tl.where(causal != 0, tl.program_id(0) * tile, 0), length, tile):
             place = begin + tl.arange(0, tile)
             row, inside = first + place, place < length
-            at, saved = row.to(tl.int64)[:, None] * stride + column, head.to(tl.int64) * rows + row
-            query = tl.load(q + at, inside[:, None], 0.0)
-            slope = tl.load(d_out + at, inside[:, None], 0.0)
+            far, saved = row.to(tl.int64)[:, None], head.to(tl.int64) * rows + row
+            query = tl.load(q + far * q_stride + column, inside[:, None], 0.0)
+            slope = tl.load(d_out + far * heads * size + column, inside[:, None], 0.0)
             log_weight, inner = tl.load(logsumexp + saved, inside, 1e30), tl.load(delta + saved, inside, 0.0)
-            score = scores(query, key, place, other, end - start, bias, head, reach, has_bias, causal)
+            score = scores(query, key, place, other, end - start, bias, head, reach, causal)
             share = tl.exp2(score - log_weight[:, None])  # [queries, keys]
             d_share = tl.dot(slope, tl.trans(value), input_precision=EXACT)
-            kept = share
-            if drop:
-                mask = share_mask(seeds, site, head, row, other, rows, widest, probability)
-                kept, d_share = share * mask, d_share * mask
+            mask = share_mask(seeds, site, head, row, other, rows, widest, probability)
+            kept, d_share = share * mask, d_share * mask
             total_v = tl.dot(tl.trans(kept.to(slope.dtype)), slope, total_v, input_precision=EXACT)
             d_score = share * (d_share - inner[:, None])
             total_k = tl.dot(tl.trans(d_score.to(query.dtype)), query, total_k, input_precision=EXACT)
@@ -427,52 +482,47 @@ def attention_dkv_kernel(
 
 
 class Attend(torch.autograd.Function):
-    """q [query rows, heads, size], k and v [key rows, heads, size], T5's table of biases [buckets, heads] or
-    None -> [query rows, heads, size]; rows of no example are left as they are. `bias` [heads, 2 reach - 1] is
-    the table by distance, float32."""
+    """Attention over `span`'s examples: queries, keys and values, [rows, heads size] each, side by side in
+    `qkv`, or the last two in `kv` -> [query rows, heads size]. `table` [buckets, heads] are the biases that
+    those of the span are made of, or None."""
 
     @staticmethod
-    def forward(ctx, q, k, v, table, bias, span: Span, seeds, site: int, probability: float):
-        rows, heads, size = q.shape
-        out = torch.empty_like(q)
-        logsumexp = torch.empty(heads, rows, dtype=torch.float32, device=q.device)
-        shape = (
-            heads,
-            size,
-            TILE,
-            power_of_2(span.longest_key),
-            bias is not None,
-            span.causal,
-            probability > 0,
-        )
-        bias = logsumexp if bias is None else bias
+    def forward(ctx, qkv, kv, table, span: Span, seeds, site: int, probability: float):
+        heads, reach = len(span.bias), (span.bias.shape[1] + 1) // 2
+        q, k, v = parts(qkv, kv)
+        rows, width = q.shape
+        out = qkv.new_empty(rows, width)
+        logsumexp = torch.empty(heads, rows, dtype=torch.float32, device=qkv.device)
         grid = triton.cdiv(span.longest_query, TILE), len(span.queries) - 1, heads
+        rest = (seeds, q.stride(0), k.stride(0), site, rows, reach, int(span.causal), probability)
+        rest += (heads, width // heads, TILE, power_of_2(span.longest_key))
         attention_kernel[grid](
-            *(q, k, v, bias, out, logsumexp, span.queries, span.keys, seeds, site, rows, span.reach),
-            *(probability, *shape),
-            num_warps=WARPS,
+            q, k, v, span.bias, out, logsumexp, span.queries, span.keys, *rest, num_warps=WARPS
         )
-        ctx.save_for_backward(q, k, v, table, bias, out, logsumexp, seeds)
-        ctx.rest = span, site, probability, shape, grid
+        ctx.save_for_backward(qkv, kv, table, out, logsumexp)
+        ctx.rest = span, rest, grid
         return out
 
     @staticmethod
     def backward(ctx, d_out):
-        q, k, v, table, bias, out, logsumexp, seeds = ctx.saved_tensors
-        span, site, probability, shape, grid = ctx.rest
-        rows, d_out, delta = q.shape[0], d_out.contiguous(), torch.empty_like(logsumexp)
-        d_q, d_k, d_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        d_table = torch.zeros_like(table, dtype=torch.float32) if ctx.needs_input_grad[3] else None
-        more = seeds, site, rows, span.reach, probability
+        qkv, kv, table, out, logsumexp = ctx.saved_tensors
+        span, rest, grid = ctx.rest
+        d_qkv, d_kv = torch.empty_like(qkv), None if kv is None else torch.empty_like(kv)
+        (q, k, v), (d_q, d_k, d_v) = parts(qkv, kv), parts(d_qkv, d_kv)
+        d_out, delta = d_out.contiguous(), torch.empty_like(logsumexp)
+        d_table = torch.zeros_like(table, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         attention_dq_kernel[grid](
-            *(q, k, v, bias, d_out, out, logsumexp, delta, d_q, delta if d_table is None else d_table),
-            *(span.queries, span.keys, delta if span.buckets is None else span.buckets, *more, *shape),
-            0 if d_table is None else len(d_table),
+            *(q, k, v, span.bias, d_out, out, logsumexp, delta, d_q, delta if d_table is None else d_table),
+            *(span.queries, span.keys, span.buckets, *rest, 0 if d_table is None else len(d_table)),
             num_warps=WARPS,
         )
         attention_dkv_kernel[(triton.cdiv(span.longest_key, TILE), *grid[1:])](
-            *(q, k, v, bias, d_out, logsumexp, delta, d_k, d_v, span.queries, span.keys, *more, *shape),
+            *(q, k, v, span.bias, d_out, logsumexp, delta, d_k, d_v, span.queries, span.keys, *rest),
             num_warps=WARPS,
         )
-        d_table = None if d_table is None else d_table.to(table.dtype)
-        return d_q, d_k, d_v, d_table, None, None, None, None, None
+        return d_qkv, d_kv, None if d_table is None else d_table.to(table.dtype), None, None, None, None
+
+
+def parts(qkv: torch.Tensor, kv: torch.Tensor | None) -> list[torch.Tensor]:
+    """Queries, keys and values as columns of what they lie in."""
+    return list(qkv.chunk(3, dim=1)) if kv is None else [qkv, *kv.chunk(2, dim=1)]
