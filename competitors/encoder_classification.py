@@ -84,6 +84,7 @@ def fine_tune(args, folder: Path, train: data.Split, labels: list[str], process:
         training = loop.Training(tuned, texts, steps, recipe, args)
         save = functools.partial(encoder.save, tuned, tokenizer, folder)
         content["train"] = loop.train(training, folder, run, process, save)
+        del content["train"]["learned_tokens"]  # it learned classes
         content["cost"] = cost.of_run(args, device.name(), content["train"]["wall_seconds"])
     resuming.discard_checkpoints(folder, process)
     content = record.read(folder / "train.json")

@@ -15,7 +15,11 @@ from study.fast.kernels import EXACT, dropout_mask, power_of_2
 from study.fast.train import product
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # kernels compute 2^x, not e^x
-TILE, WARPS = 64, 4  # queries and keys of a tile
+TILES = {  # of attention: queries, keys, warps, stages
+    "forward": (64, 64, 4, 3),
+    "dq": (64, 64, 4, 3),
+    "dkv": (64, 64, 4, 3),
+}
 
 
 # Residuals, dropout and RMSNorm
@@ -312,27 +316,28 @@ def attention_kernel(
     probability,
     heads: tl.constexpr,
     size: tl.constexpr,
-    tile: tl.constexpr,
     widest: tl.constexpr,
+    tile_q: tl.constexpr,
+    tile_k: tl.constexpr,
 ):
     """A tile of an example's queries, of one head."""
     example, head = tl.program_id(1), tl.program_id(2)
     start, end = tl.load(queries + example), tl.load(queries + example + 1)
-    place = tl.program_id(0) * tile + tl.arange(0, tile)
-    if tl.program_id(0) * tile < end - start:
+    place = tl.program_id(0) * tile_q + tl.arange(0, tile_q)
+    if tl.program_id(0) * tile_q < end - start:
         first, length = tl.load(keys + example), tl.load(keys + example + 1) - tl.load(keys + example)
         row, wanted = start + place, place < end - start
         column = head * size + tl.arange(0, size)[None, :]
         far = row.to(tl.int64)[:, None]
         query = tl.load(q + far * q_stride + column, wanted[:, None], 0.0)
-        largest = tl.full([tile], -1e30, tl.float32)
-        weight = tl.zeros([tile], tl.float32)
-        total = tl.zeros([tile, size], tl.float32)
-        last = tl.where(causal != 0, tl.minimum(length, tl.program_id(0) * tile + tile), length)
-        for begin in range(0, last, tile):
-            other = begin + tl.arange(0, tile)
+        largest = tl.full([tile_q], -1e30, tl.float32)
+        weight = tl.zeros([tile_q], tl.float32)
+        total = tl.zeros([tile_q, size], tl.float32)
+        last = tl.where(causal != 0, tl.minimum(length, tl.program_id(0) * tile_q + tile_q), length)
+        for begin in range(0, last, tile_k):
+            other = begin + tl.arange(0, tile_k)
             at = (first + other).to(tl.int64)[:, None] * k_stride + column
-            key = tl.load(k + at, (other < length)[:, None], 0.0)  # [tile, size]
+            key = tl.load(k + at, (other < length)[:, None], 0.0)  # [tile_k, size]
             value = tl.load(v + at, (other < length)[:, None], 0.0)
             score = scores(query, key, place, other, length, bias, head, reach, causal)
             larger = tl.maximum(largest, tl.max(score, 1))
@@ -373,16 +378,17 @@ def attention_dq_kernel(
     probability,
     heads: tl.constexpr,
     size: tl.constexpr,
-    tile: tl.constexpr,
     widest: tl.constexpr,
+    tile_q: tl.constexpr,
+    tile_k: tl.constexpr,
     count: tl.constexpr,
 ):
     """Gradients of a tile of queries; their rows' sums of gradient * output, which the keys' kernel takes;
     and what they add to the bias of each of `count` buckets (0: to none)."""
     example, head = tl.program_id(1), tl.program_id(2)
     start, end = tl.load(queries + example), tl.load(queries + example + 1)
-    place = tl.program_id(0) * tile + tl.arange(0, tile)
-    if tl.program_id(0) * tile < end - start:
+    place = tl.program_id(0) * tile_q + tl.arange(0, tile_q)
+    if tl.program_id(0) * tile_q < end - start:
         first, length = tl.load(keys + example), tl.load(keys + example + 1) - tl.load(keys + example)
         row, wanted = start + place, place < end - start
         column = head * size + tl.arange(0, size)[None, :]
@@ -391,16 +397,16 @@ def attention_dq_kernel(
         query = tl.load(q + far * q_stride + column, wanted[:, None], 0.0)
         slope = tl.load(d_out + mine, wanted[:, None], 0.0)
         output = tl.load(out + mine, wanted[:, None], 0.0)
-        inner = tl.sum(slope.to(tl.float32) * output.to(tl.float32), 1)  # [tile]
+        inner = tl.sum(slope.to(tl.float32) * output.to(tl.float32), 1)  # [tile_q]
         tl.store(delta + saved, inner, wanted)
         log_weight = tl.load(logsumexp + saved, wanted, 1e30)
-        total = tl.zeros([tile, size], tl.float32)
+        total = tl.zeros([tile_q, size], tl.float32)
         if count:
             bucket = tl.arange(0, count)
             found = tl.zeros([count], tl.float32)
-        last = tl.where(causal != 0, tl.minimum(length, tl.program_id(0) * tile + tile), length)
-        for begin in range(0, last, tile):
-            other = begin + tl.arange(0, tile)
+        last = tl.where(causal != 0, tl.minimum(length, tl.program_id(0) * tile_q + tile_q), length)
+        for begin in range(0, last, tile_k):
+            other = begin + tl.arange(0, tile_k)
             at = (first + other).to(tl.int64)[:, None] * k_stride + column
             key = tl.load(k + at, (other < length)[:, None], 0.0)
             value = tl.load(v + at, (other < length)[:, None], 0.0)
@@ -445,14 +451,15 @@ def attention_dkv_kernel(
     probability,
     heads: tl.constexpr,
     size: tl.constexpr,
-    tile: tl.constexpr,
     widest: tl.constexpr,
+    tile_q: tl.constexpr,
+    tile_k: tl.constexpr,
 ):
     """Gradients of a tile of an example's keys and values, of one head."""
     example, head = tl.program_id(1), tl.program_id(2)
     start, end = tl.load(keys + example), tl.load(keys + example + 1)
-    other = tl.program_id(0) * tile + tl.arange(0, tile)
-    if tl.program_id(0) * tile < end - start:
+    other = tl.program_id(0) * tile_k + tl.arange(0, tile_k)
+    if tl.program_id(0) * tile_k < end - start:
         first = tl.load(queries + example)
         length = tl.load(queries + example + 1) - first
         wanted = other < end - start
@@ -460,10 +467,12 @@ def attention_dkv_kernel(
         mine = (start + other).to(tl.int64)[:, None] * k_stride + column
         key = tl.load(k + mine, wanted[:, None], 0.0)
         value = tl.load(v + mine, wanted[:, None], 0.0)
-        total_k = tl.zeros([tile, size], tl.float32)
-        total_v = tl.zeros([tile, size], tl.float32)
-        for begin in range(tl.where(causal != 0, tl.program_id(0) * tile, 0), length, tile):
-            place = begin + tl.arange(0, tile)
+        total_k = tl.zeros([tile_k, size], tl.float32)
+        total_v = tl.zeros([tile_k, size], tl.float32)
+        for begin in range(
+            tl.where(causal != 0, tl.program_id(0) * tile_k // tile_q * tile_q, 0), length, tile_q
+        ):
+            place = begin + tl.arange(0, tile_q)
             row, inside = first + place, place < length
             far, saved = row.to(tl.int64)[:, None], head.to(tl.int64) * rows + row
             query = tl.load(q + far * q_stride + column, inside[:, None], 0.0)
@@ -493,11 +502,14 @@ class Attend(torch.autograd.Function):
         rows, width = q.shape
         out = qkv.new_empty(rows, width)
         logsumexp = torch.empty(heads, rows, dtype=torch.float32, device=qkv.device)
-        grid = triton.cdiv(span.longest_query, TILE), len(span.queries) - 1, heads
+        grid = len(span.queries) - 1, heads
         rest = (seeds, q.stride(0), k.stride(0), site, rows, reach, int(span.causal), probability)
-        rest += (heads, width // heads, TILE, power_of_2(span.longest_key))
-        attention_kernel[grid](
-            q, k, v, span.bias, out, logsumexp, span.queries, span.keys, *rest, num_warps=WARPS
+        rest += (heads, width // heads, power_of_2(span.longest_key))
+        launch(
+            attention_kernel,
+            "forward",
+            (span.longest_query, *grid),
+            *(q, k, v, span.bias, out, logsumexp, span.queries, span.keys, *rest),
         )
         ctx.save_for_backward(qkv, kv, table, out, logsumexp)
         ctx.rest = span, rest, grid
@@ -511,16 +523,30 @@ class Attend(torch.autograd.Function):
         (q, k, v), (d_q, d_k, d_v) = parts(qkv, kv), parts(d_qkv, d_kv)
         d_out, delta = d_out.contiguous(), torch.empty_like(logsumexp)
         d_table = torch.zeros_like(table, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        attention_dq_kernel[grid](
+        launch(
+            attention_dq_kernel,
+            "dq",
+            (span.longest_query, *grid),
             *(q, k, v, span.bias, d_out, out, logsumexp, delta, d_q, delta if d_table is None else d_table),
-            *(span.queries, span.keys, span.buckets, *rest, 0 if d_table is None else len(d_table)),
-            num_warps=WARPS,
+            *(span.queries, span.keys, span.buckets, *rest),
+            count=0 if d_table is None else len(d_table),
         )
-        attention_dkv_kernel[(triton.cdiv(span.longest_key, TILE), *grid[1:])](
+        launch(
+            attention_dkv_kernel,
+            "dkv",
+            (span.longest_key, *grid),
             *(q, k, v, span.bias, d_out, logsumexp, delta, d_k, d_v, span.queries, span.keys, *rest),
-            num_warps=WARPS,
         )
         return d_qkv, d_kv, None if d_table is None else d_table.to(table.dtype), None, None, None, None
+
+
+def launch(kernel, kind: str, grid: tuple[int, ...], *given, **constants) -> None:
+    """`grid` is of the most rows that a program's tile cuts up, examples and heads."""
+    tile_q, tile_k, warps, stages = TILES[kind]
+    tiles = triton.cdiv(grid[0], tile_k if kind == "dkv" else tile_q)
+    kernel[(tiles, *grid[1:])](
+        *given, tile_q=tile_q, tile_k=tile_k, num_warps=warps, num_stages=stages, **constants
+    )
 
 
 def parts(qkv: torch.Tensor, kv: torch.Tensor | None) -> list[torch.Tensor]:
