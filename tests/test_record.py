@@ -774,6 +774,14 @@ def test_a_finished_run_with_another_setting_is_refused_by_flag(tmp_path, words)
         find(tmp_path / "train.json", *words.split())
 
 
+@pytest.mark.parametrize("name", ["train.json", "eval.json"])
+def test_a_finished_run_of_another_method_is_refused_whatever_its_settings(tmp_path, name):
+    content = make_record(tmp_path / name)
+    record.write_json(tmp_path / name, content | {"method": "encoder"})
+    with pytest.raises(UserError, match=rf"{name} belongs to a run of encoder, not of qlora: .*--force"):
+        find(tmp_path / name, trained=training("2024", "a"))
+
+
 def test_a_finished_run_on_other_data_is_refused(tmp_path):
     make_record(tmp_path / "train.json")
     other = {"train": {"source": "t.jsonl", "sha256": "abd"}}
@@ -840,8 +848,8 @@ def test_a_training_whose_record_lacks_all_is_not_scored(tmp_path):
         runs.finished_training(tmp_path, flags("--experiment_dir", tmp_path))
 
 
-@pytest.mark.parametrize("method", ["guessed", None, ["qlora"], "zero-shot"])
-def test_a_training_of_a_method_that_trains_nothing_or_is_unknown_is_not_scored(tmp_path, trained, method):
+@pytest.mark.parametrize("method", ["guessed", None, ["qlora"], "zero-shot", "encoder"])
+def test_a_training_of_another_method_or_an_unknown_one_is_not_scored(tmp_path, trained, method):
     path = tmp_path / "run" / "train.json"
     record.write_json(path, trained | {"method": method})
     with pytest.raises(UserError, match=r"train\.json .*method"):
