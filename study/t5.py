@@ -59,11 +59,18 @@ def encode_prompts(tokenizer, task: str, texts: Sequence[str], max_seq_length: i
 
 def encode_pairs(tokenizer, task: str, pairs: Sequence[tuple[str, str]], args) -> tuple[list[Pair], int]:
     """Training examples, and how many texts were shortened; answers stay whole. Raises UserError for a class
-    that does not come back from its tokens, or not within --max_new_tokens."""
+    that does not come back from its tokens, or not within --max_new_tokens, and for an answer that alone
+    exceeds --max_seq_length."""
     answers = list(dict.fromkeys(answer for _, answer in pairs))
     if task == "classification":
         encoding.label_answers(tokenizer, answers, args.max_new_tokens, cue="")
     known = {answer: encoding.answer_ids(tokenizer, task, answer, cue="") for answer in answers}
+    for answer, ids in known.items():
+        if len(ids) > max(args.max_new_tokens, args.max_seq_length):
+            raise UserError(
+                f'--max_seq_length {args.max_seq_length} is too few for the answer "{answer[:60]}...", of '
+                f"{len(ids)} tokens: raise it, or drop that example"
+            )
     prompts, shortened = encode_prompts(tokenizer, task, [text for text, _ in pairs], args.max_seq_length)
     return [Pair(ids, known[answer]) for ids, (_, answer) in zip(prompts, pairs, strict=True)], shortened
 
@@ -189,13 +196,20 @@ class Norm(nn.RMSNorm):
 
 
 def load(checkpoint: str):
-    """The T5 model in float32, on the device. Raises UserError for a checkpoint of another architecture or
-    whose tensors are not those of its configuration."""
+    """The T5 model in float32, on the device. Raises UserError for a checkpoint of another architecture, one
+    that is quantized or says no padding token, or whose tensors are not those of its configuration."""
     where = f"--pretrained_ckpt {checkpoint}"
     folder, _ = place_of(checkpoint)
-    if checkpoints.read_json(folder / "config.json", where).get("model_type") != "t5":
+    config = checkpoints.read_json(folder / "config.json", where)
+    if config.get("model_type") != "t5":
         raise UserError(
             f"{where} is not a T5 (model_type in its config.json): name one, as google/flan-t5-base"
+        )
+    if config.get("quantization_config"):
+        raise UserError(f"{where} is quantized, which flan_t5.py does not train: name it in full precision")
+    if config.get("pad_token_id", 0) is None:
+        raise UserError(
+            f"{where}: its config.json has no pad_token_id, which T5 answers from: set it (T5's is 0)"
         )
     model, found = from_checkpoint(
         T5ForConditionalGeneration,
