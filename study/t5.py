@@ -34,6 +34,7 @@ from study.model import CONFIG, fingerprint, from_checkpoint, load_adapter, plac
 from study.training import save_adapter, save_whole
 
 WEIGHTS = "model.safetensors"
+FINGERPRINTS = {WEIGHTS: "model_sha256", "config.json": "model_config_sha256"}
 
 
 @dataclass
@@ -271,7 +272,7 @@ def save(model, checkpoint: str, tuning: str, tokenizer, folder: Path) -> dict[s
     config = functools.partial(shutil.copy, place_of(checkpoint)[0] / "config.json")
     whole = functools.partial(model.save_pretrained, max_shard_size="1TB")  # in one file
     final = save_whole(folder / "model", whole, tokenizer.save_pretrained, config)
-    return {"model_sha256": fingerprint(final, WEIGHTS)}
+    return {name: fingerprint(final, file) for file, name in FINGERPRINTS.items()}
 
 
 def load_tuned(checkpoint: str, folder: Path, tuning: str, trained: dict):
@@ -281,12 +282,13 @@ def load_tuned(checkpoint: str, folder: Path, tuning: str, trained: dict):
         hashes = (trained["train"].get(name) for name in ("adapter_sha256", "adapter_config_sha256"))
         model = load_adapter(load(checkpoint), folder / "adapter", *hashes).merge_and_unload()
     else:
-        path = folder / "model" / WEIGHTS
-        if not path.is_file() or fingerprint(path.parent, WEIGHTS) != trained["train"].get("model_sha256"):
-            raise UserError(
-                f"{path} is not the model that its train.json tells of: train it again with --force"
-            )
-        model = load(str(path.parent))
+        final = folder / "model"
+        for file, name in FINGERPRINTS.items():
+            if not (final / file).is_file() or fingerprint(final, file) != trained["train"].get(name):
+                raise UserError(
+                    f"{final} is not the model that its train.json tells of: train it again with --force"
+                )
+        model = load(str(final))
     return model.to(dtype()).eval()
 
 

@@ -279,6 +279,16 @@ def test_a_finished_run_is_found_and_a_redone_training_makes_its_evaluation_stal
     assert run(*words).startswith("finished")
 
 
+@pytest.mark.parametrize("changed", [{"feed_forward_proj": "gated-silu"}, None], ids=["changed", "gone"])
+def test_a_model_whose_configuration_was_changed_or_is_gone_is_not_scored(tuned, tmp_path, changed):
+    shutil.copytree(tuned[1], tmp_path / "run")
+    path = tmp_path / "run" / "model" / "config.json"
+    content = read(path)
+    path.write_text(json.dumps(content | changed)) if changed else path.unlink()
+    with pytest.raises(UserError, match=r"is not the model that its train\.json tells of: train it again"):
+        t5.load_tuned("", tmp_path / "run", "full", read(tmp_path / "run" / "train.json"))
+
+
 def test_adapters_load_in_plain_peft_and_score(tiny, tmp_path):
     words = flags(tiny, "classification", "--tuning", "lora", "--max_train_samples", 32, "--epochs", 1)
     run(*words, "--max_eval_samples", 8, "--output_dir", tmp_path)
