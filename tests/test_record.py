@@ -331,6 +331,7 @@ class OutOfMemoryError(RuntimeError):
     [
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "oom", "OutOfMemoryError"),
         (RuntimeError("CUDA error: out of memory"), "oom", "RuntimeError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "oom", "RuntimeError"),
         (MemoryError(), "oom", "MemoryError"),
         (ZeroDivisionError("by\nzero"), "failed", "ZeroDivisionError"),
         (UserError("--train_file x: mend it"), "failed", "UserError"),
@@ -354,6 +355,11 @@ def test_out_of_memory_names_the_flags_that_mend_it(tmp_path, error):
     assert "smaller --max_tokens_per_batch" in str(shown.value)
     assert "--gradient_checkpointing on" in str(shown.value)
     assert "\n" not in str(shown.value)
+    for kind, has in (("encoder", True), ("t5", True), ("cheap", False)):
+        args = cli.parse_args(None if kind != "encoder" else "classification", "", [], kind)
+        advice = record.describe_error(error, vars(args))["error"]["advice"]
+        assert "--gradient_checkpointing" not in advice
+        assert ("--max_tokens_per_batch" in advice) == has
 
 
 def test_an_unforeseen_error_is_shown_as_one_line_and_its_traceback_kept(tmp_path):
