@@ -30,26 +30,30 @@ for name, about in PRESETS.items():
     print(name, about.kind, about.checkpoint, *about.tasks)')
 
 kind_of() { # kind_of MODEL: as KIND=CHECKPOINT
+  local found=${presets[$1]:-} only=$task
   case $1 in
-    tfidf-* | lead-3 | longest-3) echo "cheap=$1" ;;
-    causal=* | encoder=* | t5=* | t5-lora=*) echo "$1" ;;
-    *)
-      if [[ ! ${presets[$1]:-} ]]; then
-        echo "error: MODELS: $1 is none of $all, nor KIND=CHECKPOINT with KIND causal, encoder, t5 or t5-lora" >&2
-        return 2
-      fi
-      echo "${presets[$1]}"
-      ;;
+    tfidf-nb | tfidf-svm | tfidf-lr) found=cheap=$1 only=classification ;;
+    lead-3 | longest-3) found=cheap=$1 only=summarization ;;
+    causal=?* | encoder=?* | t5=?* | t5-lora=?*) found=$1 ;;
   esac
+  [[ $found != encoder=* ]] || only=classification
+  if [[ ! $found ]]; then
+    echo "error: MODELS: $1 is none of $all, nor KIND=CHECKPOINT with KIND causal, encoder, t5 or t5-lora" >&2
+    return 2
+  fi
+  if [[ $only != "$task" ]]; then
+    echo "error: MODELS: $1 is for $only alone, and TASK is $task" >&2
+    return 2
+  fi
+  echo "$found"
 }
 
-for model in ${MODELS:-$all}; do
-  found=$(kind_of "$model") || exit 2
-  kind=${found%%=*} checkpoint=${found#*=}
-  if [[ $kind == encoder && $task != classification ]]; then
-    echo "error: MODELS: $model classifies only, and TASK is $task" >&2
-    exit 2
-  fi
+models=()
+for model in ${MODELS:-$all}; do # all of them before the first cell, which may take hours
+  models+=("$(kind_of "$model")") || exit 2
+done
+for model in "${models[@]}"; do
+  kind=${model%%=*} checkpoint=${model#*=}
   for fraction in ${FRACTIONS:-0.025 0.05 0.1 0.25 0.5 1.0}; do
     for seed in ${SEEDS:-42}; do
       flags=(--train_sample_fraction "$fraction" --seed "$seed" "$@")

@@ -51,16 +51,10 @@ def main(process: device.Process) -> None:
         if trained:
             answer, _ = fit(method, train.examples)
         elif train:
-            began = time.monotonic()
-            answer, known = fit(method, train.examples)
-            seconds = time.monotonic() - began
-        if train and not trained:
-            began = time.monotonic()
-            answer, known = fit(method, train.examples)
-            seconds = time.monotonic() - began
-        if train and not trained:
             with record.recording(trained_path, args, method, process) as content:
-                spent = process.seconds()
+                began = time.monotonic()
+                answer, known = fit(method, train.examples)
+                seconds, spent = time.monotonic() - began, process.seconds()
                 content["data"] = {"train": train.describe()}
                 content["labels"] = data.labels_of(splits["train"])
                 content["train"] = {
@@ -70,9 +64,11 @@ def main(process: device.Process) -> None:
                     "peak_memory_gib": device.peak_memory_gib(),
                     "tokens_per_second": None,
                     "loss_history": [],
-                    "vocabulary": known,
+                    **known,
                 }
                 content["cost"] = cost.of_run(args, device.name(), spent)
+            if empty := known["without_a_word"]:
+                print(f"{'':11}{empty:,} training texts have no word of two letters or more")
             trained = record.read(trained_path)
             print(summary.result_block(trained))
         with record.recording(path, args, method, process) as content:
@@ -94,7 +90,7 @@ def score(task: str, answer, test: data.Split, labels: Sequence[str]) -> tuple[d
     answers, empty = answer(texts)
     seconds = max(time.monotonic() - began, 1e-9)
     if empty:
-        print(f"{'':11}{empty:,} test texts have no word of the training texts: they get the prior's class")
+        print(f"{'':11}{empty:,} test texts have no word of the training texts: they all get the same class")
     scores, rows = metrics.score(task, answers, references, labels, test.numbers, test.places)
     words = [sum(len(text.split()) for text in column) for column in (texts, answers)]  # between blanks
     return {
@@ -111,12 +107,11 @@ def score(task: str, answer, test: data.Split, labels: Sequence[str]) -> tuple[d
 
 
 def fit(method: str, examples: list[tuple[str, str]]):
-    """A classifier of texts by their words and pairs of words, and how many of these it knows. Raises
-    UserError for training texts of which no word is left."""
+    """A classifier of texts by their words and pairs of words, and for the record how many of these it knows
+    and how many of `examples` have none. Raises UserError where no text has one."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.naive_bayes import ComplementNB
-    from sklearn.pipeline import make_pipeline
     from sklearn.svm import LinearSVC
 
     words = TfidfVectorizer(lowercase=True, ngram_range=(1, 2), sublinear_tf=True, min_df=1, norm="l2")
@@ -126,17 +121,25 @@ def fit(method: str, examples: list[tuple[str, str]]):
         "tfidf-lr": LogisticRegression(C=10.0, max_iter=1000),
     }[method]
     texts, labels = (list(column) for column in zip(*examples, strict=True))
-    model = make_pipeline(words, classifier)
     try:
-        model.fit(texts, labels)
-    except ValueError as error:
-        raise UserError(f"--method {method} learns nothing from these training texts: {error}") from None
+        counts = words.fit_transform(texts)  # [texts, words]
+    except ValueError:  # what scikit-learn raises for that alone
+        raise UserError(
+            f"--method {method} counts words of two letters or more, and no training text has one: name "
+            "other texts by --train_file or --text_column"
+        ) from None
+    classifier.fit(counts, labels)
 
     def answer(texts: list[str]) -> tuple[list[str], int]:
-        empty = int((words.transform(texts).getnnz(axis=1) == 0).sum())
-        return list(map(str, model.predict(texts))), empty
+        counts = words.transform(texts)
+        return list(map(str, classifier.predict(counts))), wordless(counts)
 
-    return answer, len(words.vocabulary_)
+    return answer, {"vocabulary": len(words.vocabulary_), "without_a_word": wordless(counts)}
+
+
+def wordless(counts) -> int:
+    """Rows of a sparse matrix that hold nothing."""
+    return int((counts.getnnz(axis=1) == 0).sum())
 
 
 def taken_from(method: str):

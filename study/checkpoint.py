@@ -227,6 +227,11 @@ def weight_files(folder: Path, where: str) -> list[Path]:
     if whole.is_file():
         return [whole]
     if not index.is_file():
+        if any(folder.glob("pytorch_model*.bin")):
+            raise UserError(
+                f"{where} has its weights as pickle alone (pytorch_model.bin), which no script here loads: "
+                "fetch its model.safetensors, or save it so by transformers' save_pretrained"
+            )
         raise UserError(
             f"{where} has not weights (model.safetensors): name a whole checkpoint folder or a hub id"
         )

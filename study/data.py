@@ -280,12 +280,17 @@ def sample_train(split: Split, args: argparse.Namespace) -> Split:
     """--max_train_samples, then --train_sample_fraction of each class (of all, for summaries), by --seed.
 
     Each class is shuffled once by the seed and cut at the fraction, so a smaller sample lies inside a larger
-    one.
+    one. Raises UserError if that leaves one class alone, or none of the smallest.
     """
     kept = choose(len(split.examples), args.max_train_samples, args.seed)
     strata: dict[str, list[int]] = {}
     for i in kept:
         strata.setdefault(split.examples[i][1] if args.task == "classification" else "", []).append(i)
+    if len(strata) == 1 and args.task == "classification":
+        raise UserError(
+            f'--max_train_samples {len(kept)} takes examples of one class only, "{next(iter(strata))}": '
+            "give a higher one"
+        )
     smallest = min(map(len, strata.values()))
     if round_half_up(args.train_sample_fraction * smallest) < 1:
         raise UserError(

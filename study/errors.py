@@ -8,4 +8,5 @@ class UserError(Exception):
 def is_out_of_memory(error: BaseException) -> bool:
     """Of the host or the GPU, by PyTorch, Triton, CUDA or cuBLAS."""
     known = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return known or any(words in str(error).lower() for words in ("out of memory", "alloc_failed"))
+    words = ("out of memory", "alloc_failed", "can't allocate memory")
+    return known or any(part in str(error).lower() for part in words)

@@ -316,7 +316,14 @@ def context_length(model, tokenizer) -> int:
     length = (
         getattr(model.config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
     )
-    return min(length, 2**20)  # a tokenizer without a limit says 1e30
+    return min(length, 2**20) - unused_positions(model)  # a tokenizer without a limit says 1e30
+
+
+def unused_positions(model) -> int:
+    """RoBERTa and its like count positions from the one behind that of padding."""
+    tables = (module for name, module in model.named_modules() if name.endswith("position_embeddings"))
+    padding = (getattr(table, "padding_idx", None) for table in tables)
+    return next((place + 1 for place in padding if place is not None), 0)
 
 
 def check_length(model, tokenizer, args) -> None:

@@ -55,6 +55,7 @@ def resume(checkpoints: Path, run: dict, args, process: Process) -> tuple[Path |
     if checkpoint is None:
         return None, nothing, []
     progress = read_progress(checkpoint)
+    runs.check_same_method(progress.get("method"), run["method"], checkpoint)
     settings = settings_of(run["method"], "train", args.drop_overlap)
     runs.check_same(progress["config"], args, settings, checkpoint)
     runs.check_same_data(progress["data"], run["data"], checkpoint)

@@ -38,6 +38,7 @@ from study.model import CONFIG, fingerprint, from_checkpoint, load_adapter, plac
 from study.training import save_adapter, save_whole
 
 WEIGHTS = "model.safetensors"
+FINGERPRINTS = {WEIGHTS: "model_sha256", "config.json": "model_config_sha256"}
 
 
 @dataclass
@@ -63,11 +64,18 @@ def encode_prompts(tokenizer, task: str, texts: Sequence[str], max_seq_length: i
 
 def encode_pairs(tokenizer, task: str, pairs: Sequence[tuple[str, str]], args) -> tuple[list[Pair], int]:
     """Training examples, and how many texts were shortened; answers stay whole. Raises UserError for a class
-    that does not come back from its tokens, or not within --max_new_tokens."""
+    that does not come back from its tokens, or not within --max_new_tokens, and for an answer that alone
+    exceeds --max_seq_length."""
     answers = list(dict.fromkeys(answer for _, answer in pairs))
     if task == "classification":
         encoding.label_answers(tokenizer, answers, args.max_new_tokens, cue="")
     known = {answer: encoding.answer_ids(tokenizer, task, answer, cue="") for answer in answers}
+    for answer, ids in known.items():
+        if len(ids) > max(args.max_new_tokens, args.max_seq_length):
+            raise UserError(
+                f'--max_seq_length {args.max_seq_length} is too few for the answer "{answer[:60]}...", of '
+                f"{len(ids)} tokens: raise it, or drop that example"
+            )
     prompts, shortened = encode_prompts(tokenizer, task, [text for text, _ in pairs], args.max_seq_length)
     return [Pair(ids, known[answer]) for ids, (_, answer) in zip(prompts, pairs, strict=True)], shortened
 
@@ -268,13 +276,20 @@ class Norm(nn.RMSNorm):
 
 
 def load(checkpoint: str):
-    """The T5 model in float32, on the device. Raises UserError for a checkpoint of another architecture or
-    whose tensors are not those of its configuration."""
+    """The T5 model in float32, on the device. Raises UserError for a checkpoint of another architecture, one
+    that is quantized or says no padding token, or whose tensors are not those of its configuration."""
     where = f"--pretrained_ckpt {checkpoint}"
     folder, _ = place_of(checkpoint)
-    if checkpoints.read_json(folder / "config.json", where).get("model_type") != "t5":
+    config = checkpoints.read_json(folder / "config.json", where)
+    if config.get("model_type") != "t5":
         raise UserError(
             f"{where} is not a T5 (model_type in its config.json): name one, as google/flan-t5-base"
+        )
+    if config.get("quantization_config"):
+        raise UserError(f"{where} is quantized, which flan_t5.py does not train: name it in full precision")
+    if config.get("pad_token_id", 0) is None:
+        raise UserError(
+            f"{where}: its config.json has no pad_token_id, which T5 answers from: set it (T5's is 0)"
         )
     model, found = from_checkpoint(
         T5ForConditionalGeneration,
@@ -336,7 +351,7 @@ def save(model, checkpoint: str, tuning: str, tokenizer, folder: Path) -> dict[s
     config = functools.partial(shutil.copy, place_of(checkpoint)[0] / "config.json")
     whole = functools.partial(model.save_pretrained, max_shard_size="1TB")  # in one file
     final = save_whole(folder / "model", whole, tokenizer.save_pretrained, config)
-    return {"model_sha256": fingerprint(final, WEIGHTS)}
+    return {name: fingerprint(final, file) for file, name in FINGERPRINTS.items()}
 
 
 def load_tuned(checkpoint: str, folder: Path, tuning: str, trained: dict):
@@ -346,12 +361,13 @@ def load_tuned(checkpoint: str, folder: Path, tuning: str, trained: dict):
         hashes = (trained["train"].get(name) for name in ("adapter_sha256", "adapter_config_sha256"))
         model = load_adapter(load(checkpoint), folder / "adapter", *hashes).merge_and_unload()
     else:
-        path = folder / "model" / WEIGHTS
-        if not path.is_file() or fingerprint(path.parent, WEIGHTS) != trained["train"].get("model_sha256"):
-            raise UserError(
-                f"{path} is not the model that its train.json tells of: train it again with --force"
-            )
-        model = load(str(path.parent))
+        final = folder / "model"
+        for file, name in FINGERPRINTS.items():
+            if not (final / file).is_file() or fingerprint(final, file) != trained["train"].get(name):
+                raise UserError(
+                    f"{final} is not the model that its train.json tells of: train it again with --force"
+                )
+        model = load(str(final))
     return model.to(dtype()).eval()
 
 

@@ -357,6 +357,15 @@ def test_an_incomplete_checkpoint_is_named_with_what_it_lacks(tmp_path, lacking,
         checkpoint.identify(str(folder), fetch=True)
 
 
+def test_weights_as_pickle_alone_are_named_with_the_way_out(tmp_path):
+    folder = incomplete_checkpoint(tmp_path / "checkpoint", "model.safetensors")
+    (folder / "pytorch_model-00001-of-00002.bin").write_bytes(b"pickle")
+    with pytest.raises(
+        UserError, match=r"as pickle alone .* no script here loads: fetch its model\.safetensors"
+    ):
+        checkpoint.identify(str(folder), fetch=True)
+
+
 def test_a_checkpoint_without_weights_ends_the_run_in_one_line(tmp_path, files):
     folder = incomplete_checkpoint(tmp_path / "checkpoint", "model.safetensors")
     line = refusal(

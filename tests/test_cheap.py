@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DEMO_DATA, ROOT, error_line, write_rows
+from preloaded import run_preloaded
 
 from study.records import record
 
@@ -122,16 +123,44 @@ def test_test_texts_without_a_known_word_are_counted_and_said(tmp_path):
     )
     done = cheap("--train_file", train, "--test_file", test, "--output_dir", tmp_path / "runs")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "1 test texts have no word of the training texts" in done.stdout
+    assert "1 test texts have no word of the training texts: they all get the same class" in done.stdout
     assert read(tmp_path / "runs", "eval")["eval"]["without_a_known_word"] == 1
 
 
-def test_training_texts_without_a_word_are_refused_in_one_line(tmp_path):
-    rows = [{"text": "!?", "label": "a"}, {"text": "...", "label": "b"}]
+def test_training_texts_without_a_word_are_counted_and_said(tmp_path):
+    rows = [{"text": text, "label": label} for text, label in zip(["!?", "a b", "word"], "aab", strict=True)]
     file = write_rows(tmp_path / "t.jsonl", rows)
     done = cheap("--train_file", file, "--test_file", file, "--output_dir", tmp_path / "runs")
-    assert "--method tfidf-nb learns nothing from these training texts" in error_line(done)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "2 training texts have no word of two letters or more" in done.stdout
+    assert read(tmp_path / "runs", "train")["train"]["without_a_word"] == 2
+
+
+@pytest.mark.parametrize("method", ["tfidf-nb", "tfidf-svm"])
+def test_training_texts_without_any_word_are_refused_in_one_line_and_recorded(tmp_path, method):
+    rows = [{"text": "!?", "label": "a"}, {"text": "...", "label": "b"}]
+    file = write_rows(tmp_path / "t.jsonl", rows)
+    words = ("--method", method, "--train_file", file, "--test_file", file)
+    done = cheap(*words, "--output_dir", tmp_path / "runs")
+    assert f"--method {method} counts words" in error_line(done)
+    assert "name other texts by --train_file or --text_column" in error_line(done)
     assert done.returncode == 1
+    assert read(tmp_path / "runs", "train")["status"] == "failed"
+
+
+@pytest.mark.parametrize("method", ["tfidf-nb", "tfidf-svm"])
+def test_a_sample_of_one_class_is_refused_by_its_flag(tmp_path, method):
+    done = cheap("--method", method, *POSTS, "--max_train_samples", 1, "--output_dir", tmp_path)
+    assert "--max_train_samples 1 takes examples of one class only" in error_line(done)
+
+
+def test_a_folder_with_the_run_of_another_script_is_refused(tmp_path):
+    words = (*POSTS, "--max_train_samples", 64, "--experiment_dir", tmp_path / "run")
+    assert cheap(*words).returncode == 0
+    done = run_preloaded("competitors/flan_t5.py", *words)
+    assert "train.json belongs to a run of tfidf-nb, not of t5-full" in error_line(done)
+    done = run_preloaded("llama2_classification_inference.py", "--experiment_dir", tmp_path / "run")
+    assert "method tfidf-nb, which competitors/cheap.py scores too: start that instead" in error_line(done)
 
 
 def test_a_method_of_the_other_task_is_bad_usage():

@@ -21,6 +21,7 @@ from transformers import (
     DebertaV2Config,
     DistilBertConfig,
     ModernBertConfig,
+    RobertaConfig,
 )
 
 from study import encoder, loop, model, packing
@@ -272,6 +273,19 @@ def test_what_can_not_be_trained_is_refused_in_one_line(checkpoints, tmp_path):
         (("--test_file", unknown), 'class "unheard of" does not occur in the train split'),
     ):
         assert message in error_line(run_preloaded(SCRIPT, *flags, *more)), more
+
+
+def test_positions_that_roberta_never_uses_are_not_counted(checkpoints, tmp_path):
+    config = RobertaConfig(vocab_size=1000, max_position_embeddings=130, pad_token_id=1, **SIZE)
+    shutil.copytree(checkpoints["bert"], tmp_path / "roberta")
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "roberta")
+    loaded = encoder.load(str(tmp_path / "roberta"), LABELS, 1)
+    tokenizer = model.load_tokenizer(str(tmp_path / "roberta"), ends=False)
+    assert model.context_length(loaded, tokenizer) == 128
+    rows, _ = encoder.encode(tokenizer, ["the dog " * 200], 128)
+    encoder.classify(loaded, encoder.Texts(rows, 1), "auto")
+    with pytest.raises((IndexError, RuntimeError)):
+        encoder.classify(loaded, encoder.Texts([[*rows[0], 5]], 1), "auto")
 
 
 def test_a_long_text_is_cut_and_a_control_token_in_it_is_read_as_letters(checkpoints):

@@ -786,10 +786,15 @@ def test_shares_and_seeds_of_a_named_checkpoint_are_cells_and_what_learns_nothin
 @pytest.mark.parametrize(
     ("env", "said"),
     [
-        ({"MODELS": "gpt-5"}, "MODELS: gpt-5 is none of tfidf-nb tfidf-svm distilbert"),
+        ({"MODELS": "tfidf-nb gpt-5"}, "MODELS: gpt-5 is none of tfidf-nb tfidf-svm distilbert"),
+        ({"MODELS": "tfidf-nb encodr=a/model"}, "MODELS: encodr=a/model is none of tfidf-nb"),
+        ({"MODELS": "encoder="}, "MODELS: encoder= is none of tfidf-nb"),
+        ({"MODELS": "tfidf-xy"}, "MODELS: tfidf-xy is none of tfidf-nb"),
+        ({"MODELS": "tfidf-nb lead-3"}, "MODELS: lead-3 is for summarization alone"),
+        ({"TASK": "summarization", "MODELS": "lead-3 tfidf-nb"}, "MODELS: tfidf-nb is for classification"),
         (
             {"TASK": "summarization", "MODELS": "bert"},
-            "MODELS: bert classifies only, and TASK is summarization",
+            "MODELS: bert is for classification alone, and TASK is",
         ),
         ({"TASK": "translation"}, "TASK=translation: it is classification or summarization"),
     ],
@@ -797,4 +802,4 @@ def test_shares_and_seeds_of_a_named_checkpoint_are_cells_and_what_learns_nothin
 def test_a_model_or_task_that_the_loop_does_not_know_is_bad_usage(tmp_path, env, said):
     done = loop("compare_models.sh", "--dry_run", cwd=tmp_path, **env)
     assert said in error_line(done)
-    assert done.returncode == 2
+    assert (done.returncode, done.stdout) == (2, "")  # before the first cell

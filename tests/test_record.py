@@ -331,6 +331,7 @@ class OutOfMemoryError(RuntimeError):
     [
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "oom", "OutOfMemoryError"),
         (RuntimeError("CUDA error: out of memory"), "oom", "RuntimeError"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "oom", "RuntimeError"),
         (MemoryError(), "oom", "MemoryError"),
         (ZeroDivisionError("by\nzero"), "failed", "ZeroDivisionError"),
         (UserError("--train_file x: mend it"), "failed", "UserError"),
@@ -354,6 +355,11 @@ def test_out_of_memory_names_the_flags_that_mend_it(tmp_path, error):
     assert "smaller --max_tokens_per_batch" in str(shown.value)
     assert "--gradient_checkpointing on" in str(shown.value)
     assert "\n" not in str(shown.value)
+    for kind, has in (("encoder", True), ("t5", True), ("cheap", False)):
+        args = cli.parse_args(None if kind != "encoder" else "classification", "", [], kind)
+        advice = record.describe_error(error, vars(args))["error"]["advice"]
+        assert "--gradient_checkpointing" not in advice
+        assert ("--max_tokens_per_batch" in advice) == has
 
 
 def test_an_unforeseen_error_is_shown_as_one_line_and_its_traceback_kept(tmp_path):
@@ -774,6 +780,14 @@ def test_a_finished_run_with_another_setting_is_refused_by_flag(tmp_path, words)
         find(tmp_path / "train.json", *words.split())
 
 
+@pytest.mark.parametrize("name", ["train.json", "eval.json"])
+def test_a_finished_run_of_another_method_is_refused_whatever_its_settings(tmp_path, name):
+    content = make_record(tmp_path / name)
+    record.write_json(tmp_path / name, content | {"method": "encoder"})
+    with pytest.raises(UserError, match=rf"{name} belongs to a run of encoder, not of qlora: .*--force"):
+        find(tmp_path / name, trained=training("2024", "a"))
+
+
 def test_a_finished_run_on_other_data_is_refused(tmp_path):
     make_record(tmp_path / "train.json")
     other = {"train": {"source": "t.jsonl", "sha256": "abd"}}
@@ -840,8 +854,8 @@ def test_a_training_whose_record_lacks_all_is_not_scored(tmp_path):
         runs.finished_training(tmp_path, flags("--experiment_dir", tmp_path))
 
 
-@pytest.mark.parametrize("method", ["guessed", None, ["qlora"], "zero-shot"])
-def test_a_training_of_a_method_that_trains_nothing_or_is_unknown_is_not_scored(tmp_path, trained, method):
+@pytest.mark.parametrize("method", ["guessed", None, ["qlora"], "zero-shot", "encoder"])
+def test_a_training_of_another_method_or_an_unknown_one_is_not_scored(tmp_path, trained, method):
     path = tmp_path / "run" / "train.json"
     record.write_json(path, trained | {"method": method})
     with pytest.raises(UserError, match=r"train\.json .*method"):

@@ -191,6 +191,30 @@ def test_classes_that_do_not_come_back_from_their_tokens_are_refused(tokenizer):
         t5.encode_pairs(tokenizer, "classification", [("text", "a`b"), ("text", "b")], args)
 
 
+def test_an_answer_that_no_length_has_room_for_is_refused(tokenizer):
+    args = cli.parse_args(None, "", ["--task_type", "summarization"], "t5")
+    with pytest.raises(
+        UserError, match=r"--max_seq_length 512 is too few for the answer .* drop that example"
+    ):
+        t5.encode_pairs(tokenizer, "summarization", [("text", "they greet " * 1000)], args)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"quantization_config": {"load_in_4bit": True}}, "is quantized"),
+        ({"pad_token_id": None}, "no pad_token_id"),
+    ],
+)
+def test_a_checkpoint_that_can_not_be_trained_as_it_is_is_refused_before_it_loads(
+    tiny, tmp_path, changed, said
+):
+    folder = shutil.copytree(tiny, tmp_path / "t5")
+    (folder / "config.json").write_text(json.dumps(read(folder / "config.json") | changed))
+    with pytest.raises(UserError, match=said):
+        t5.load(str(folder))
+
+
 # The script
 
 
@@ -245,6 +269,16 @@ def test_a_finished_run_is_found_and_a_redone_training_makes_its_evaluation_stal
     assert "\nscored " in run(*words)
     assert read(copy / "eval.json")["model_sha256"] == content["train"]["model_sha256"]
     assert run(*words).startswith("finished")
+
+
+@pytest.mark.parametrize("changed", [{"feed_forward_proj": "gated-silu"}, None], ids=["changed", "gone"])
+def test_a_model_whose_configuration_was_changed_or_is_gone_is_not_scored(tuned, tmp_path, changed):
+    shutil.copytree(tuned[1], tmp_path / "run")
+    path = tmp_path / "run" / "model" / "config.json"
+    content = read(path)
+    path.write_text(json.dumps(content | changed)) if changed else path.unlink()
+    with pytest.raises(UserError, match=r"is not the model that its train\.json tells of: train it again"):
+        t5.load_tuned("", tmp_path / "run", "full", read(tmp_path / "run" / "train.json"))
 
 
 def test_adapters_load_in_plain_peft_and_score(tiny, tmp_path):

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -31,6 +31,11 @@ from study.files import write_text
 from study.records import attempts, cost, schema
 
 NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+LESS_MEMORY = {  # what helps, by the flag that a script must have
+    "max_tokens_per_batch": "train with a smaller --max_tokens_per_batch",
+    "gradient_checkpointing": "train with --gradient_checkpointing on",
+    "eval_batch_size": "score with a smaller --eval_batch_size or --max_seq_length",
+}
 PACKAGES = "torch transformers peft bitsandbytes accelerate datasets rouge-score numpy flash-attn"
 
 
@@ -175,7 +180,7 @@ def recording(path: Path, args: argparse.Namespace, method: str, process: Proces
     except (Exception, KeyboardInterrupt) as error:
         for part in schema.PARTS:
             content.pop(part, None)
-        content.update(describe_error(error))
+        content.update(describe_error(error, vars(args)))
         content.setdefault("wall_seconds", process.seconds())
         with contextlib.suppress(Exception):  # without a price; the error at hand is the one to raise
             gpus = device.launched() if schema.part_of(path) == "train" else 1
@@ -188,16 +193,17 @@ def recording(path: Path, args: argparse.Namespace, method: str, process: Proces
         raise UserError(f"{content['error']['message']}; {content['error']['advice']}") from error
 
 
-def describe_error(error: BaseException) -> dict:
-    """The `status` and `error` of a record."""
+def describe_error(error: BaseException, flags: Container[str] = ()) -> dict:
+    """The `status` and `error` of a record; its advice for lack of memory names those of a script's `flags`
+    that help."""
     text, kind = " ".join(str(error).split()), type(error).__name__
     if isinstance(error, KeyboardInterrupt):
         return {"status": "interrupted"}
     if isinstance(error, UserError):
         found = {"message": text, "advice": "mend it and start again"}
     elif is_out_of_memory(error):
-        advice = "train with a smaller --max_tokens_per_batch or --gradient_checkpointing on, "
-        advice += "score with a smaller --eval_batch_size or --max_seq_length"
+        advice = "; ".join(text for flag, text in LESS_MEMORY.items() if flag in flags)
+        advice = advice or "take fewer examples"
         return {"status": "oom", "error": {"type": kind, "message": "out of memory", "advice": advice}}
     else:
         trace = "".join(traceback.format_exception(error))

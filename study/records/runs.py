@@ -86,12 +86,13 @@ def find_finished(
     """The finished record at `path` if there is one and --force is not given; None too if it scored another
     adapter than that of the record `trained`.
 
-    Raises UserError where it lacks something, was made with other settings of `method`, naming the flags,
-    from other `data` (splits, described) or with another checkpoint than is here.
+    Raises UserError where it lacks something, was made by another method or with other settings of `method`,
+    naming the flags, from other `data` (splits, described) or with another checkpoint than is here.
     """
     content = None if args.force else read(path)
     if not content or content["status"] != "finished":
         return None
+    check_same_method(content.get("method"), method, path)
     if trained and not has_scored(path, content, trained):
         return None
     check(content, path)
@@ -134,6 +135,15 @@ def identity(content: dict) -> dict:
     return known | learned(content)
 
 
+def check_same_method(recorded: str | None, method: str, where: Path) -> None:
+    """Raise UserError if what lies at `where` is of another method; a record that names none is damaged."""
+    if recorded not in (None, method):
+        raise UserError(
+            f"{where} belongs to a run of {recorded}, not of {method}: use another --experiment_dir, or "
+            "--force"
+        )
+
+
 def check_same_data(recorded: dict, data: dict, where: Path) -> None:
     """Raise UserError if the splits in `data` hold other examples than those `recorded`."""
     for name, split in data.items():
@@ -161,9 +171,10 @@ def check_same(
 
 
 def finished_training(folder: Path, args: argparse.Namespace) -> dict:
-    """The record of the finished training in `folder`.
+    """The record of the finished QLoRA training in `folder`.
 
-    Raises UserError where there is none, or where a flag contradicts how the adapter was trained.
+    Raises UserError where there is none or one of another method, or where a flag contradicts how the adapter
+    was trained.
     """
     if not folder.is_dir():
         raise UserError(
@@ -175,6 +186,11 @@ def finished_training(folder: Path, args: argparse.Namespace) -> dict:
         raise UserError(
             f"--experiment_dir {folder}: its training is {state}; start the training script again"
         )
+    if content.get("method") in [method for method in METHODS if method != "qlora"]:
+        raise UserError(
+            f"{folder / 'train.json'} is of the method {content['method']}, which {content.get('script')} "
+            "scores too: start that instead"
+        )
     needed = {"task", "method", "config", "quantization", "prompt_sha256", "train", "finished"}
     if content.get("task") == "classification":
         needed.add("labels")
@@ -184,8 +200,6 @@ def finished_training(folder: Path, args: argparse.Namespace) -> dict:
             f"{folder / 'train.json'} lacks {', '.join(lacking)}: train the run again with --force"
         )
     check(content, folder / "train.json")
-    if not METHODS[content["method"]].trains:
-        raise UserError(f"{folder / 'train.json'} is of the method {content['method']}, which trains nothing")
     if content["task"] != args.task:
         raise UserError(
             f"--experiment_dir {folder} is a {content['task']} run: score it with that task's script"
