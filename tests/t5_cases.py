@@ -3,7 +3,8 @@ slopes that its loss has.
 
     TRITON_INTERPRET=1 python -m tests.t5_cases
 
-The last line is JSON: the largest error of each case, relative to the norm of what is compared.
+The last line is JSON: the largest error of each case, relative to the norm of what is compared, and what the
+self-check says of the whole kernels and of some that are broken.
 """
 
 import json
@@ -14,6 +15,8 @@ from peft import LoraConfig
 from transformers import T5Config, T5ForConditionalGeneration
 
 from study import t5
+from study.fast import t5 as fast_t5
+from study.fast import t5_kernels
 from study.fast.t5 import Packed
 
 SIZE = {"vocab_size": 61, "d_model": 40, "d_kv": 16, "d_ff": 48, "num_heads": 2, "num_layers": 1}
@@ -40,6 +43,11 @@ def model_of(kind: str):
         elif "norm" in name:
             torch.nn.init.uniform_(weight, 0.5, 1.5)
     return model
+
+
+def examples() -> list[t5.Pair]:
+    draw = lambda n: [*torch.randint(3, 61, (n,)).tolist(), 1]
+    return [t5.Pair(draw(prompt), draw(answer)) for prompt, answer in LENGTHS]
 
 
 def loss_of(packed: Packed, batch: dict) -> torch.Tensor:
@@ -71,9 +79,8 @@ def slope_of(model, packed: Packed, batch: dict, wanted: torch.Tensor) -> float:
 
 def case(kind: str) -> dict[str, float]:
     model = model_of(kind)
-    draw = lambda n: [*torch.randint(3, 61, (n,)).tolist(), 1]
-    pairs = [t5.Pair(draw(prompt), draw(answer)) for prompt, answer in LENGTHS]
-    plain, packed = t5.Pairs(pairs, model.config), Packed(model, (71, 67), torch.float32, rounded=(32, 16))
+    pairs = examples()
+    plain, packed = t5.Pairs(pairs, model.config), Packed(model, (71, 67), torch.float32)
     batch = packed.batch([pair.prompt for pair in pairs], [pair.answer for pair in pairs], 0)
     model.eval()
     own, ours = plain.loss_sum(model, plain.batch(range(3))), loss_of(packed, batch)
@@ -86,6 +93,31 @@ def case(kind: str) -> dict[str, float]:
     return errors
 
 
+def break_bias() -> None:
+    own = Packed.buckets_of
+    Packed.buckets_of = lambda self, stack: own(self, stack).flip(0)
+
+
+def break_norm() -> None:
+    own = t5_kernels.AddNorm.backward
+    t5_kernels.AddNorm.backward = staticmethod(lambda ctx, *given: own(ctx, None, given[1]))
+
+
+def break_adapters() -> None:
+    fast_t5.refresh = lambda groups: None
+
+
+def self_checks(pairs: list[t5.Pair]) -> dict[str, str | None]:
+    """What it finds after each of these breaks, which stay."""
+    model, found = model_of("lora"), {"whole": t5.differs(model_of("lora"), pairs)}
+    for change in (break_bias, break_norm, break_adapters):
+        change()
+        found[change.__name__] = t5.differs(model, pairs)
+    return found
+
+
 if __name__ == "__main__":
     F.dropout = lambda x, *_: x  # drawn by torch, and anew each time
-    print(json.dumps({kind: case(kind) for kind in KINDS}))
+    fast_t5.ROUNDED = 32, 16
+    found = {kind: case(kind) for kind in KINDS}
+    print(json.dumps(found | {"self-check": self_checks(examples())}))

@@ -1,7 +1,6 @@
 """An encoder that is fine-tuned in full: what it learns, that padding and passes change nothing, that a
 killed run ends as it would have, and what is refused."""
 
-import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -179,17 +178,6 @@ def test_the_order_depends_on_the_seed_only_and_puts_like_lengths_into_a_step():
     assert padded < 1.05 * 2 * sum(lengths)
     means = [sum(lengths[i] for i in step) / len(step) for step in steps]
     assert max(means[:9]) - min(means[:9]) > 100  # long and short ones mix
-
-
-def test_the_rate_rises_and_falls_to_a_last_step_above_0():
-    recipe = loop.Recipe(learning_rate=1.0, warmup=2, falls=True, weight_decay=0, max_grad_norm=1)
-    assert [recipe.rate(i, 10) for i in range(10)] == pytest.approx(
-        [0.5, 1, *(i / 8 for i in range(8, 0, -1))]
-    )
-    assert dataclasses.replace(recipe, warmup=1).rate(0, 1) == 1
-    constant = dataclasses.replace(recipe, falls=False)
-    assert [constant.rate(i, 4) for i in range(4)] == [0.5, 1, 1, 1]
-    assert str(constant) == "constant after a linear warm-up of 2 steps"
 
 
 LONG = ("--epochs=6", "--max_train_samples=240", "--max_seq_length=128", "--batch_size=8")

@@ -26,10 +26,10 @@ class Packed:
     of a prompt and of an answer.
     """
 
-    def __init__(self, model, longest: tuple[int, int], dtype: torch.dtype, rounded=ROUNDED):
-        self.dtype, self.rounded = dtype, rounded
+    def __init__(self, model, longest: tuple[int, int], dtype: torch.dtype):
+        self.dtype = dtype
         self.base = base_of(model)
-        self.longest = [max(pair) for pair in zip(longest, rounded, strict=True)]
+        self.longest = [max(pair) for pair in zip(longest, ROUNDED, strict=True)]
         self.config, self.place = model.config, model.device
         self.buckets = [self.buckets_of(stack) for stack in (self.base.encoder, self.base.decoder)]
         self.sites = 16 * (self.config.num_layers + self.config.num_decoder_layers)  # of dropout, at most
@@ -59,7 +59,7 @@ class Packed:
     def ends(self, sizes: Iterable[tuple[int, int]]) -> list[int]:
         """Tokens of a batch in the encoder and in the decoder, what fills it up included."""
         sums = map(sum, zip(*sizes, strict=True))
-        return [-(-n // rounded) * rounded for n, rounded in zip(sums, self.rounded, strict=True)]
+        return [-(-n // rounded) * rounded for n, rounded in zip(sums, ROUNDED, strict=True)]
 
     def batch(self, prompts: Sequence[list[int]], answers: Sequence[list[int]], start: int) -> dict:
         """Tensors on the CPU; torch's random state gives the seeds of dropout."""
