@@ -12,13 +12,17 @@ import sys
 from collections import defaultdict
 
 import torch
+from peft import LoraConfig
+from transformers import T5Config, T5ForConditionalGeneration
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from study import t5
 from study.fast import cache, decode
 from study.fast.decoder import MOST_RANK
 from study.fast.memory import Plan
+from study.fast.t5 import Packed
 from study.fast.train import FusedModel
 from study.model import merge
 from tests.exactness import llama, make_examples, with_adapters
@@ -80,6 +84,18 @@ def score(base) -> None:
         list(engine.answers(dict(enumerate(prompts)), 3, [-1]))
 
 
+def train_t5() -> None:
+    """A pass with adapters, and one where all weights learn."""
+    config = T5Config(d_model=128, d_ff=256, num_layers=1, num_heads=2, feed_forward_proj="gated-gelu")
+    lora = LoraConfig(r=8, target_modules=["q", "v"], lora_dropout=0.1, task_type="SEQ_2_SEQ_LM")
+    for adapted in (True, False):
+        model = t5.lean(T5ForConditionalGeneration(config))
+        model = (t5.with_lora(model, lora, 1) if adapted else model).bfloat16()
+        packed = Packed(model, (40, 9), torch.bfloat16)
+        batch = packed.batch([[5] * 40, [6] * 7], [[7] * 9, [8]], 0)
+        packed.logits(batch).float().sum().backward()
+
+
 def main() -> None:
     driver.set_active(NoDevice(int(sys.argv[1])))
     variants: dict = defaultdict(dict)
@@ -88,6 +104,7 @@ def main() -> None:
         base = llama(dtype=torch.bfloat16, **SIZES | {"num_key_value_heads": key_heads})
         train(base)
         score(base)
+    train_t5()
     shared = {
         name: max(kernel.metadata.shared for kernel in found.values()) for name, found in variants.items()
     }

@@ -4,10 +4,12 @@ slopes that its loss has.
     TRITON_INTERPRET=1 python -m tests.t5_cases
 
 The last line is JSON: the largest error of each case, relative to the norm of what is compared, and what the
-self-check says of the whole kernels and of some that are broken.
+self-check says of the kernels, whole and broken in turn.
 """
 
 import json
+import re
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +20,7 @@ from study import t5
 from study.fast import t5 as fast_t5
 from study.fast import t5_kernels
 from study.fast.t5 import Packed
+from tests.mutations import Mutation, launch
 
 SIZE = {"vocab_size": 61, "d_model": 40, "d_kv": 16, "d_ff": 48, "num_heads": 2, "num_layers": 1}
 KINDS = {
@@ -45,9 +48,9 @@ def model_of(kind: str):
     return model
 
 
-def examples() -> list[t5.Pair]:
+def examples(lengths=LENGTHS) -> list[t5.Pair]:
     draw = lambda n: [*torch.randint(3, 61, (n,)).tolist(), 1]
-    return [t5.Pair(draw(prompt), draw(answer)) for prompt, answer in LENGTHS]
+    return [t5.Pair(draw(prompt), draw(answer)) for prompt, answer in lengths]
 
 
 def loss_of(packed: Packed, batch: dict) -> torch.Tensor:
@@ -93,26 +96,32 @@ def case(kind: str) -> dict[str, float]:
     return errors
 
 
-def break_bias() -> None:
-    own = Packed.buckets_of
-    Packed.buckets_of = lambda self, stack: own(self, stack).flip(0)
+def mutations() -> list[Mutation]:
+    """Every kernel left out, and some that are given something else."""
+    source = Path(t5_kernels.__file__).read_text()
+    names = re.findall(r"^def (\w+_kernel)\(", source, re.MULTILINE)
+    other = {
+        "t5_attention_kernel": lambda given: {"bias": given["bias"].flip(1).contiguous()},
+        "t5_dq_kernel": lambda given: {"causal": 0},
+        "t5_dkv_kernel": lambda given: {"keys": given["keys"].clamp(max=5)},
+        "add_norm_kernel": lambda given: {"epsilon": 1.0},
+        "add_norm_backward_kernel": lambda given: {"inverse": torch.ones_like(given["inverse"])},
+    }
+    unscaled = Mutation("adapters without their scale", torch, "_foreach_mul_", lambda _: lambda *_: None)
+    return [
+        *(launch("does nothing", t5_kernels, name) for name in names),
+        *(launch("another argument", t5_kernels, name, change) for name, change in other.items()),
+        unscaled,
+    ]
 
 
-def break_norm() -> None:
-    own = t5_kernels.AddNorm.backward
-    t5_kernels.AddNorm.backward = staticmethod(lambda ctx, *given: own(ctx, None, given[1]))
-
-
-def break_adapters() -> None:
-    fast_t5.refresh = lambda groups: None
-
-
-def self_checks(pairs: list[t5.Pair]) -> dict[str, str | None]:
-    """What it finds after each of these breaks, which stay."""
-    model, found = model_of("lora"), {"whole": t5.differs(model_of("lora"), pairs)}
-    for change in (break_bias, break_norm, break_adapters):
-        change()
-        found[change.__name__] = t5.differs(model, pairs)
+def self_checks() -> dict[str, str | None]:
+    """What it says of each, and of the whole."""
+    pairs, model = examples([(12, 3), (9, 7), (1, 1)]), model_of("lora")
+    found = {"nothing": t5.differs(model, pairs)}
+    for mutation in mutations():
+        with mutation.applied():
+            found[mutation.name] = t5.differs(model, pairs)
     return found
 
 
@@ -120,4 +129,4 @@ if __name__ == "__main__":
     F.dropout = lambda x, *_: x  # drawn by torch, and anew each time
     fast_t5.ROUNDED = 32, 16
     found = {kind: case(kind) for kind in KINDS}
-    print(json.dumps(found | {"self-check": self_checks(examples())}))
+    print(json.dumps(found | {"self-check": self_checks()}))

@@ -231,10 +231,8 @@ class Projection(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, group, seeds, site: int, probability: float, *parameters):
-        y, source = x @ weight.T, x
-        if probability:
-            source = torch.empty_like(x)
-            dropped(x, source, seeds, site, probability)
+        y, source = x @ weight.T, torch.empty_like(x)
+        dropped(x, source, seeds, site, probability)
         h = source @ group.a.T  # [rows, ranks]
         for columns, ranks, b in group.parts:
             y[:, columns].addmm_(h[:, ranks], b.T)
@@ -252,10 +250,7 @@ class Projection(torch.autograd.Function):
         dx = None
         if ctx.needs_input_grad[0]:
             dx = dy @ weight
-            if probability:
-                dropped(dh @ group.a, dx, seeds, site, probability, add=True)
-            else:
-                dx.addmm_(dh, group.a)
+            dropped(dh @ group.a, dx, seeds, site, probability, add=True)
         return dx, None, None, None, None, None, *(da[ranks] for _, ranks, _ in group.parts), *db
 
 
@@ -297,7 +292,7 @@ def share_mask(seeds, site, head, row, place, rows, widest: tl.constexpr, probab
 
 
 @triton.jit(do_not_specialize=["site", "rows", "reach", "causal"])
-def attention_kernel(
+def t5_attention_kernel(
     q,
     k,
     v,
@@ -354,7 +349,7 @@ def attention_kernel(
 
 
 @triton.jit(do_not_specialize=["site", "rows", "reach", "causal"])
-def attention_dq_kernel(
+def t5_dq_kernel(
     q,
     k,
     v,
@@ -429,7 +424,7 @@ def attention_dq_kernel(
 
 
 @triton.jit(do_not_specialize=["site", "rows", "reach", "causal"])
-def attention_dkv_kernel(
+def t5_dkv_kernel(
     q,
     k,
     v,
@@ -506,7 +501,7 @@ class Attend(torch.autograd.Function):
         rest = (seeds, q.stride(0), k.stride(0), site, rows, reach, int(span.causal), probability)
         rest += (heads, width // heads, power_of_2(span.longest_key))
         launch(
-            attention_kernel,
+            t5_attention_kernel,
             "forward",
             (span.longest_query, *grid),
             *(q, k, v, span.bias, out, logsumexp, span.queries, span.keys, *rest),
@@ -524,7 +519,7 @@ class Attend(torch.autograd.Function):
         d_out, delta = d_out.contiguous(), torch.empty_like(logsumexp)
         d_table = torch.zeros_like(table, dtype=torch.float32) if ctx.needs_input_grad[2] else None
         launch(
-            attention_dq_kernel,
+            t5_dq_kernel,
             "dq",
             (span.longest_query, *grid),
             *(q, k, v, span.bias, d_out, out, logsumexp, delta, d_q, delta if d_table is None else d_table),
@@ -532,7 +527,7 @@ class Attend(torch.autograd.Function):
             count=0 if d_table is None else len(d_table),
         )
         launch(
-            attention_dkv_kernel,
+            t5_dkv_kernel,
             "dkv",
             (span.longest_key, *grid),
             *(q, k, v, span.bias, d_out, logsumexp, delta, d_k, d_v, span.queries, span.keys, *rest),
