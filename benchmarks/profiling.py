@@ -11,12 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 KINDS = (  # the first pattern that is found in a kernel's name gives its kind
-    (r"attention|flash|fmha", "attention"),
+    (r"attention|flash|fmha|t5_(dq|dkv)", "attention"),
     (r"swiglu", "SwiGLU"),
-    (r"rms_norm", "RMSNorm"),
+    (r"gated_", "gated GELU"),
+    (r"rms_norm|add_norm", "RMSNorm"),
     (r"rotate", "rotary positions"),
     (r"unpack_nf4|Dequantize", "unpacking NF4"),
-    (r"dropout", "dropout"),
+    (r"dropout|dropped", "dropout"),
     (r"multi_tensor_apply", "optimizer and refresh"),
     (r"Memcpy (HtoD|DtoH)", "host copies"),
     (r"add_adapter|splitK", "adapters' products"),

@@ -45,28 +45,26 @@ def main(process: device.Process) -> None:
 
         print(f"run        {folder}\nmodel      {METHODS[method].model}")
         print(data.say_split(args.split, splits[args.split], test), flush=True)
-        answer, spent = taken_from(method), 0.0
+        answer = taken_from(method)
         if train:
             print(data.say_split("train", splits["train"], train), flush=True)
         if trained:
             answer, _ = fit(method, train.examples)
         elif train:
             with record.recording(trained_path, args, method, process) as content:
-                began = time.monotonic()
                 answer, known = fit(method, train.examples)
-                seconds, spent = time.monotonic() - began, process.seconds()
                 content["data"] = {"train": train.describe()}
                 content["labels"] = data.labels_of(splits["train"])
                 content["train"] = {
                     "examples": len(train.examples),
-                    "seconds": seconds,
-                    "wall_seconds": spent,
+                    "wall_seconds": process.seconds(),
                     "peak_memory_gib": device.peak_memory_gib(),
                     "tokens_per_second": None,
                     "loss_history": [],
                     **known,
                 }
-                content["cost"] = cost.of_run(args, device.name(), spent)
+                content["cost"] = cost.of_run(args, device.name(), content["train"]["wall_seconds"])
+            process = process.from_here()
             if empty := known["without_a_word"]:
                 print(f"{'':11}{empty:,} training texts have no word of two letters or more")
             trained = record.read(trained_path)
@@ -75,7 +73,7 @@ def main(process: device.Process) -> None:
             content |= {"data": described, **(runs.scored_adapter(trained) if train else {})}
             labels = data.labels_of(splits["train"]) if train else ()
             content["eval"], rows = score(args.task, answer, test, labels)
-            content["eval"]["wall_seconds"] = process.seconds() - spent
+            content["eval"]["wall_seconds"] = process.seconds()
             content["cost"] = cost.of_run(args, device.name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)
         print(summary.result_block(content))
@@ -107,8 +105,8 @@ def score(task: str, answer, test: data.Split, labels: Sequence[str]) -> tuple[d
 
 
 def fit(method: str, examples: list[tuple[str, str]]):
-    """A classifier of texts by their words and pairs of words, and for the record how many of these it knows
-    and how many of `examples` have none. Raises UserError where no text has one."""
+    """A classifier of texts by their words and pairs of words, and for the record what it took, how many of
+    these it knows and how many of `examples` have none. Raises UserError where no text has one."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.naive_bayes import ComplementNB
@@ -121,6 +119,7 @@ def fit(method: str, examples: list[tuple[str, str]]):
         "tfidf-lr": LogisticRegression(C=10.0, max_iter=1000),
     }[method]
     texts, labels = (list(column) for column in zip(*examples, strict=True))
+    began = time.monotonic()
     try:
         counts = words.fit_transform(texts)  # [texts, words]
     except ValueError:  # what scikit-learn raises for that alone
@@ -129,12 +128,14 @@ def fit(method: str, examples: list[tuple[str, str]]):
             "other texts by --train_file or --text_column"
         ) from None
     classifier.fit(counts, labels)
+    seconds = time.monotonic() - began
 
     def answer(texts: list[str]) -> tuple[list[str], int]:
         counts = words.transform(texts)
         return list(map(str, classifier.predict(counts))), wordless(counts)
 
-    return answer, {"vocabulary": len(words.vocabulary_), "without_a_word": wordless(counts)}
+    known = {"vocabulary": len(words.vocabulary_), "without_a_word": wordless(counts)}
+    return answer, {"seconds": seconds, **known}
 
 
 def wordless(counts) -> int:

@@ -43,11 +43,10 @@ def main(process: device.Process) -> None:
         print(f"run        {folder}\nmodel      {args.pretrained_ckpt}, {args.epochs} epochs")
         print(data.say_split("train", splits["train"], train))
         print(data.say_split(args.split, splits[args.split], test), flush=True)
-        spent = 0.0
         if not trained:
             trained = fine_tune(args, folder, train, labels, process)
-            spent = process.seconds()
-        score(args, path, test, trained, process, spent)
+            process = process.from_here()
+        score(args, path, test, trained, process)
 
 
 def fine_tune(args, folder: Path, train: data.Split, labels: list[str], process: device.Process) -> dict:
@@ -92,8 +91,8 @@ def fine_tune(args, folder: Path, train: data.Split, labels: list[str], process:
     return content
 
 
-def score(args, path: Path, test: data.Split, trained: dict, process: device.Process, spent: float) -> None:
-    """Score the model of the record `trained`; its training took the first `spent` seconds of the process."""
+def score(args, path: Path, test: data.Split, trained: dict, process: device.Process) -> None:
+    """Score the model of the record `trained`."""
     with record.recording(path, args, METHOD, process) as content:
         content |= {"data": {args.split: test.describe()}, "checkpoint": trained["checkpoint"]}
         content.update(runs.scored_adapter(trained))
@@ -114,7 +113,7 @@ def score(args, path: Path, test: data.Split, trained: dict, process: device.Pro
         content["eval"] = {
             "examples": len(rows),
             "seconds": seconds,
-            "wall_seconds": process.seconds() - spent,
+            "wall_seconds": process.seconds(),
             "examples_per_second": len(rows) / seconds,
             "peak_memory_gib": device.peak_memory_gib(),
             "input_tokens": sum(texts.tokens),

@@ -9,7 +9,6 @@ in a folder of its own; started again, it goes on where it was stopped. Flan-T5 
 SAMSum's train split among others, so that summaries are of a data set that it knows.
 """
 
-import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -60,8 +59,7 @@ def main(process: device.Process) -> None:
                 content["cost"] = cost.of_run(args, device.name(), content["train"]["wall_seconds"])
             trained = record.read(trained_path)
             print(summary.result_block(trained))
-            # What follows is paid for by the evaluation.
-            process = dataclasses.replace(process, began=process.began + process.seconds())
+            process = process.from_here()
         print(data.say_split(args.split, splits[args.split], test), flush=True)
         with record.recording(path, args, method, process) as content:
             here = checkpoint.identify(args.pretrained_ckpt, fetch=True)

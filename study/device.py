@@ -10,7 +10,7 @@ import platform
 import resource
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 GIB = 2**30
@@ -70,6 +70,10 @@ class Process:
     def seconds(self) -> float:
         """Since the script began: imports and loading count, since the machine is paid for them."""
         return time.monotonic() - self.began
+
+    def from_here(self) -> "Process":
+        """The same process for a part of a run that begins now; another has paid for what came before."""
+        return replace(self, began=time.monotonic())
 
 
 def current():

@@ -250,7 +250,9 @@ def train(
         "batching": {
             "padding_share": training.padding(),
             "max_tokens_per_batch": training.most,
-            "attention": training.model.config._attn_implementation,
+            "attention": "kernels"
+            if training.examples.packed
+            else training.model.config._attn_implementation,
             "packed": training.examples.packed,
             "cuda_graphs": len(training.passes.graphs),
             "processes": 1,

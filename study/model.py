@@ -221,9 +221,12 @@ def fingerprint(folder: Path, name: str = ADAPTER) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def load_adapter(model, folder: Path, sha256: str | None = None, config_sha256: str | None = None):
-    """`model` with a trained adapter for inference, its weights in the dtype that training multiplied them
-    in. Raises UserError for one that is not whole, does not fit, or has another fingerprint than `sha256`."""
+def load_adapter(
+    model, folder: Path, sha256: str | None = None, config_sha256: str | None = None, dtype=None
+):
+    """`model` with a trained adapter for inference, its weights in the `dtype` that training multiplied them
+    in (device.compute_dtype). Raises UserError for one that is not whole, does not fit, or has another
+    fingerprint than `sha256`."""
     if not (folder / ADAPTER).is_file():
         raise UserError(f"{folder} holds no {ADAPTER}: train the run again with --force")
     checkpoints.refuse_pointer(folder / ADAPTER, str(folder))
@@ -251,7 +254,7 @@ def load_adapter(model, folder: Path, sha256: str | None = None, config_sha256: 
         if "lora_" in name:
             if not torch.isfinite(parameter).all():
                 raise UserError(f"{folder}: {name} holds no numbers: train the run again with --force")
-            parameter.data = parameter.data.to(device.compute_dtype())
+            parameter.data = parameter.data.to(dtype or device.compute_dtype())
     return model.eval()
 
 

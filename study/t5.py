@@ -1,4 +1,4 @@
-"""T5: texts as its tokens, batches of like length, an attention by PyTorch's kernels, answers.
+"""T5: texts as its tokens, batches packed or padded, an attention by PyTorch's kernels, answers.
 
 T5 has no BOS: a text ends with EOS (1), and the decoder begins with the padding token (0). Its tokenizer
 reads every white space as one blank, so prompts lose their line breaks, and so do answers. Never in float16,
@@ -359,7 +359,7 @@ def load_tuned(checkpoint: str, folder: Path, tuning: str, trained: dict):
     Raises UserError for one that is not what its train.json tells of."""
     if tuning == "lora":
         hashes = (trained["train"].get(name) for name in ("adapter_sha256", "adapter_config_sha256"))
-        model = load_adapter(load(checkpoint), folder / "adapter", *hashes).merge_and_unload()
+        model = load_adapter(load(checkpoint), folder / "adapter", *hashes, dtype()).merge_and_unload()
     else:
         final = folder / "model"
         for file, name in FINGERPRINTS.items():

@@ -192,13 +192,13 @@ def test_a_sample_of_the_prompts_is_as_long_on_average():
 
 @pytest.mark.parametrize("mode", ["fast", "zero-shot", "few-shot"])
 def test_prompts_are_those_of_the_scripts(tokenizer, mode):
-    from types import SimpleNamespace
-
+    from torch.nn import Module
     from transformers import AutoConfig
 
     files = [f"{DEMO_DATA}/posts_{name}.jsonl" for name in ("train", "test")]
     args = inference_flags("--train_file", files[0], "--test_file", files[1])
-    base = SimpleNamespace(config=AutoConfig.from_pretrained(DEMO_MODEL))
+    base = Module()
+    base.config = AutoConfig.from_pretrained(DEMO_MODEL)
     tests = inference.read_tests(args, tokenizer, 20, mode, base)
     assert len(tests.prompts) == len(tests.references) == 20
     assert set(tests.references) <= set(tests.labels)

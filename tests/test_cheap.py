@@ -62,6 +62,14 @@ def test_a_classifier_trains_and_scores_as_scikit_learn_does(tmp_path, method):
     assert trained["cost"]["usd"] + content["cost"]["usd"] == pytest.approx(total / 1000)
 
 
+def test_an_evaluation_that_fails_after_the_training_has_its_own_time_alone(tmp_path):
+    (tmp_path / "predictions.jsonl").mkdir()  # which can't be written
+    assert "predictions.jsonl" in error_line(cheap(*POSTS, "--experiment_dir", tmp_path))
+    failed, trained = (json.loads((tmp_path / f"{part}.json").read_text()) for part in ("eval", "train"))
+    assert failed["status"] == "failed"
+    assert failed["wall_seconds"] < trained["train"]["wall_seconds"] / 2
+
+
 NAMES = {"tfidf-nb": "naive Bayes", "tfidf-svm": "linear SVM", "tfidf-lr": "logistic regression"}
 
 

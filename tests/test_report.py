@@ -20,6 +20,7 @@ from study.report import plots
 from study.report.collect import comparable, find_runs
 from study.report.compare import compare
 from study.report.published import FIGURES
+from study.report.selection import usual_runs
 from study.report.tables import all_tables
 
 GPU = "NVIDIA A10G"
@@ -85,6 +86,19 @@ def baseline(root: Path, value: float, words: str = "", task: str = "classificat
     folder = root / "baseline" / "a--small" / task / kind
     more = {"eval": evaluation(value, task, seconds=20.0, examples_per_second=50.0), **more}
     save(folder, "eval", task, f"--task_type {task} {words}", kind, **more)
+
+
+def competitor(root: Path, method: str, value: float, words: str, kind: str, prompt: str = "") -> None:
+    """A finished run of another kind of script, by a model of its own name."""
+    task = None if kind == "t5" else "classification"
+    args = cli.parse_args(task, "", ["--pretrained_ckpt", f"a/{method}", *words.split()], kind)
+    spent = {"seconds": 9.0, "wall_seconds": 9.0, "tokens_per_second": 9.0, "peak_memory_gib": 1.0}
+    spent |= {"examples": 480, "loss_history": [[1, 2.0]]}
+    for part, measured in (("train", spent), ("eval", evaluation(value))):
+        more = {"method": method, "model": args.pretrained_ckpt, part: measured}
+        more |= {"config": {name: flag for name, flag in vars(args).items() if name != "given"}}
+        more |= {"training": "2024-01-01T00:00:00.000+00:00"} if part == "eval" else {}
+        save(root / method, part, "classification", "", "qlora", **more, prompt_sha256=prompt)
 
 
 def report(*words: object) -> subprocess.CompletedProcess:
@@ -1290,6 +1304,22 @@ def test_of_two_records_of_one_cell_and_seed_the_newer_counts(tmp_path):
     assert done.returncode == 1
     kept = f"is left out: {tmp_path}/b/eval.json is of the same cell and seed, and newer"
     assert done.stderr.splitlines() == [f"error: {tmp_path}/{name}/eval.json {kept}" for name in "ac"]
+
+
+def test_methods_of_one_title_have_prompts_of_their_own(tmp_path):
+    competitor(tmp_path, "t5-full", 60, "", "t5", prompt="1" * 64)
+    competitor(tmp_path, "encoder", 70, "", "encoder")
+    [(_, why, runs)] = comparable(find_runs([tmp_path])[0])
+    assert (why, len(runs)) == ("", 2)
+
+
+def test_between_settings_run_as_often_a_script_has_its_own_defaults(tmp_path):
+    competitor(tmp_path / "usual", "t5-lora", 60, "--tuning lora", "t5")
+    competitor(tmp_path / "other", "t5-lora", 70, "--tuning lora --epochs 9 --lora_r 8 --dropout 0.1", "t5")
+    found, problems = find_runs([tmp_path])
+    assert not problems
+    [run] = usual_runs(found, found[0].label)
+    assert (run.config["lora_r"], run.config["dropout"], run.config["epochs"]) == (16, 0.05, 5)
 
 
 def test_a_folder_named_twice_counts_once(study):

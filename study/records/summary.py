@@ -18,6 +18,7 @@ def result_block(content: dict) -> str:
     if "eval" in content:
         part, speed = content["eval"], f"{content['eval']['examples_per_second']:,.1f} examples/s"
         decoding = part.get("decoding", "unknown")
+        how = "" if decoding == "none" else f"{decoding} decoding, "
         for name, metric in part["metrics"].items():
             ends = "no interval holds: too few examples, or all alike"
             if metric["ci95"]:
@@ -26,7 +27,7 @@ def result_block(content: dict) -> str:
             lines.append(f"{name:<16}{metric['value']:6.2f} %  ({ends}){over}")
         lines += remarks(part, seeded="seed" in METHODS[content["method"]].settings)
         lines.append(
-            f"scored     {part['examples']:,} examples, {content['method']}, {decoding} decoding, "
+            f"scored     {part['examples']:,} examples, {content['method']}, {how}"
             f"{part['input_tokens']:,} tokens in, {part['output_tokens']:,} out"
         )
     lines.append(

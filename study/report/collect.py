@@ -175,7 +175,7 @@ def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
         usual = {}
         for method in METHODS.values():
             prompts = Counter(prompt_of(run) for run in ours if run.scored and run.method is method)
-            usual[method.title] = max(prompts, key=prompts.get, default="")
+            usual[id(method)] = max(prompts, key=prompts.get, default="")
         for run in ours:
             if run.scored:
                 test, prompt, title = run.test(), prompt_of(run), run.method.title
@@ -184,7 +184,7 @@ def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
                 key = (
                     places.setdefault(test["sha256"], source),  # the same data has other names elsewhere
                     f"metrics of version {run.scored.get('metrics_version', 'unknown')}",
-                    "" if prompt == usual[title] else f"{title} prompt {prompt[:8] or 'none'}",
+                    "" if prompt == usual[id(run.method)] else f"{title} prompt {prompt[:8] or 'none'}",
                 )
                 groups[key].append(run)
         ordered = sorted(groups, key=lambda key: (-len(groups[key]), key)) or [()]

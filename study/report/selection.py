@@ -3,8 +3,8 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from study.cli import DEFAULTS
-from study.records.schema import LORA, lookup
+from study.cli import parse_args
+from study.records.schema import lookup
 from study.report.collect import Run
 
 ORDER = (  # of the models as the published tables have them; all others come after
@@ -38,18 +38,27 @@ def tuned(group: Iterable[Run], label: str | None = None) -> list[Run]:
 
 def usual_runs(group: Iterable[Run], label: str) -> list[Run]:
     """A column's runs of one setting of its method's knobs: those that were run with the most training
-    shares, or else seeds; or else the task's defaults, or else the most epochs and the highest rank."""
+    shares, or else seeds; or else its script's defaults, or else the most epochs and the highest rank."""
     ours = tuned(group, label)
 
     def rank(setting: tuple) -> tuple:
         same = [run for run in ours if run.setting == setting]
-        usual = {name: DEFAULTS[same[0].task].get(name, 0.1) for name in LORA}
         knobs = dict(zip(same[0].method.knobs, setting, strict=True))
+        usual = {name: defaults_of(same[0]).get(name) for name in knobs}
         size = knobs.get("epochs", 0), knobs.get("lora_r", 0), -knobs.get("dropout", 0), str(setting)
         return len({run.share for run in same}), len(same), knobs == usual, *size
 
     best = max({run.setting for run in ours}, key=rank, default=None)
     return [run for run in ours if run.setting == best]
+
+
+def defaults_of(run: Run) -> dict:
+    """The flags that the run's script has where none are given."""
+    kind, task = run.config.get("kind", "causal"), run.task
+    words = [
+        f"--{name}={run.config[name]}" for name in ("task_type", "tuning", "method") if name in run.config
+    ]
+    return vars(parse_args(None if "task_type" in run.config else task, "", words, kind))
 
 
 def on_everything(group: Iterable[Run], label: str) -> list[Run]:
