@@ -9,7 +9,7 @@ llama2_classification_inference.py and the same flags.
 """
 
 from prompts import prompt_sha256
-from study import checkpoint, cli, data, device
+from study import also, checkpoint, cli, data, device
 from study.records import cost, estimate, record, runs, summary
 
 TASK, METHOD = "classification", "qlora"
@@ -26,9 +26,10 @@ def main(process: device.Process) -> None:
     splits = data.load(args, ["train"], optional=["test"])
     train = data.sample_train(splits["train"], args)
     described = {"train": train.describe()}
-    with record.locked(folder, process):
+    with record.locked(folder, process), also.beside(args, METHOD, described, process) as earlier:
         content = runs.find_finished(path, args, METHOD, described)
         if content:
+            earlier.refuse_passed(args.epochs, path)
             return print(f"finished   {path}\n{summary.result_block(content)}")
 
         print(
@@ -94,8 +95,9 @@ def main(process: device.Process) -> None:
             model.check_length(base, tokenizer, args)
             known = ("method", "config", "data", "prompt_sha256", "checkpoint")
             run = {name: content[name] for name in known}
+            earlier.content = content
             content["train"] = training.train(
-                base, tokenizer, lora, schedule, examples, args, folder, run, process
+                base, tokenizer, lora, schedule, examples, args, folder, run, process, earlier
             )
             spent, gpus = content["train"]["wall_seconds"], cost.gpus_of(content["train"])
             content["cost"] = cost.of_run(args, device.name(), spent, gpus)

@@ -226,6 +226,15 @@ def add_training_flags(parser: argparse.ArgumentParser, task: str | None, kind: 
         help="passes over the examples "
         + ("(%(default)s)" if task else "({classification[epochs]}, {summarization[epochs]})".format(**T5)),
     )
+    if kind == "causal":
+        add(
+            "--also_epochs",
+            type=positive_int,
+            nargs="+",
+            default=[],
+            metavar="N",
+            help="leave the runs of these fewer epochs, too, each in its own folder as if trained by itself",
+        )
     add_share(add)
     add("--learning_rate", type=positive_float, default=RATES[kind][0], metavar="LR", help=RATES[kind][1])
     add(
@@ -353,12 +362,25 @@ def parse_args(
         parser.error(f"--{lora[0]} goes with --tuning lora")
     if args.kind == "prompt" and (args.prompt_type == "zero-shot" or args.shots == SHOTS[args.task]):
         args.shots = None  # names no other run
+    check_also_epochs(parser, args)
     targets = getattr(args, "target_modules", [])
     if "all-linear" in targets and len(targets) > 1:
         parser.error("--target_modules all-linear stands alone")
     if args.task == "summarization" and getattr(args, "decoding", "free") == "constrained":
         parser.error("--decoding constrained chooses among classes: it goes with classification")
     return args
+
+
+def check_also_epochs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    also = getattr(args, "also_epochs", [])
+    for epochs in also:
+        if epochs >= args.epochs or also.count(epochs) > 1:
+            why = "twice" if epochs < args.epochs else f"not below --epochs {args.epochs}"
+            parser.error(f"--also_epochs {epochs}: it is {why}")
+    if also and args.experiment_dir:
+        parser.error(
+            "--also_epochs leaves runs in folders of their own: give --output_dir, not --experiment_dir"
+        )
 
 
 def open_defaults(args: argparse.Namespace) -> dict:
