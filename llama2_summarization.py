@@ -17,19 +17,20 @@ TASK, METHOD = "summarization", "qlora"
 
 def main(process: device.Process) -> None:
     args = cli.parse_args(TASK, __doc__)
-    folder = runs.folder_of(args, METHOD)
-    path = folder / "train.json"
     if args.dry_run:
-        return estimate.say_dry_run(path, args, METHOD, process)
+        args = also.what_is_missing(args, METHOD)
+        return estimate.say_dry_run(runs.folder_of(args, METHOD) / "train.json", args, METHOD, process)
 
     estimate.check_gpu_name(args)
     splits = data.load(args, ["train"], optional=["test"])
     train = data.sample_train(splits["train"], args)
     described = {"train": train.describe()}
-    with record.locked(folder, process), also.beside(args, METHOD, described, process) as earlier:
+    args = also.what_is_missing(args, METHOD, described)
+    folder = runs.folder_of(args, METHOD)
+    path = folder / "train.json"
+    with record.locked(folder, process), also.beside(args, METHOD, process) as earlier:
         content = runs.find_finished(path, args, METHOD, described)
         if content:
-            earlier.refuse_passed(args.epochs, path)
             return print(f"finished   {path}\n{summary.result_block(content)}")
 
         print(

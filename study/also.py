@@ -12,24 +12,39 @@ from pathlib import Path
 from study import device
 from study.device import Process
 from study.errors import UserError
-from study.records import cost, record, runs
+from study.records import cost, estimate, record, runs
 
 SHARED = ("data", "labels", "prompt_sha256", "checkpoint", "quantization", "loaded")  # by their records
 
 
-class Also:
-    """The runs that are missing, by their epochs."""
+def what_is_missing(args: argparse.Namespace, method: str, described: dict | None = None):
+    """The flags of the longest run of --epochs and --also_epochs that is not finished, with the shorter ones
+    that are not; `args` where all are. Without the data, `described`, they are only looked up."""
+    missing = []
+    for epochs in sorted({args.epochs, *args.also_epochs}):
+        fewer = argparse.Namespace(**vars(args) | {"epochs": epochs, "also_epochs": []})
+        path = runs.folder_of(fewer, method) / "train.json"
+        if described is None:
+            found = estimate.stands(path, args.force) == "finished"
+        else:
+            found = runs.find_finished(path, fewer, method, described)
+        if found and described and epochs < args.epochs:
+            print(f"finished   {path}")
+        missing += [] if found else [epochs]
+    if not missing:
+        return args
+    return argparse.Namespace(**vars(args) | {"epochs": missing[-1], "also_epochs": missing[:-1]})
 
-    def __init__(self, args: argparse.Namespace, method: str, described: dict, process: Process):
+
+class Also:
+    """The runs that a training is to leave on its way, by their epochs."""
+
+    def __init__(self, args: argparse.Namespace, method: str, process: Process):
         self.args, self.method, self.process, self.content = args, method, process, {}
-        self.missing: dict[int, argparse.Namespace] = {}
-        for epochs in args.also_epochs:
-            fewer = argparse.Namespace(**vars(args) | {"epochs": epochs, "also_epochs": []})
-            path = self.folder(fewer) / "train.json"
-            if runs.find_finished(path, fewer, method, described):
-                print(f"finished   {path}")
-            else:
-                self.missing[epochs] = fewer
+        self.missing = {
+            epochs: argparse.Namespace(**vars(args) | {"epochs": epochs, "also_epochs": []})
+            for epochs in args.also_epochs
+        }
 
     def folder(self, fewer: argparse.Namespace) -> Path:
         return runs.folder_of(fewer, self.method)
@@ -60,9 +75,9 @@ class Also:
 
 
 @contextlib.contextmanager
-def beside(args: argparse.Namespace, method: str, described: dict, process: Process) -> Iterator[Also]:
+def beside(args: argparse.Namespace, method: str, process: Process) -> Iterator[Also]:
     """The runs of --also_epochs, their folders held for this process alone."""
-    also = Also(args, method, described, process)
+    also = Also(args, method, process)
     with contextlib.ExitStack() as locks:
         for fewer in also.missing.values():
             locks.enter_context(record.locked(also.folder(fewer), process))

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,12 +87,27 @@ def test_each_has_the_time_and_cost_of_a_run_that_had_ended_there_and_says_who_m
     assert f", {cost.usd_text(seconds / 100)}." in spent_in_all([nested], [])  # none is counted twice
 
 
-def test_what_is_finished_is_found_and_a_run_that_is_past_a_missing_one_says_so(nested, tmp_path):
-    found = run(nested, "--epochs", 4, "--also_epochs", 1, 2)
-    assert found.count("finished   ") == 3
-    again = run_preloaded(SCRIPT, *FLAGS, "--output_dir", nested, "--epochs", 4, "--also_epochs", 3)
-    line = error_line(again)
-    assert re.search(r"--also_epochs 3: .*epochs-4_.*train.json is past it, and that run is missing", line)
+def test_what_is_finished_is_found_and_what_is_missing_trained(nested, alone, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(nested, copy)
+    assert run(copy, "--epochs", 4, "--also_epochs", 1, 2).count("finished   ") == 3
+    shutil.rmtree(folder_of(copy, 2))
+    assert "2 epochs\n" in run(copy, "--epochs", 4, "--also_epochs", 1, 2)
+    same(alone, copy, 2)
+
+
+def test_a_run_that_is_past_a_missing_one_says_so(tmp_path):
+    flags = (*FLAGS, "--output_dir", tmp_path, "--epochs", 8, "--also_epochs", 1)
+    saved = lambda: [
+        path
+        for path in tmp_path.glob("*_epochs-8_*/checkpoints/*/progress.json")
+        if int(path.parent.name.rpartition("-")[2]) >= 6
+    ]
+    kill(start_until(saved, SCRIPT, *flags))
+    shutil.rmtree(folder_of(tmp_path, 1))
+    line = error_line(run_preloaded(SCRIPT, *flags))
+    assert re.search(r"--also_epochs 1: .*checkpoint-\d+ is past it, and that run is missing", line)
+    assert "finished" not in json.dumps(content_of(tmp_path, 8)["status"])
 
 
 def test_killed_anywhere_they_end_the_same(alone, tmp_path):
