@@ -19,6 +19,7 @@ from study import cli, metrics
 from study.errors import UserError
 from study.records import record, runs, schema
 from study.report import plots
+from study.report.cells import Table
 from study.report.classes import Confusion
 from study.report.collect import comparable, find_runs
 from study.report.compare import compare
@@ -600,6 +601,13 @@ def test_of_each_model_the_worst_classes_are_shown_and_all_on_request(tmp_path):
     assert len(printed(every)[CLASSES][1:]) == 8 + 7
     assert len(printed(every)[CONFUSIONS][1:]) == 7  # b/big confuses none
     assert "--classes" not in every
+
+
+def test_a_class_with_a_bar_in_its_name_stays_one_cell_of_markdown():
+    table = Table("Classes", "t", ["class", "F1"], 1)
+    table.add("a | b", "50.00")
+    assert "| a \\| b  | 50.00 |" in table.markdown()
+    assert table.csv_rows()[1] == ["a | b", "50.00"]
 
 
 def test_an_older_record_has_no_classes_and_summaries_have_none(tmp_path):

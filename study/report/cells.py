@@ -50,7 +50,7 @@ class Table:
     def markdown(self) -> str:
         from tabulate import tabulate
 
-        rows = [[cell.text for cell in row] for row in self.rows]
+        rows = [[cell.text.replace("|", r"\|") for cell in row] for row in self.rows]
         text = tabulate(rows, self.columns, tablefmt="github", disable_numparse=True)
         return f"## {self.name}: {self.title}\n\n{text}\n\n{self.note}".rstrip() + "\n"
 
