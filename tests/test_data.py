@@ -794,6 +794,11 @@ def test_real_newsgroups_load_whole(newsgroups):
     assert len(data.labels_of(splits["train"])) == 20
 
 
+def test_real_newsgroups_have_posts_that_stand_in_two_groups(newsgroups):
+    described = data.load(flags(*newsgroups), ["train"])["train"].describe()
+    assert (described["repeated"], described["contradicting"]) == (42, 8)
+
+
 def test_real_newsgroups_lose_every_post_that_stands_in_test_too(newsgroups):
     def bare(split: data.Split) -> list[str]:
         return [" ".join(text.split()) for text, _ in split.examples]
