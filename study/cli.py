@@ -322,6 +322,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="redo a finished run, from the start")
     add("--dry_run", action="store_true", help="print the run's folder and whether it is finished, and stop")
     add(
+        "--show_repeated",
+        action="store_true",
+        help="with --dry_run: list train texts that occur more than once, those with different classes first",
+    )
+    add(
         "--price_per_hour",
         type=positive_float,
         metavar="USD",
@@ -368,6 +373,8 @@ def parse_args(
         parser.error("--target_modules all-linear stands alone")
     if args.task == "summarization" and getattr(args, "decoding", "free") == "constrained":
         parser.error("--decoding constrained chooses among classes: it goes with classification")
+    if args.show_repeated and not (args.dry_run and args.task == "classification"):
+        parser.error("--show_repeated goes with --dry_run, and with classification")
     return args
 
 

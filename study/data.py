@@ -38,7 +38,8 @@ IGNORABLE = re.compile(
 class Split:
     """The examples of one split. `numbers` are their rows in the source as errors name them, from 1 (lines of
     JSON lines), `places` the same from 0 without counting blank lines; `available` counts what a sample was
-    taken from; `overlap` counts the train texts that also occur in test."""
+    taken from; `overlap` counts the train texts that also occur in test; `repeated` are those of a
+    classification that occur more than once, with how often each class stands beside them."""
 
     source: str
     examples: list[tuple[str, str]]
@@ -46,6 +47,7 @@ class Split:
     places: list[int] = field(default_factory=list)
     dropped: Counter = field(default_factory=Counter)
     overlap: int | None = None
+    repeated: dict[str, Counter] | None = None
     available: int | None = None
 
     def __post_init__(self):
@@ -60,8 +62,14 @@ class Split:
             "available": self.available or len(self.examples),
             "dropped": dict(self.dropped),
             **({} if self.overlap is None else {"also_in_test": self.overlap}),
+            **({} if self.repeated is None else self.count_repeated()),
             "sha256": hashlib.sha256(rows.encode("utf-8", "surrogatepass")).hexdigest(),
         }
+
+    def count_repeated(self) -> dict[str, int]:
+        """How many texts occur more than once, and how many of these with different classes."""
+        different = sum(len(classes) > 1 for classes in self.repeated.values())
+        return {"repeated": len(self.repeated), "contradicting": different}
 
     def keep(self, indices: Sequence[int]) -> "Split":
         columns = {name: getattr(self, name) for name in ("examples", "numbers", "places")}
@@ -92,6 +100,7 @@ def load(args: argparse.Namespace, names: Sequence[str], optional: Sequence[str]
     if "train" in splits and args.task == "classification":
         labels = labels_of(splits["train"])
         check_looks(splits["train"])
+        splits["train"].repeated = find_repeated(splits["train"].examples)
         for split in splits.values():
             check_labels(split, labels)
     return splits
@@ -276,6 +285,24 @@ def drop_overlap(splits: dict[str, Split], drop: bool) -> None:
     splits["train"].overlap = shared
 
 
+def find_repeated(examples: Sequence[tuple[str, str]]) -> dict[str, Counter]:
+    """The texts that occur more than once, but for white space, with how often each class stands beside them;
+    those with the most rows of other than their usual class first, then the most frequent."""
+    # A second copy of a million texts would be large, hashes are small: only texts that share one are kept.
+    hashes = [hash(" ".join(text.split())) for text, _ in examples]
+    several = {number for number, count in Counter(hashes).items() if count > 1}
+    found: dict[str, Counter] = {}
+    for (text, label), number in zip(examples, hashes, strict=True):
+        if number in several:
+            found.setdefault(" ".join(text.split()), Counter())[label] += 1
+
+    def badness(item: tuple[str, Counter]) -> tuple[int, int]:
+        total = item[1].total()
+        return max(item[1].values()) - total, -total
+
+    return dict(sorted(((text, of) for text, of in found.items() if of.total() > 1), key=badness))
+
+
 def sample_train(split: Split, args: argparse.Namespace) -> Split:
     """--max_train_samples, then --train_sample_fraction of each class (of all, for summaries), by --seed.
 
@@ -341,8 +368,20 @@ def choose(count: int, limit: int | None, seed: int) -> list[int]:
 
 def say_split(name: str, split: Split, used: Split) -> str:
     """One line on a split: rows used, rows of its source, rows dropped and why, and train texts that occur in
-    test."""
+    test, or more than once."""
     dropped = "".join(f", {count:,} dropped: {reason}" for reason, count in split.dropped.items())
     overlap = f", {split.overlap:,} texts occur in test too" if split.overlap else ""
+    repeated = f", {say_repeated(split, 0)}" if split.repeated else ""
     count = f"{len(used.examples):,} of {len(split.examples) + split.dropped.total():,} rows"
-    return f"{name:<11}{count} of {split.source}{dropped}{overlap}"
+    return f"{name:<11}{count} of {split.source}{dropped}{overlap}{repeated}"
+
+
+def say_repeated(split: Split, most: int = 10) -> str:
+    """How many train texts occur more than once, and of each of the worst how often with which class."""
+    counts = split.count_repeated()
+    told = f"{counts['repeated']:,} texts occur more than once"
+    lines = [f"{told}, {counts['contradicting']:,} of them with different classes"]
+    for text, classes in list(split.repeated.items())[:most]:
+        named = ", ".join(f"{count:,} {label}" for label, count in classes.most_common())
+        lines.append(f"  {classes.total():,} times: {named}: {text:.60}")
+    return "\n".join(lines)

@@ -162,6 +162,7 @@ SPEED = [  # every flag that changes its speed, its score or its place only
     "--decoding constrained",
     "--force",
     "--dry_run",
+    "--show_repeated --dry_run",
     "--price_per_hour 2.5",
     "--gpu_name H100",
 ]

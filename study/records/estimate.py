@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-from study import device
+from study import data, device
 from study.device import Process
 from study.errors import UserError
 from study.records import cost, runs
@@ -20,12 +20,15 @@ def say_dry_run(path: Path, args: argparse.Namespace, method: str, process: Proc
     seconds<TAB>USD" with an estimate of what is left to spend, and of the training in it, or "?".
 
     An evaluation that has not been made, or of another adapter, is "trained" where its training is finished,
-    and else says how that stands. With CELL_FAILED, in which a loop says how a script ended, it leaves the
-    record of that failure instead.
+    and else says how that stands. With --show_repeated the train texts that occur more than once come first.
+    With CELL_FAILED, in which a loop says how a script ended, it leaves the record of that failure instead.
     """
     if os.environ.get("CELL_FAILED"):
         return leave_failure(path, args, method, process, os.environ["CELL_FAILED"])
     check_gpu_name(args)
+    if args.show_repeated:
+        train = data.load(args, ["train"], optional=["test"] if args.drop_overlap else [])["train"]
+        print(f"train: {data.say_repeated(train)}")
     trained = path.parent / "train.json"
     state, training = stands(path, args.force), stands(trained, args.force)
     scores = path != trained

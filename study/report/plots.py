@@ -9,16 +9,18 @@ from pathlib import Path
 from statistics import mean, median
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from study.records import cost
 from study.records.schema import METHODS, SCORES
 from study.report.cells import Cell, score_cell
 from study.report.choice import grids
+from study.report.classes import INVALID, Confusion, confusions_of
 from study.report.collect import Run
 from study.report.compare import difference
 from study.report.published import FIGURES
@@ -33,6 +35,7 @@ STYLE = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
 }
+NUMBERED, NAMED = 25, 50  # classes of a confusion matrix that has numbers, and that are named at most
 LONGEST_NAME = 100  # of a file, without its ending
 MARKERS, DASHES, LEVELS = "osD^vP*X", ("-", "--", "-.", ":"), (":", "-.", "--")
 
@@ -60,6 +63,10 @@ def figures(groups: Sequence[tuple], prices: Sequence[dict], published: bool) ->
                 *(
                     ("LoRA grid, " + name, plot_grid(task, cells))
                     for name, cells in grids(task, group).items()
+                ),
+                *(
+                    ("confusion matrix, " + name, plot_confusion(found))
+                    for name, found in confusions_of(group).items()
                 ),
                 ("training loss", plot_loss(group)),
             ):
@@ -216,6 +223,31 @@ def plot_grid(task: str, cells: dict):
     bar = figure.colorbar(image, ax=all_axes[0])
     bar.set_ticks([high - i * width for i in range(5)], labels=[f"{high - i * width:.1f}" for i in range(5)])
     bar.set_label(f"{score_title(task)},\na tick for each width\nof an interval", fontsize=8)
+    return figure
+
+
+def plot_confusion(found: Confusion):
+    """A row for each reference class: of its examples the share that each answer got. Dark is much, in grey
+    too, and a root keeps small shares in sight. Few classes have numbers; of many, not all are named."""
+    counts = found.counts()  # [classes, classes + 1]
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    size, step = len(shares), -(-len(shares) // NAMED)
+    side, seeds = min(8.5, 3.5 + size / 4), len(found.runs)
+    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), aspect="auto")
+    font = {"fontsize": min(9, 5 + 60 / size), "parse_math": False}
+    names = [name if len(name) < 28 else f"{name[:26]}…" for name in found.classes]
+    rows, columns = range(0, size, step), range(0, size - step + 1, step)
+    axes.set_yticks(rows, [names[i] for i in rows], **font)
+    axes.set_xticks([*columns, size], [*(names[i] for i in columns), INVALID], rotation=90, **font)
+    for y, x in zip(*np.nonzero(shares >= 0.5), strict=True) if size <= NUMBERED else ():
+        color = "white" if shares[y, x] > 40 else "black"
+        axes.text(x, y, f"{shares[y, x]:.0f}", ha="center", va="center", color=color, **font)
+    axes.axvline(size - 0.5, color="black", lw=0.8)
+    axes.grid(False)
+    axes.set(xlabel="answer", ylabel="reference")
+    bar = figure.colorbar(image, ax=axes, ticks=[0, 1, 5, 10, 25, 50, 100], fraction=0.03)
+    bar.set_label("% of the reference class" + (f", {seeds} seeds added up" if seeds > 1 else ""))
     return figure
 
 
