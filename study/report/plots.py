@@ -22,7 +22,7 @@ from study.report.choice import grids
 from study.report.collect import Run
 from study.report.compare import difference
 from study.report.published import FIGURES
-from study.report.selection import labels_of, models_of, on_everything, tuned, usual_runs
+from study.report.selection import by_examples, labels_of, models_of, on_everything, tuned, usual_runs
 from study.report.spent import training_usd
 
 STYLE = {
@@ -96,11 +96,8 @@ def plot_examples(task: str, group: Sequence[Run], published: bool):
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     metric, styles = next(iter(SCORES[task])), zip(cycle(MARKERS), cycle(DASHES), strict=False)
     for model, (marker, dash) in zip(labels_of(tuned(group)), styles, strict=False):
-        points = {}
-        for run in usual_runs(group, model):
-            if run.scored and run.train:
-                points.setdefault(run.train["train"]["examples"], []).append(run)
-        cells = {count: score_cell(points[count], metric) for count in sorted(points)}
+        points = by_examples(usual_runs(group, model))
+        cells = {count: score_cell(of, metric) for count, of in points.items()}
         if cells:
             values, bars = bars_of(cells.values())
             axes.errorbar(
