@@ -2,9 +2,9 @@
 
     python -m tests.curves [FOLDER...]        # the tables of docs/statistics.md, in a minute
 
-By simulated studies, by the published study's columns and by the records in the folders: the largest one or two
-shares are hidden and forecast from the others. "Usual" is the interval by the standard errors alone; "shown" are
-forecasts that the report would show.
+By simulated studies, by the published study's columns and by the records in the folders: the largest one or
+two shares are hidden and forecast from the others. "Usual" is the interval by the standard errors alone;
+"shown" are forecasts that the report would show.
 """
 
 import sys
@@ -26,9 +26,9 @@ SHARED = 0.6  # of the variance of a right answer is the example's, whatever see
 
 
 def measured(generator: Generator, truth: np.ndarray, seeds: int, spread: float) -> tuple:
-    """Errors and their standard errors as from so many seeds and the same test examples, by the same analysis of
-    variance as intervals.Parts. `spread` is the standard deviation between seeds on the smallest share; it
-    falls with the square root of the error. One seed knows of test sampling only."""
+    """Errors and their standard errors as from so many seeds and the same test examples, by an analysis of
+    variance like that of intervals.Parts. `spread` is the standard deviation between seeds on the smallest
+    share; it falls with the square root of the error. One seed knows of test sampling only."""
     of_test = truth * (1 - truth) / EXAMPLES
     common = generator.standard_normal() * np.sqrt(SHARED * of_test)
     own = np.sqrt(spread**2 * truth / truth[0] + (1 - SHARED) * of_test)
@@ -72,8 +72,8 @@ def interval(n: np.ndarray, errors: np.ndarray, se: np.ndarray, at: float) -> tu
 
 
 def study(generator: Generator, law: Callable, shares: int, seeds: int, times: int) -> tuple:
-    """Does the usual interval and does ours hold what is measured with so many times the examples? Is ours shown?
-    Its width, in units of the present error."""
+    """Does the usual interval and does ours hold what is measured with so many times the examples? Is ours
+    shown? Its width, in units of the present error."""
     n, spread = np.append(SHARES[:shares], times * SHARES[shares - 1]), generator.choice(SPREADS)
     errors, se = measured(generator, law(generator)(n), seeds, spread)
     known = n[:-1], errors[:-1], se[:-1]
@@ -91,7 +91,7 @@ def shown(n: np.ndarray, errors: np.ndarray, se: np.ndarray, ends: tuple | None)
 
 
 def coverage(law: Callable, shares: int, seeds: int, times: int, repetitions: int) -> list[float]:
-    """Of the usual way, of ours, of ours where shown; the part that is shown, and the median width of these."""
+    """Of the usual way, of ours, of ours where shown; the part that is shown, and its median width."""
     generator = np.random.default_rng(0)
     found = [study(generator, law, shares, seeds, times) for _ in range(repetitions)]
     usual, ours, seen, widths = (np.array(x) for x in zip(*found, strict=True))
@@ -100,8 +100,8 @@ def coverage(law: Callable, shares: int, seeds: int, times: int, repetitions: in
 
 
 def crossings(repetitions: int) -> tuple[float, float, float]:
-    """Of pairs of power laws: the part with a claim of where they cross, the part of these that hold where they
-    do, and the part of the claims of no crossing that are right."""
+    """Of pairs of power laws: the part with a claim of where they cross, the part of these claims that hold
+    where they do, and the part of the claims of no crossing that are right."""
     generator, claims, denials = np.random.default_rng(0), [], []
     n = np.geomspace(SHARES[0], curve.FARTHEST * SHARES[-1], 2000)
     for _ in range(repetitions):
@@ -118,7 +118,7 @@ def crossings(repetitions: int) -> tuple[float, float, float]:
 
 
 def published() -> Iterator[tuple]:
-    """(name, n, errors, standard errors) of the published study's columns: one seed each, so test sampling only."""
+    """(name, n, errors, standard errors of test sampling) of the published study's columns, one seed each."""
     table = FIGURES["tables"]["Table 1"]
     _, n, *columns = zip(*table["rows"], strict=True)
     for name, column in zip(table["columns"][2:], columns, strict=True):
@@ -134,8 +134,8 @@ def recorded(folders: list[str]) -> Iterator[tuple]:
 
 
 def hidden(columns: Iterator[tuple]) -> list[list]:
-    """A row for each hidden share: where it is, what was forecast and measured, whether the usual interval and
-    ours hold it, and whether the report would have shown ours."""
+    """A row for each hidden share: where it is, what was forecast and measured, whether the usual interval
+    and ours hold it, and whether the report would have shown ours."""
     rows = []
     for name, n, errors, se in columns:
         for kept in (len(n) - 1, len(n) - 2):
@@ -143,7 +143,13 @@ def hidden(columns: Iterator[tuple]) -> list[list]:
                 known = n[:kept], errors[:kept], se[:kept]
                 ends = interval(*known, n[i])
                 told = "[{:.1f}, {:.1f}]".format(*(100 * x for x in ends)) if ends else "—"
-                place = [name, f"{kept} to {n[kept - 1]:,.0f}", f"{n[i]:,.0f}", told, f"{100 * errors[i]:.1f}"]
+                place = [
+                    name,
+                    f"{kept} to {n[kept - 1]:,.0f}",
+                    f"{n[i]:,.0f}",
+                    told,
+                    f"{100 * errors[i]:.1f}",
+                ]
                 holds = held(normal_interval(*known, n[i]), errors[i]), held(ends, errors[i])
                 rows.append([*place, *holds, shown(*known, ends)[0]])
     return rows

@@ -37,7 +37,14 @@ def test_the_variance_is_that_of_many_fits():
 @pytest.mark.parametrize("times", [2, 10])
 @pytest.mark.parametrize(
     ("of", "shares", "seeds"),
-    [(power_law, 6, 3), (power_law, 5, 3), (power_law, 4, 3), (power_law, 6, 1), (delayed, 6, 3), (sigmoid, 6, 3)],
+    [
+        (power_law, 6, 3),
+        (power_law, 5, 3),
+        (power_law, 4, 3),
+        (power_law, 6, 1),
+        (delayed, 6, 3),
+        (sigmoid, 6, 3),
+    ],
 )
 def test_the_interval_holds_what_is_measured_with_more_labels(of, shares, seeds, times):
     assert coverage(of, shares, seeds, times, 150)[1] > 0.9
@@ -64,7 +71,9 @@ def test_three_shares_are_refused():
 
 def test_a_column_that_rises_beyond_noise_is_refused():
     errors = np.array([0.40, 0.31, 0.27, 0.25, 0.246, 0.28])
-    assert reason_against(SHARES, errors, SE) == "error rises beyond noise: 27.0 at 1,103, 28.0 at 11,014" or (
+    assert reason_against(
+        SHARES, errors, SE
+    ) == "error rises beyond noise: 27.0 at 1,103, 28.0 at 11,014" or (
         reason_against(SHARES, errors, SE).startswith("error rises beyond noise")
     )
     assert not curve.rise(errors, SE * 5)
@@ -89,7 +98,9 @@ def test_a_flat_column_gives_no_parameters_out_of_nothing():
 
 def test_curves_that_cross_are_said_to_where_they_do():
     one, other = law(0.15, 0.3, 0.4), law(0.10, 0.65, 0.6)
-    found = curve.crossing(*(curve.fit(SHARES, f(SHARES), SE / 2) for f in (one, other)), SHARES[0], 10 * SHARES[-1])
+    found = curve.crossing(
+        *(curve.fit(SHARES, f(SHARES), SE / 2) for f in (one, other)), SHARES[0], 10 * SHARES[-1]
+    )
     n = np.geomspace(SHARES[0], 10 * SHARES[-1], 5000)
     at, low, high = found
     assert at == pytest.approx(n[np.argmax(other(n) < one(n))], rel=0.02)

@@ -3,8 +3,8 @@
     error(n) = a + b (n / n_1)^-c,    a, b, c >= 0,    n_1 the smallest share
 
 is a power law (Hestness et al., 2017, https://arxiv.org/abs/1712.00409) with a floor `a`, which no number of
-labels gets below: POW3 of the shapes that Viering and Loog compare (2021, https://arxiv.org/abs/2103.10948). A few
-shares may not determine the floor, which matters most far beyond them (Mahmood et al., 2022,
+labels gets below: POW3 of the shapes that Viering and Loog compare (2021, https://arxiv.org/abs/2103.10948).
+A few shares may not determine the floor, which matters most far beyond them (Mahmood et al., 2022,
 https://arxiv.org/abs/2207.01725): then the intervals are wide. Errors are shares of 1.
 """
 
@@ -24,7 +24,7 @@ RISE = 2.5  # standard errors: one-sided 0.05 over some 8 pairs of shares
 @dataclass(frozen=True)
 class Curve:
     """A fit by weighted least squares: the parameters (a, b, c) and their covariance [3, 3] by the standard
-    errors of what was measured. `misfit` is chi^2 / (shares - 3), about 1 if these tell all of the scatter."""
+    errors of what was measured. `misfit` is chi^2 / (shares - 3): 1, if these tell all of the scatter."""
 
     smallest: float  # share, in examples
     parameters: np.ndarray
@@ -43,8 +43,8 @@ class Curve:
         return float(slope @ self.covariance @ slope)
 
     def forecast(self, n: float) -> tuple[float, float, float]:
-        """The error to be measured with n examples, by as many seeds and test examples as on the largest share,
-        and the ends of its 95 % interval: variance(n) + se^2, see `reach`."""
+        """The error to be measured with n examples, by as many seeds and test examples as on the largest
+        share, and the ends of its 95 % interval: `reach` of variance(n) + se^2."""
         middle, half = self.error(n), reach([self.variance(n) + self.se**2], [self.misfit], self.freedom)
         return middle, max(middle - half, 0.0), min(middle + half, 1.0)
 
@@ -56,8 +56,8 @@ def gradient(parameters: np.ndarray, x: np.ndarray) -> np.ndarray:
 
 
 def reach(variances: Sequence[float], misfits: Sequence[float], freedom: float) -> float:
-    """Half of a 95 % interval, the larger of two: by the standard errors as they are, and by the scatter around
-    the curves, which few shares may show too small by chance and one seed's standard errors do not know.
+    """Half of a 95 % interval, the larger of two: by the standard errors, of which one seed's are too small,
+    and by the scatter around the curves, which may be too small by chance.
 
         max(1.96 sqrt(sum v), t(freedom) sqrt(sum misfit v))
     """
@@ -68,8 +68,8 @@ def reach(variances: Sequence[float], misfits: Sequence[float], freedom: float) 
 
 
 def fit(n: Sequence[float], errors: Sequence[float], se: Sequence[float]) -> Curve | None:
-    """The curve that is nearest to the errors measured with n examples, in their standard errors `se` (above 0).
-    None where they do not determine one."""
+    """The curve nearest to the errors measured with n examples, in units of their standard errors `se` (above
+    0). None where they do not determine one."""
     from scipy.optimize import least_squares
 
     n, errors, se = (np.asarray(x, float) for x in (n, errors, se))
@@ -100,9 +100,14 @@ class Check:
     def held(self) -> bool:
         return bool(self.low <= self.measured <= self.high)
 
+    @property
+    def telling(self) -> bool:
+        """Whether it could have failed: an interval of any use."""
+        return bool(self.high - self.low <= WIDEST * self.measured)
+
 
 def back_test(n: Sequence[float], errors: Sequence[float], se: Sequence[float]) -> list[Check]:
-    """Forecasts of the largest share, and of the largest two, from the others; none where those are too few."""
+    """Forecasts of the largest share, and of the largest two, from the others; none from too few."""
     found = []
     for kept in (len(n) - 1, len(n) - 2):
         if kept >= FEWEST and (curve := fit(n[:kept], errors[:kept], se[:kept])):
@@ -118,12 +123,15 @@ def rise(errors: Sequence[float], se: Sequence[float]) -> tuple[int, int] | None
 
 def crossing(one: Curve, other: Curve, low: float, high: float) -> tuple[float, float, float] | bool | None:
     """Where between low and high examples two curves cross, and the ends of the 95 % interval: all n at which
-    they can't be told apart (Fieller, 1954), if they can on both sides. False where they can everywhere, and one
-    is the lower. None where it can't be told. The curves count as independent, which is wide on shared examples.
+    they can't be told apart (Fieller, 1954), if they can on both sides. False where they can everywhere. None
+    where it can't be told.
+
+    They count as independent, which is wide where test examples are shared. No misfit counts as less than 1,
+    since standard errors of few seeds may be too small by chance, and no new measurement's is added to them.
     """
     n = np.geomspace(low, high, 400)
     apart = np.array([one.error(x) - other.error(x) for x in n])
-    freedom, misfits = min(one.freedom, other.freedom), [one.misfit, other.misfit]
+    freedom, misfits = min(one.freedom, other.freedom), [max(1, curve.misfit) for curve in (one, other)]
     half = np.array([reach([one.variance(x), other.variance(x)], misfits, freedom) for x in n])
     side = np.where(np.abs(apart) > half, np.sign(apart), 0)
     if side[0] * side[-1] < 0:

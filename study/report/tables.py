@@ -13,6 +13,7 @@ from study.report.cells import Cell, Table, duration, percent, score_cell
 from study.report.choice import lora_tables
 from study.report.collect import Run
 from study.report.compare import difference
+from study.report.forecast import forecast_table
 from study.report.selection import (
     labels_of,
     models_of,
@@ -260,6 +261,9 @@ def all_tables(
         ours = [share_table(task, group, reference)] if task == "classification" else []
         ours.append(method_table(task, group, reference))
         ours += [model_table(task, group, reference)] if task == "summarization" else []
+        forecast = forecast_table(task, group)
+        ours += [forecast] if forecast.rows else []
+        ours[0].note += forecast.note * (not forecast.rows)
         ours += lora_tables(task, group)
         ours += [spread_table(task, group, reference)] if spread else []
         counts = {f"{run.scored['examples']:,} {run.config['split']}" for run in group if run.scored}
