@@ -1,6 +1,6 @@
 """How often the intervals of learning curves hold what was measured.
 
-    python -m tests.curves [FOLDER...]        # the tables of docs/statistics.md, in a minute
+    python -m tests.curves [FOLDER...]        # the tables of docs/statistics.md, in 4 min
 
 By simulated studies, by the published study's columns and by the records in the folders: the largest one or
 two shares are hidden and forecast from the others. "Usual" is the interval by the standard errors alone;

@@ -98,7 +98,7 @@ def scale(axes, task: str, xlabel: str, show) -> None:
 def plot_examples(task: str, group: Sequence[Run], published: bool):
     """Score over the number of training examples, with intervals; dashed, in a grey band, what more of them
     would bring."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9 if published else 7, 4.5), layout="constrained")
     metric, styles = next(iter(SCORES[task])), zip(cycle(MARKERS), cycle(DASHES), strict=False)
     for model, (marker, dash) in zip(labels_of(tuned(group)), styles, strict=False):
         points = by_examples(usual_runs(group, model))
