@@ -5,7 +5,8 @@ import pytest
 from curves import SHARES, coverage, crossings, delayed, power_law, sigmoid
 
 from study.report import curve
-from study.report.forecast import reason_against
+from study.report.forecast import Forecast, reason_against
+from study.report.forecast import crossings as sentences
 
 SE = np.full(6, 0.004)
 
@@ -116,3 +117,19 @@ def test_no_crossing_is_claimed_where_intervals_overlap():
 def test_curves_far_apart_do_not_cross():
     fits = [curve.fit(SHARES, f(SHARES), SE / 4) for f in (law(0.15, 0.4, 0.4), law(0.3, 0.5, 0.4))]
     assert curve.crossing(*fits, SHARES[0], 10 * SHARES[-1]) is False
+
+
+# 0.15 + 0.3 x^-0.4 = 0.10 + 0.65 x^-0.6 at x = 8.9, which is 2,450 examples
+
+
+def test_sentences_name_where_curves_cross_do_not_and_what_can_not_be_told():
+    laws = {
+        "A": law(0.15, 0.3, 0.4),
+        "B": law(0.10, 0.65, 0.6),
+        "C": law(0.4, 0.55, 0.4),
+        "D": law(0.15, 0.3, 0.4),
+    }
+    told = sentences({name: Forecast(SHARES, f(SHARES), SE / 4) for name, f in laws.items()})
+    assert "A and B cross at 2,500 [2,300, 2,600] examples, beyond which B errs less. " in told
+    assert "No crossing within 10 times the labels: A and C; B and C; C and D. " in told
+    assert told.endswith("Whether they cross can't be told: A and D. ")

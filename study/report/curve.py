@@ -135,6 +135,7 @@ def crossing(one: Curve, other: Curve, low: float, high: float) -> tuple[float, 
     half = np.array([reach([one.variance(x), other.variance(x)], misfits, freedom) for x in n])
     side = np.where(np.abs(apart) > half, np.sign(apart), 0)
     if side[0] * side[-1] < 0:
-        open_, at = np.flatnonzero(side != side[0]), np.flatnonzero(np.sign(apart) != side[0])[0]
-        return float(n[at]), float(n[open_[0] - 1]), float(n[np.flatnonzero(side != side[-1])[-1] + 1])
+        before = np.flatnonzero(side != side[0])[0] - 1  # the last n that is clear, and the first one again
+        after = np.flatnonzero(side != side[-1])[-1] + 1
+        return float(n[np.argmax(np.sign(apart) != side[0])]), float(n[before]), float(n[after])
     return False if side[0] and (side == side[0]).all() else None

@@ -121,7 +121,7 @@ def error_cell(of: Sequence[Run], metric: str) -> Cell:
 
 def crossings(found: dict[str, Forecast]) -> str:
     """In sentences, of each two methods with a forecast."""
-    told, apart, open_ = [], [], []
+    told, apart, unclear = [], [], []
     trusted = [(label, each) for label, each in found.items() if each.at(2)]
     for (one, a), (other, b) in combinations(trusted, 2):
         pair, (low, high) = (
@@ -136,9 +136,9 @@ def crossings(found: dict[str, Forecast]) -> str:
                 f"{pair} cross at {at} [{ends[0]}, {ends[1]}] examples, beyond which {better} errs less. "
             )
         else:
-            (open_ if where is None else apart).append(pair)
+            (unclear if where is None else apart).append(pair)
     if apart:
         told.append(f"No crossing within {curve.FARTHEST} times the labels: {'; '.join(apart)}. ")
-    if open_:
-        told.append(f"Whether they cross can't be told: {'; '.join(open_)}. ")
+    if unclear:
+        told.append(f"Whether they cross can't be told: {'; '.join(unclear)}. ")
     return "".join(told)
