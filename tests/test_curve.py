@@ -119,7 +119,7 @@ def test_curves_far_apart_do_not_cross():
     assert curve.crossing(*fits, SHARES[0], 10 * SHARES[-1]) is False
 
 
-# 0.15 + 0.3 x^-0.4 = 0.10 + 0.65 x^-0.6 at x = 8.9, which is 2,450 examples
+# 0.15 + 0.3 x^-0.4 = 0.10 + 0.65 x^-0.6 at x = 8.894, which is 2,437 examples.
 
 
 def test_sentences_name_where_curves_cross_do_not_and_what_can_not_be_told():
@@ -130,6 +130,6 @@ def test_sentences_name_where_curves_cross_do_not_and_what_can_not_be_told():
         "D": law(0.15, 0.3, 0.4),
     }
     told = sentences({name: Forecast(SHARES, f(SHARES), SE / 4) for name, f in laws.items()})
-    assert "A and B cross at 2,500 [2,300, 2,600] examples, beyond which B errs less. " in told
+    assert "A and B cross at 2,400 [2,300, 2,600] examples, beyond which B errs less. " in told
     assert "No crossing within 10 times the labels: A and C; B and C; C and D. " in told
     assert told.endswith("Whether they cross can't be told: A and D. ")

@@ -137,5 +137,6 @@ def crossing(one: Curve, other: Curve, low: float, high: float) -> tuple[float, 
     if side[0] * side[-1] < 0:
         before = np.flatnonzero(side != side[0])[0] - 1  # the last n that is clear, and the first one again
         after = np.flatnonzero(side != side[-1])[-1] + 1
-        return float(n[np.argmax(np.sign(apart) != side[0])]), float(n[before]), float(n[after])
+        at = np.argmax(np.sign(apart) != side[0])
+        return float(np.sqrt(n[at - 1] * n[at])), float(n[before]), float(n[after])
     return False if side[0] and (side == side[0]).all() else None
