@@ -308,6 +308,37 @@ def test_every_table_has_the_cells_worked_out_by_hand(study):
     assert printed(done.stdout) == GOLDEN
 
 
+def test_more_labels_are_forecast_from_four_shares_on_and_otherwise_a_line_says_why_not(tmp_path):
+    for share in (0.025, 0.05, 0.1, 0.25, 0.5, 1.0):
+        error = 8 + 37 * (40 * share) ** -0.45
+        several = {"a/small": error, "b/rising": 40 - error / 2, "c/few": error}
+        for name, value in list(several.items())[: 3 if share < 0.2 else 2]:
+            words = f"--pretrained_ckpt {name} --train_sample_fraction {share}"
+            more = {"train": {"examples": int(10000 * share)}, "eval": evaluation(100 - value, examples=5000)}
+            tuned(tmp_path / f"{name[0]} {share}", 0, words, **more)
+    shown = tables(tmp_path)
+    table = next(table for name, table in shown.items() if name.startswith("What more labels would bring"))
+    small, rising, few = ([cell.text for cell in row] for row in table.rows)
+    assert small[:3] == ["a/small", "6 shares, 250 to 10,000", "15.04 [14.1, 16.1] (1)"]
+    assert small[5].startswith("held, ")
+    for times, cell in zip((2, 10), table.rows[0][3:5], strict=True):
+        assert cell.value == pytest.approx(8 + 37 * (40 * times) ** -0.45, abs=0.1)
+        assert cell.ends[0] < cell.value < cell.ends[1]
+        assert len(cell.runs) == 6
+    assert rising[3:] == ["—", "—", "error rises beyond noise: 17.5 at 250, 22.5 at 500"]
+    assert few[3:] == ["—", "—", "3 training shares, 4 are needed"]
+    groups = comparable(find_runs([tmp_path])[0])
+    figure = next(plots.figures(groups, [], published=False))[2]
+    labels = [line.get_label() for line in figure.axes[0].get_lines()]
+    assert [label for label in labels if label.startswith("forecast")] == ["forecast, with its 95 % interval"]
+
+
+def test_of_two_shares_no_more_labels_are_forecast(study):
+    shown = tables(study)
+    assert not any(name.startswith("What more labels") for name in shown)
+    assert "What more labels would bring: that takes 4 training shares" in shown[TABLE_1].note
+
+
 def test_a_cell_of_a_grid_may_have_several_seeds_and_dropouts_make_rows(tmp_path):
     for seed, value in ((1, 60), (2, 64)):
         tuned(tmp_path / f"{seed}", value, f"--seed {seed} --dropout 0.2")

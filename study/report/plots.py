@@ -23,8 +23,10 @@ from study.report.choice import grids
 from study.report.classes import INVALID, Confusion, confusions_of
 from study.report.collect import Run
 from study.report.compare import difference
+from study.report.curve import FARTHEST
+from study.report.forecast import forecasts
 from study.report.published import FIGURES
-from study.report.selection import labels_of, models_of, on_everything, tuned, usual_runs
+from study.report.selection import by_examples, labels_of, models_of, on_everything, tuned, usual_runs
 from study.report.spent import training_usd
 
 STYLE = {
@@ -36,6 +38,7 @@ STYLE = {
     "legend.frameon": False,
 }
 NUMBERED, NAMED = 25, 50  # classes of a confusion matrix that has numbers, and that are named at most
+TIMES_AHEAD = np.geomspace(1, FARTHEST, 25)
 LONGEST_NAME = 100  # of a file, without its ending
 MARKERS, DASHES, LEVELS = "osD^vP*X", ("-", "--", "-.", ":"), (":", "-.", "--")
 
@@ -99,20 +102,19 @@ def scale(axes, task: str, xlabel: str, show) -> None:
 
 
 def plot_examples(task: str, group: Sequence[Run], published: bool):
-    """Score over the number of training examples, with intervals."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    """Score over the number of training examples, with intervals; dashed, in a grey band, what more of them
+    would bring."""
+    figure, axes = plt.subplots(figsize=(9 if published else 7, 4.5), layout="constrained")
     metric, styles = next(iter(SCORES[task])), zip(cycle(MARKERS), cycle(DASHES), strict=False)
     for model, (marker, dash) in zip(labels_of(tuned(group)), styles, strict=False):
-        points = {}
-        for run in usual_runs(group, model):
-            if run.scored and run.train:
-                points.setdefault(run.train["train"]["examples"], []).append(run)
-        cells = {count: score_cell(points[count], metric) for count in sorted(points)}
+        points = by_examples(usual_runs(group, model))
+        cells = {count: score_cell(of, metric) for count, of in points.items()}
         if cells:
             values, bars = bars_of(cells.values())
             axes.errorbar(
                 list(cells), values, bars, marker=marker, ls=dash, color="black", capsize=3, label=model
             )
+    draw_forecasts(axes, task, group)
     if published:
         table = FIGURES["tables"]["Table 1"]
         examples, *columns = list(zip(*table["rows"], strict=True))[1:]
@@ -126,6 +128,18 @@ def plot_examples(task: str, group: Sequence[Run], published: bool):
     scale(axes, task, "training examples", "{:,.0f}".format)
     figure.legend(loc="outside right center" if published else "outside lower center", fontsize=8)
     return figure
+
+
+def draw_forecasts(axes, task: str, group: Sequence[Run]) -> None:
+    """As far as they are of use: the scores dashed, their intervals as grey bands."""
+    label = "forecast, with its 95 % interval"
+    for each in forecasts(task, group).values():
+        ahead = {times * each.n[-1]: found for times in TIMES_AHEAD if (found := each.at(times))}
+        if ahead:
+            middle, low, high = 100 - 100 * np.array([*ahead.values()]).T
+            axes.plot([*ahead], middle, ls=(0, (2, 2)), lw=1, color="0.4", label=label)
+            axes.fill_between([*ahead], low, high, color="0.5", alpha=0.15, lw=0)
+            label = None
 
 
 def bars_of(cells: Iterable[Cell]) -> tuple[list[float], list[list[float]]]:

@@ -14,6 +14,7 @@ from study.report.choice import lora_tables
 from study.report.classes import MOST, class_tables
 from study.report.collect import Run
 from study.report.compare import difference
+from study.report.forecast import forecast_table
 from study.report.selection import (
     labels_of,
     models_of,
@@ -263,6 +264,9 @@ def all_tables(
         ours.append(method_table(task, group, reference))
         ours += [model_table(task, group, reference)] if task == "summarization" else []
         ours += [table for table in class_tables(group, most) if table.rows]
+        forecast = forecast_table(task, group)
+        ours += [forecast] if forecast.rows else []
+        ours[0].note += forecast.note * (not forecast.rows)
         ours += lora_tables(task, group)
         ours += [spread_table(task, group, reference)] if spread else []
         counts = {f"{run.scored['examples']:,} {run.config['split']}" for run in group if run.scored}
