@@ -20,6 +20,8 @@ SHARED = ("data", "labels", "prompt_sha256", "checkpoint", "quantization", "load
 def what_is_missing(args: argparse.Namespace, method: str, described: dict | None = None):
     """The flags of the longest run of --epochs and --also_epochs that is not finished, with the shorter ones
     that are not; `args` where all are. Without the data, `described`, they are only looked up."""
+    if not args.also_epochs:
+        return args
     missing = []
     for epochs in sorted({args.epochs, *args.also_epochs}):
         fewer = argparse.Namespace(**vars(args) | {"epochs": epochs, "also_epochs": []})
