@@ -6,7 +6,7 @@ alone: a run of 2 epochs is the beginning of one of 50.
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from study import device
@@ -17,6 +17,11 @@ from study.records import cost, estimate, record, runs
 SHARED = ("data", "labels", "prompt_sha256", "checkpoint", "quantization", "loaded")  # by their records
 
 
+def of_epochs(args: argparse.Namespace, epochs: int, also: Sequence[int] = ()) -> argparse.Namespace:
+    """The flags of a run of so many epochs."""
+    return argparse.Namespace(**vars(args) | {"epochs": epochs, "also_epochs": list(also)})
+
+
 def what_is_missing(args: argparse.Namespace, method: str, described: dict | None = None):
     """The flags of the longest run of --epochs and --also_epochs that is not finished, with the shorter ones
     that are not; `args` where all are. Without the data, `described`, they are only looked up."""
@@ -24,7 +29,7 @@ def what_is_missing(args: argparse.Namespace, method: str, described: dict | Non
         return args
     missing = []
     for epochs in sorted({args.epochs, *args.also_epochs}):
-        fewer = argparse.Namespace(**vars(args) | {"epochs": epochs, "also_epochs": []})
+        fewer = of_epochs(args, epochs)
         path = runs.folder_of(fewer, method) / "train.json"
         if described is None:
             found = estimate.stands(path, args.force) == "finished"
@@ -35,7 +40,7 @@ def what_is_missing(args: argparse.Namespace, method: str, described: dict | Non
         missing += [] if found else [epochs]
     if not missing:
         return args
-    return argparse.Namespace(**vars(args) | {"epochs": missing[-1], "also_epochs": missing[:-1]})
+    return of_epochs(args, missing[-1], missing[:-1])
 
 
 class Also:
@@ -43,10 +48,7 @@ class Also:
 
     def __init__(self, args: argparse.Namespace, method: str, process: Process):
         self.args, self.method, self.process, self.content = args, method, process, {}
-        self.missing = {
-            epochs: argparse.Namespace(**vars(args) | {"epochs": epochs, "also_epochs": []})
-            for epochs in args.also_epochs
-        }
+        self.missing = {epochs: of_epochs(args, epochs) for epochs in args.also_epochs}
 
     def folder(self, fewer: argparse.Namespace) -> Path:
         return runs.folder_of(fewer, self.method)
@@ -63,9 +65,9 @@ class Also:
     def leave(self, epochs: int, train: dict, save: Callable[[Path], dict]) -> None:
         """The folder of a run that ends here: what is trained, and its record with this `train` and what it
         shares with the training's own, `content`."""
-        fewer = self.missing[epochs]
         from study import resuming  # which loads libraries that a look-up does without
 
+        fewer = self.missing[epochs]
         folder = self.folder(fewer)
         with record.recording(folder / "train.json", fewer, self.method, self.process) as left:
             left |= {name: self.content[name] for name in SHARED if name in self.content}

@@ -137,17 +137,11 @@ class Reporter(TrainerCallback):
 
     def taken(self, steps: int) -> dict:
         """What the record of a run that ends after so many `steps` says that it took."""
-        seconds, tokens = self.seconds() - self.aside, sum(self.tokens[:steps])
-        took = resuming.so_far(self.spent, seconds, self.process)
-        return {
-            **losses(self.history[:steps], self.per_epoch),
-            "steps": steps,
-            "tokens": tokens,
-            **took,
-            "wall_seconds": took["wall_seconds"] - self.aside,
-            "earlier_seconds": self.spent["wall_seconds"],
-            "tokens_per_second": tokens / seconds,
-        }
+        seconds = self.seconds() - self.aside
+        took = taken(
+            self.history[:steps], self.per_epoch, self.tokens[:steps], seconds, self.spent, self.process
+        )
+        return took | {"wall_seconds": took["wall_seconds"] - self.aside}
 
     def on_step_end(self, args, state, control, **kwargs):
         last = state.global_step == state.max_steps
@@ -176,11 +170,7 @@ class Reporter(TrainerCallback):
         return loss
 
     def say(self, args, state) -> None:
-        speed, left = self.speed(state), sum(self.tokens[state.global_step :])
-        tqdm.write(
-            f"step {state.global_step:>6,}/{state.max_steps:,}  loss {self.loss(args, state):.4f}  "
-            f"{speed:,.0f} tokens/s  {device.peak_memory_gib():.1f} GiB  {left / speed:,.0f} s left"
-        )
+        tqdm.write(step_line(state.global_step, self.tokens, self.loss(args, state), self.speed(state)))
 
     def on_save(self, args, state, control, **kwargs):
         check_finite(kwargs["model"], args)
@@ -316,8 +306,36 @@ def train(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     took = reporter.taken(len(steps))
     hashes = save(folder)
-    took["wall_seconds"] = reporter.taken(len(steps))["wall_seconds"]
+    took["wall_seconds"] = spent["wall_seconds"] + process.seconds() - reporter.aside
     return described(took) | hashes
+
+
+def step_line(done: int, tokens: Sequence[int], loss: float, speed: float) -> str:
+    """How a training stands after `done` of the steps that have so many `tokens`, at `speed` tokens/s."""
+    return (
+        f"step {done:>6,}/{len(tokens):,}  loss {loss:.4f}  {speed:,.0f} tokens/s  "
+        f"{device.peak_memory_gib():.1f} GiB  {sum(tokens[done:]) / speed:,.0f} s left"
+    )
+
+
+def taken(
+    history: Sequence[Sequence],
+    per_epoch: int,
+    tokens: Sequence[int],
+    seconds: float,
+    spent: dict,
+    process: Process,
+) -> dict:
+    """What the record says that these steps took, each of so many `tokens`: `seconds` of training, and what
+    the attempts before have `spent`."""
+    return {
+        **losses(history, per_epoch),
+        "steps": len(tokens),
+        "tokens": sum(tokens),
+        **resuming.so_far(spent, seconds, process),
+        "earlier_seconds": spent["wall_seconds"],
+        "tokens_per_second": sum(tokens) / seconds,
+    }
 
 
 def losses(history: Sequence[Sequence], per_epoch: int) -> dict:
