@@ -344,6 +344,17 @@ def test_a_random_checkpoint_is_one_that_the_fast_paths_take(tmp_path, monkeypat
         checkpoint.main()
 
 
+def test_a_random_falcon_is_in_4_bits(tmp_path, monkeypatch):
+    from study import model
+
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setattr(checkpoint, "MODELS", {"falcon-7b": checkpoint.FALCON | sizes})
+    words = ["checkpoint", "falcon-7b", str(tmp_path / "falcon"), "--tokenizer", str(DEMO_MODEL)]
+    monkeypatch.setattr("sys.argv", words)
+    checkpoint.main()
+    assert len(model.four_bit_layers(model.load_base(str(tmp_path / "falcon"), workers.nf4()))) == 2 * 4
+
+
 def test_every_result_names_the_commit_that_it_is_of():
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
