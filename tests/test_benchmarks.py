@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from conftest import DEMO_DATA, DEMO_MODEL, ROOT
 
-from benchmarks import checkpoint, curves, inference, profiling, training, workers
+from benchmarks import checkpoint, competitors, curves, inference, profiling, training, workers
 from study import cli, data, encoding
 from study.errors import UserError
 
@@ -308,6 +308,25 @@ def test_curves_that_can_not_be_compared_are_refused(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             curves.read_curves([run, other])
+
+
+def test_the_ceiling_of_a_competitor_counts_the_tokens_that_a_layer_sees():
+    of = {
+        "encoder.block.0.layer.0.SelfAttention.q": 100,
+        "decoder.block.0.layer.1.EncDecAttention.k": 100,  # of what the encoder has read
+        "decoder.block.0.layer.1.EncDecAttention.q": 9,
+        "decoder.block.0.layer.2.DenseReluDense.wo": 9,
+        "lm_head": 9,
+        "bert.encoder.layer.0.output.dense": 100,
+        "bert.pooler.dense": 0,
+        "classifier": 0,
+    }
+    assert {name: competitors.tokens_seen(name, 100, 9) for name in of} == of
+
+
+def test_a_ceiling_is_of_a_finished_training(tmp_path):
+    with pytest.raises(UserError, match="holds no finished training: train there first"):
+        competitors.row_of(tmp_path)
 
 
 def test_where_nothing_was_measured_an_earlier_result_stays(tmp_path):
