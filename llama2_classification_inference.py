@@ -2,19 +2,25 @@
 
     python llama2_classification_inference.py --experiment_dir experiments/classification-...
     python llama2_classification_inference.py --train_sample_fraction 0.1  # the run these flags trained
+    python llama2_classification_inference.py --experiment_dir RUN RUN...  # each, the base model loaded once
 
 Model, prompts and data settings come from the run's record; flags override those of the data and the model's
 place. It leaves eval.json and predictions.jsonl beside the adapter.
 """
 
-from study import checkpoint, cli, data, device
+import argparse
+
+from study import checkpoint, cli, data, device, several
 from study.records import cost, estimate, record, runs, summary
 
 TASK, METHOD = "classification", "qlora"
 
 
 def main(process: device.Process) -> None:
-    args = cli.parse_args(TASK, __doc__)
+    several.score_each(cli.parse_args(TASK, __doc__), METHOD, process, score)
+
+
+def score(args: argparse.Namespace, process: device.Process, bases: several.Base) -> None:
     folder = runs.folder_of(args, METHOD)
     if args.dry_run:
         args, path = runs.planned_eval(folder, args)
@@ -57,11 +63,10 @@ def main(process: device.Process) -> None:
             labels = trained["labels"]
             classes = encoding.label_answers(tokenizer, labels, args.max_new_tokens)
             allowed = classes if args.decoding == "constrained" else None
-            base = model.load_base(args.pretrained_ckpt, model.quantization_from(trained["quantization"]))
+            base = bases.load(folder, args.pretrained_ckpt, trained["quantization"])
             model.check_length(base, tokenizer, args)
             content.update(model.as_loaded(base, tokenizer))
-            hashes = (trained["train"].get(name) for name in ("adapter_sha256", "adapter_config_sha256"))
-            tuned = model.load_adapter(base, folder / "adapter", *hashes)
+            tuned = bases.with_adapter(folder, trained)
             kept = generation.KeptAnswers(process, path, runs.identity(content), args.force)
             answers = generation.generate(
                 tuned,
@@ -76,6 +81,7 @@ def main(process: device.Process) -> None:
             references = [label for _, label in test.examples]
             scores, rows = metrics.score(TASK, answers.texts, references, labels, test.numbers, test.places)
             content["eval"] = generation.describe(answers, process, scores, args.decoding)
+            content["eval"] |= bases.paid_by(folder)
             content["cost"] = cost.of_run(args, device.name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)
         kept.discard()

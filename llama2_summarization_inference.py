@@ -2,19 +2,25 @@
 
     python llama2_summarization_inference.py --experiment_dir experiments/summarization-...
     python llama2_summarization_inference.py --lora_r 8 --epochs 5  # the run these flags trained
+    python llama2_summarization_inference.py --experiment_dir RUN RUN...  # each, the base model loaded once
 
 Model, prompts and data settings come from the run's record; flags override those of the data and the model's
 place. It leaves eval.json and predictions.jsonl beside the adapter.
 """
 
-from study import checkpoint, cli, data, device
+import argparse
+
+from study import checkpoint, cli, data, device, several
 from study.records import cost, estimate, record, runs, summary
 
 TASK, METHOD = "summarization", "qlora"
 
 
 def main(process: device.Process) -> None:
-    args = cli.parse_args(TASK, __doc__)
+    several.score_each(cli.parse_args(TASK, __doc__), METHOD, process, score)
+
+
+def score(args: argparse.Namespace, process: device.Process, bases: several.Base) -> None:
     folder = runs.folder_of(args, METHOD)
     if args.dry_run:
         args, path = runs.planned_eval(folder, args)
@@ -50,11 +56,10 @@ def main(process: device.Process) -> None:
             texts = [text for text, _ in test.examples]
             prompts, shortened = encoding.encode_prompts(tokenizer, TASK, texts, args)
             content["data"] = {args.split: described[args.split] | {"truncated": shortened}}
-            base = model.load_base(args.pretrained_ckpt, model.quantization_from(trained["quantization"]))
+            base = bases.load(folder, args.pretrained_ckpt, trained["quantization"])
             model.check_length(base, tokenizer, args)
             content.update(model.as_loaded(base, tokenizer))
-            hashes = (trained["train"].get(name) for name in ("adapter_sha256", "adapter_config_sha256"))
-            tuned = model.load_adapter(base, folder / "adapter", *hashes)
+            tuned = bases.with_adapter(folder, trained)
             kept = generation.KeptAnswers(process, path, runs.identity(content), args.force)
             answers = generation.generate(
                 tuned,
@@ -68,6 +73,7 @@ def main(process: device.Process) -> None:
             references = [summary for _, summary in test.examples]
             scores, rows = metrics.score(TASK, answers.texts, references, (), test.numbers, test.places)
             content["eval"] = generation.describe(answers, process, scores, "free")
+            content["eval"] |= bases.paid_by(folder)
             content["cost"] = cost.of_run(args, device.name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)
         kept.discard()

@@ -115,7 +115,7 @@ def build_parser(task: str | None, description: str, kind: str | None = None) ->
     if kind == "cheap":
         add_share(parser.add_argument_group("training").add_argument)
     add_decoding_flags(parser, task, kind)
-    add_run_flags(parser)
+    add_run_flags(parser, kind)
     return parser
 
 
@@ -311,13 +311,15 @@ def add_decoding_flags(parser: argparse.ArgumentParser, task: str | None, kind: 
         )
 
 
-def add_run_flags(parser: argparse.ArgumentParser) -> None:
+def add_run_flags(parser: argparse.ArgumentParser, kind: str) -> None:
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="experiments", metavar="DIR", help="where runs are kept (%(default)s)")
     add(
         "--experiment_dir",
         metavar="DIR",
-        help="folder of this run (a name built from the flags, in --output_dir)",
+        nargs="+" if kind == "causal" else None,
+        help="folder of this run (a name built from the flags, in --output_dir)"
+        + ("; scoring takes several" if kind == "causal" else ""),
     )
     add("--force", action="store_true", help="redo a finished run, from the start")
     add("--dry_run", action="store_true", help="print the run's folder and whether it is finished, and stop")
@@ -367,7 +369,7 @@ def parse_args(
         parser.error(f"--{lora[0]} goes with --tuning lora")
     if args.kind == "prompt" and (args.prompt_type == "zero-shot" or args.shots == SHOTS[args.task]):
         args.shots = None  # names no other run
-    check_also_epochs(parser, args)
+    check_folders(parser, args)
     targets = getattr(args, "target_modules", [])
     if "all-linear" in targets and len(targets) > 1:
         parser.error("--target_modules all-linear stands alone")
@@ -378,7 +380,14 @@ def parse_args(
     return args
 
 
-def check_also_epochs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def check_folders(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse --also_epochs and --experiment_dir that say no or two folders of a run; one stands as a word."""
+    if isinstance(args.experiment_dir, list):
+        twice = {folder for folder in args.experiment_dir if args.experiment_dir.count(folder) > 1}
+        if twice:
+            parser.error(f"--experiment_dir {min(twice)}: it is named twice")
+        if len(args.experiment_dir) == 1:
+            [args.experiment_dir] = args.experiment_dir
     also = getattr(args, "also_epochs", [])
     for epochs in also:
         if epochs >= args.epochs or also.count(epochs) > 1:

@@ -324,10 +324,39 @@ def merge(model):
             weight = torch.addmm(weight.float(), b, a, alpha=module.scaling[adapter]).to(weight.dtype)
         dense = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         dense.weight, dense.bias = torch.nn.Parameter(weight, requires_grad=False), layer.bias
-        parent, _, leaf = name.rpartition(".")
-        setattr(base.get_submodule(parent), leaf, dense)
+        put(base, name, dense)
         layer.weight.data = layer.weight.data.new_empty(0)
     return base.eval()
+
+
+def put(model, name: str, module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def remember(base) -> None:
+    """Let `take_off` find the layers in 4 bits as they are now."""
+    base.in_4_bits = {
+        name: (layer, layer.weight.data, dict(vars(layer.weight.quant_state)))
+        for name, layer in four_bit_layers(base).items()
+    }
+
+
+def take_off(tuned):
+    """The base of a PEFT model as `remember` saw it: without adapter, its layers in 4 bits, whether `merge` has
+    replaced them or bitsandbytes repacked them, which on the CPU it does at first use: with its scales rounded,
+    so that what it makes of them for another adapter, unpacked by itself, are other weights."""
+    base = tuned.unload()
+    vars(base).pop("peft_config", None)
+    for name, (layer, data, state) in base.in_4_bits.items():
+        layer.weight.data = data
+        vars(layer.weight.quant_state).clear()
+        vars(layer.weight.quant_state).update(state)
+        put(base, name, layer)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    return base
 
 
 def context_length(model, tokenizer) -> int:

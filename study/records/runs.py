@@ -32,6 +32,8 @@ def folder_of(args: argparse.Namespace, method: str) -> Path:
     Settings that the name does not spell out and that differ from their defaults add a short hash of
     themselves.
     """
+    if isinstance(args.experiment_dir, list):
+        raise UserError("--experiment_dir: a training has one folder; scoring takes several")
     if args.experiment_dir:
         return Path(args.experiment_dir)
     about, part = METHODS[method], "train" if METHODS[method].trains else "eval"

@@ -1,0 +1,113 @@
+"""Several evaluations by one process, which loads the base model and puts it in 4 bits once."""
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from study import also, cli
+from study.device import Process
+from study.errors import UserError
+from study.records import record, runs
+
+SHARED = ("checkpoint", "quantization")  # what a base is, by the record of a training
+
+
+class Base:
+    """The base model of the evaluations of a process, one after the other."""
+
+    def __init__(self, several: bool):
+        self.several = several
+        self.loaded_by = None  # the folder of the run that it was loaded for
+        self.kind = self.model = self.tuned = None
+
+    def load(self, folder: Path, checkpoint: str, quantization: dict):
+        """The base for the run in `folder`, as `model.load_base` leaves it."""
+        from study import model
+
+        kind = checkpoint, quantization
+        if self.tuned is not None and self.kind == kind:
+            self.model, self.tuned = model.take_off(self.tuned), None
+            return self.model
+        self.forget()
+        self.model = model.load_base(checkpoint, model.quantization_from(quantization))
+        if self.several:
+            model.remember(self.model)
+        self.kind, self.loaded_by = kind, folder
+        return self.model
+
+    def with_adapter(self, folder: Path, trained: dict):
+        """The base with the adapter of the run in `folder`."""
+        from study import model
+
+        hashes = (trained["train"].get(name) for name in ("adapter_sha256", "adapter_config_sha256"))
+        self.tuned = model.load_adapter(self.model, folder / "adapter", *hashes)
+        return self.tuned
+
+    def paid_by(self, folder: Path) -> dict:
+        """What a record says of a base that another run has loaded."""
+        return {} if self.loaded_by in (None, folder) else {"loaded_by": self.loaded_by.name}
+
+    def forget(self) -> None:
+        self.kind = self.model = self.tuned = self.loaded_by = None
+        gc.collect()
+        torch = sys.modules.get("torch")
+        if torch and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def flags_of_each(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The flags of each run that the flags name: by several --experiment_dir, or by --also_epochs."""
+    if isinstance(args.experiment_dir, list):
+        return [argparse.Namespace(**vars(args) | {"experiment_dir": name}) for name in args.experiment_dir]
+    return [also.of_epochs(args, epochs) for epochs in sorted({args.epochs, *args.also_epochs})]
+
+
+def refuse_other_bases(folders: list[Path]) -> None:
+    """Raise UserError if finished trainings are of other bases, tasks or prompts than the first of them."""
+    first = None
+    for folder in folders:
+        trained = record.read(folder / "train.json")
+        if not trained or trained["status"] != "finished":
+            continue  # fails by itself
+        kind = {name: trained.get(name) for name in ("task", "prompt_sha256", *SHARED)}
+        kind["pretrained_ckpt"] = trained.get("config", {}).get("pretrained_ckpt")
+        first = first or (folder, kind)
+        other = [name for name in kind if kind[name] != first[1][name]]
+        if other:
+            raise UserError(
+                f"--experiment_dir {folder}: its {other[0]} is not that of {first[0]}: score them by two calls"
+            )
+
+
+def score_each(args: argparse.Namespace, method: str, process: Process, score: Callable) -> None:
+    """`score(args, process, base)` for each run that the flags name; one that fails does not stop the others.
+
+    Raises UserError if one has failed.
+    """
+    each = {runs.folder_of(one, method): one for one in flags_of_each(args)}
+    base = Base(len(each) > 1)
+    if not base.several:
+        return score(args, process, base)
+    refuse_other_bases(list(each))
+    failed = []
+    for folder, one in each.items():
+        before = records_in(folder)
+        try:
+            score(one, process, base)
+        except UserError as error:
+            print(f"error: {folder}: {error}", file=sys.stderr, flush=True)
+            failed.append(str(folder))
+        if failed[-1:] == [str(folder)]:  # here, where the error holds no tensors any more
+            base.forget()  # it may be half merged
+        if records_in(folder) != before:
+            process = process.from_here()
+        print(flush=True)
+    if failed:
+        raise UserError(f"{len(failed)} of {len(each)} runs failed: {', '.join(failed)}")
+
+
+def records_in(folder: Path) -> dict[Path, int]:
+    """When each evaluation's record was written: what a process took until then has been accounted for."""
+    return {path: path.stat().st_mtime_ns for path in folder.glob("eval*.json")}

@@ -1,0 +1,113 @@
+"""Several runs scored by one process, which loads their base model once: each as if it were scored alone."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import DEMO_DATA, DEMO_MODEL, error_line
+from preloaded import run_preloaded
+
+TASKS = {"classification": "posts", "summarization": "dialogues"}
+MEASURED = {"seconds", "wall_seconds", "earlier_seconds", "examples_per_second", "peak_memory_gib", "loaded_by"}
+
+
+def flags_of(task: str) -> tuple:
+    files = (f"--{split}_file={DEMO_DATA / f'{TASKS[task]}_{split}.jsonl'}" for split in ("train", "test"))
+    size = ("--max_train_samples", 24, "--max_eval_samples", 12, "--batch_size", 4, "--lora_r", 4)
+    return ("--pretrained_ckpt", DEMO_MODEL, *files, *size, "--learning_rate", "3e-3", "--price_per_hour", 36)
+
+
+def score(task: str, *flags: object):
+    return run_preloaded(f"llama2_{task}_inference.py", "--price_per_hour", 36, "--max_eval_samples", 12, *flags)
+
+
+@pytest.fixture(scope="module", params=TASKS)
+def trained(request, tmp_path_factory) -> tuple[str, list[Path]]:
+    """Runs of 1, 2 and 3 epochs."""
+    root = tmp_path_factory.mktemp(request.param)
+    flags = (*flags_of(request.param), "--epochs", 3, "--also_epochs", 1, 2, "--output_dir", root)
+    done = run_preloaded(f"llama2_{request.param}.py", *flags)
+    assert done.returncode == 0, done.stderr
+    return request.param, sorted(root.glob("*_epochs-*"))
+
+
+def copies(folders: list[Path], root: Path) -> list[Path]:
+    return [Path(shutil.copytree(folder, root / folder.name)) for folder in folders]
+
+
+def content_of(folder: Path) -> dict:
+    [path] = folder.glob("eval*.json")
+    content = json.loads(path.read_text())
+    for name in ("started", "finished", "cost"):
+        content.pop(name)
+    content["config"].pop("experiment_dir")
+    content["eval"] = {name: value for name, value in content["eval"].items() if name not in MEASURED}
+    return content
+
+
+def loaded_by(folder: Path) -> str | None:
+    [path] = folder.glob("eval*.json")
+    return json.loads(path.read_text())["eval"].get("loaded_by")
+
+
+@pytest.mark.parametrize("merge", ["off", "on"])
+def test_each_is_scored_as_if_it_were_alone(trained, tmp_path, merge):
+    task, folders = trained
+    alone, together = (copies(folders, tmp_path / name) for name in ("alone", "together"))
+    for folder in alone:
+        assert score(task, "--experiment_dir", folder, "--merge", merge).returncode == 0
+    done = score(task, "--experiment_dir", *together, "--merge", merge)
+    assert done.returncode == 0, done.stderr
+    for one, other in zip(alone, together, strict=True):
+        assert content_of(one) == content_of(other)
+        [rows], [others] = (list(folder.glob("predictions*.jsonl")) for folder in (one, other))
+        assert rows.read_bytes() == others.read_bytes()
+    assert len({str(content_of(folder)["eval"]["metrics"]) for folder in alone}) > 1  # the adapters differ
+    assert list(map(loaded_by, together)) == [None, together[0].name, together[0].name]
+    assert score(task, "--experiment_dir", *together, "--merge", merge).stdout.count("finished   ") == 3
+
+
+def test_one_that_fails_does_not_stop_the_others(trained, tmp_path):
+    task, folders = trained
+    runs = copies(folders, tmp_path)
+    weights = runs[1] / "adapter/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-64])
+    done = score(task, "--experiment_dir", *runs, tmp_path / "none")
+    assert done.returncode == 1
+    first, second, last = done.stderr.strip().splitlines()
+    assert first.startswith(f"error: {runs[1]}: ") and "is not the adapter that its train.json tells of" in first
+    assert second.startswith(f"error: {tmp_path / 'none'}: ") and "there is no such run" in second
+    assert last == f"error: 2 of 4 runs failed: {runs[1]}, {tmp_path / 'none'}"
+    statuses = [json.loads(next(folder.glob("eval*.json")).read_text())["status"] for folder in runs]
+    assert statuses == ["finished", "failed", "finished"]
+
+
+def test_the_flags_of_a_nested_training_score_all_of_its_runs(trained, tmp_path):
+    task, folders = trained
+    runs = copies(folders, tmp_path)
+    flags = (*flags_of(task), "--epochs", 3, "--also_epochs", 1, 2, "--output_dir", tmp_path)
+    done = score(task, *flags)
+    assert done.returncode == 0, done.stderr
+    assert list(map(loaded_by, runs)) == [None, runs[0].name, runs[0].name]
+
+
+@pytest.mark.parametrize("what", ["task", "prompt_sha256", "checkpoint", "quantization"])
+def test_runs_of_different_bases_tasks_or_prompts_are_refused_before_any_is_scored(trained, tmp_path, what):
+    task, folders = trained
+    runs = copies(folders[:2], tmp_path)
+    path = runs[1] / "train.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {what: "other"}))
+    line = error_line(score(task, "--experiment_dir", *runs))
+    assert f"--experiment_dir {runs[1]}: its {what} is not that of {runs[0]}" in line
+    assert not list(tmp_path.glob("*/eval*.json"))
+
+
+def test_a_training_has_one_folder_and_none_is_named_twice(trained, tmp_path):
+    task, folders = trained
+    script = f"llama2_{task}.py"
+    line = error_line(run_preloaded(script, *flags_of(task), "--experiment_dir", tmp_path / "a", tmp_path / "b"))
+    assert "--experiment_dir: a training has one folder" in line
+    done = score(task, "--experiment_dir", folders[0], folders[0])
+    assert done.returncode == 2
+    assert f"--experiment_dir {folders[0]}: it is named twice" in done.stderr
