@@ -67,5 +67,6 @@ for model in "${models[@]}"; do
       [[ $checkpoint != lead-3 && $checkpoint != longest-3 ]] || break 2 # which learn nothing
     done
   done
+  score_waiting --pretrained_ckpt "$checkpoint" "$@"
 done
 finish

@@ -24,6 +24,7 @@ for rank in ${RANKS:-2 4 8 16}; do
       for epoch in $epochs; do
         cell "${scripts[@]}" -- --lora_r "$rank" --epochs "$epoch" "${flags[@]}"
       done
+      score_waiting "$@"
     done
   done
 done

@@ -14,4 +14,5 @@ for fraction in ${FRACTIONS:-0.025 0.05 0.1 0.25 0.5 1.0}; do
       --train_sample_fraction "$fraction" --seed "$seed" "$@"
   done
 done
+score_waiting "$@"
 finish

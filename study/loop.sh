@@ -1,6 +1,7 @@
 # shellcheck shell=bash
 # Sourced by the loops, which call `cell` once for each cell of their grid and `finish` at the end.
 # A cell is one or two scripts with the same flags; a finished one is found again, a failed one does not stop the others.
+# The second script, which scores, waits for `score_waiting`: then it scores all cells since the last in one process.
 # The loops' own flags, --budget_usd USD and --budget_hours H, end a loop before the cell that would exceed them.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -12,6 +13,12 @@ count=0
 unknown=0
 total=(0 0) # estimated seconds and USD
 each=(0 0)  # those of all cells one by one
+waiting=()  # folders of the cells that wait to be scored by $scorer, with their flags, quoted, and how they stood
+waiting_flags=()
+waiting_state=()
+scorer=
+owed=0      # estimated seconds of their scoring
+loaded=     # in a dry run: a cell before has paid for loading
 row=        # how the training went that serves the cells that follow: trained, failed or empty for none
 budget=(inf inf)
 dry_run=
@@ -49,14 +56,14 @@ while (($#)); do
 done
 set -- "${flags[@]}"
 
-look_up() { # look_up SCRIPT FLAG...: sets state, folder, seconds, usd and those of its training of the run that the flags name
+look_up() { # look_up SCRIPT FLAG...: sets state, folder, seconds, usd, those of its training and those that a loaded base saves
   local found
   found=$(PYTHONIOENCODING=utf-8 python "$@" --dry_run) || return
   if [[ ! $price ]]; then # once for all cells
     price=$(grep '^price ' <<<"$found" || true)
     [[ ! $price ]] || echo "$price"
   fi
-  IFS=$'\t' read -r state folder seconds usd training_seconds training_usd <<<"${found##*$'\n'}"
+  IFS=$'\t' read -r state folder seconds usd training_seconds training_usd saved_seconds saved_usd <<<"${found##*$'\n'}"
 }
 
 fail() { # fail HOW SCRIPT FLAG...: name the failed cell, and leave a record of it where the script left none
@@ -84,12 +91,11 @@ run_scripts() { # run_scripts FLAG...: the scripts of a cell, up to the first th
   done
 }
 
-check_finished() { # check_finished FLAG...: a cell whose scripts ended well has a record of it, or has failed
-  local word words=()
-  for word in "$@"; do [[ $word == --force ]] || words+=("$word"); done # which calls no run finished
-  if ! look_up "${scripts[-1]}" "${words[@]}" || [[ $state != finished ]]; then
-    fail "exit 0, but no finished record" "${scripts[-1]}" "$@"
-  fi
+check_finished() { # check_finished STATUS SCRIPT FLAG...: a cell whose scripts ended has a record of it, or has failed
+  local word words=() how="exit $1"
+  (($1)) || how+=", but no finished record"
+  for word in "${@:3}"; do [[ $word == --force ]] || words+=("$word"); done # which calls no run finished
+  if ! look_up "$2" "${words[@]}" || [[ $state != finished ]]; then fail "$how" "${@:2}"; fi
 }
 
 say_estimate() { # say_estimate SECONDS USD: in hours or minutes, and dollars
@@ -98,12 +104,12 @@ say_estimate() { # say_estimate SECONDS USD: in hours or minutes, and dollars
     if (usd == "?") printf ", unknown price"; else printf (usd < 0.1 ? ", $%.4f" : ", $%.2f"), usd }'
 }
 
-exceeds_budget() { # with the time this loop has taken so far and the cell that look_up has found
+exceeds_budget() { # with the time this loop has taken so far, what waits, and the cell that look_up has found
   local now
   read -r now _ </proc/uptime
-  awk -v spent="$spent_before" -v began="$began" -v now="$now" -v s="$seconds" -v usd="$usd" \
+  awk -v spent="$spent_before" -v owed="$owed" -v began="$began" -v now="$now" -v s="$seconds" -v usd="$usd" \
     -v most="${budget[0]}" -v most_usd="${budget[1]}" 'BEGIN {
-    spent += now - began
+    spent += now - began + owed
     exit !((most != "inf" && spent + s > most + 0) || (most_usd != "inf" && s > 0 && (spent + s) * usd / s > most_usd + 0)) }'
 }
 
@@ -121,11 +127,13 @@ calibrate() { # a short run of the cell's scripts in a hidden folder, so that th
   fi
 }
 
-add() { # add SUMS SECONDS USD [SECONDS USD]: to both sums, less the last two; a "?" makes the second unknown
+add() { # add SUMS SECONDS USD: to both sums; a "?" makes the second unknown
   local -n sums=$1
-  mapfile -t sums < <(awk -v a="${sums[0]}" -v b="${sums[1]}" -v s="$2" -v usd="$3" -v less="${4:-0}" -v less_usd="${5:-0}" \
-    'BEGIN { print a + s - less; print (b == "?" || usd == "?") ? "?" : b + usd - less_usd }')
+  mapfile -t sums < <(awk -v a="${sums[0]}" -v b="${sums[1]}" -v s="$2" -v usd="$3" \
+    'BEGIN { print a + s; print (b == "?" || usd == "?") ? "?" : b + usd }')
 }
+
+less() { add "$1" "-$2" "${3/#[0-9]/-&}"; } # less SUMS SECONDS USD
 
 within_budget() { # within_budget FLAG...: 0 where the run that look_up has found may be spent, 2 where it exceeds the budget
   [[ "${budget[*]}" != "inf inf" && $state != finished ]] || return 0
@@ -137,8 +145,29 @@ within_budget() { # within_budget FLAG...: 0 where the run that look_up has foun
   if [[ ${left[*]} ]] || exceeds_budget; then return 2; fi
 }
 
+score_waiting() { # score_waiting FLAG...: all cells that wait, with the flags that they share
+  local i list flags status=0 state folder seconds usd training_seconds training_usd saved_seconds saved_usd
+  loaded=
+  ((${#waiting[@]})) || return 0
+  printf '\nscoring %s\n' "${waiting[*]}"
+  list=$(mktemp)
+  # shellcheck disable=SC2086 # LAUNCH is a command with its arguments
+  FAILED_RUNS=$list $LAUNCH "$scorer" --experiment_dir "${waiting[@]}" "$@" || status=$?
+  ((status != 130)) || exit 130
+  for i in "${!waiting[@]}"; do
+    eval "flags=(${waiting_flags[i]})"
+    if grep -qxF -- "${waiting[i]}" "$list"; then
+      fail "exit $status" "$scorer" "${flags[@]}"
+    elif [[ ${waiting_state[i]} != finished ]]; then
+      check_finished "$status" "$scorer" "${flags[@]}"
+    fi
+  done
+  rm -f "$list"
+  waiting=() waiting_flags=() waiting_state=() owed=0
+}
+
 train_row() { # train_row "EPOCHS..." SCRIPT SCORER -- FLAG...: in one training all cells that differ in --epochs alone
-  local scripts=("$2" "$3") trainer=$2 state folder seconds usd training_seconds training_usd every flags
+  local scripts=("$2" "$3") trainer=$2 state folder seconds usd training_seconds training_usd saved_seconds saved_usd every flags
   mapfile -t every < <(tr ' ' '\n' <<<"$1" | sort -nu)
   shift 4
   row=
@@ -163,7 +192,7 @@ train_row() { # train_row "EPOCHS..." SCRIPT SCORER -- FLAG...: in one training 
 }
 
 cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last script is the one that scores
-  local scripts=() state folder seconds usd training_seconds training_usd status
+  local scripts=() state folder seconds usd training_seconds training_usd saved_seconds saved_usd status
   while [[ $1 != -- ]]; do
     scripts+=("$1")
     shift
@@ -186,7 +215,12 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
       unknown=$((unknown + 1))
     else
       add each "$seconds" "$usd"
-      if [[ $row ]]; then add total "$seconds" "$usd" "$training_seconds" "$training_usd"; else add total "$seconds" "$usd"; fi
+      add total "$seconds" "$usd"
+      [[ ! $row ]] || less total "$training_seconds" "$training_usd"
+      if [[ $state != finished && ${#scripts[@]} == 2 ]]; then
+        [[ ! $loaded ]] || less total "$saved_seconds" "$saved_usd"
+        loaded=1
+      fi
     fi
     return
   fi
@@ -201,9 +235,15 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
     left+=("$folder")
     return 0
   }
-  [[ $row != trained ]] || scripts=("${scripts[-1]}")
-  run_scripts "$@" || return 0
-  [[ $state == finished ]] || check_finished "$@"
+  if ((${#scripts[@]} == 1)); then
+    run_scripts "$@" || return 0
+    [[ $state == finished ]] || check_finished 0 "${scripts[@]}" "$@"
+    return 0
+  fi
+  scorer=${scripts[1]} scripts=("${scripts[0]}")
+  [[ $row == trained ]] || run_scripts "$@" || return 0
+  waiting+=("$folder") waiting_flags+=("$(printf '%q ' "$@")") waiting_state+=("$state")
+  [[ $seconds == '?' ]] || owed=$(awk -v a="$owed" -v s="$seconds" -v t="$training_seconds" 'BEGIN { print a + s - t }')
 }
 
 finish() { # print the table of all cells and name those that failed or are left

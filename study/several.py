@@ -2,13 +2,15 @@
 
 import argparse
 import gc
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from study import also, cli
+from study import also
 from study.device import Process
 from study.errors import UserError
+from study.files import write_text
 from study.records import record, runs
 
 SHARED = ("checkpoint", "quantization")  # what a base is, by the record of a training
@@ -77,14 +79,15 @@ def refuse_other_bases(folders: list[Path]) -> None:
         other = [name for name in kind if kind[name] != first[1][name]]
         if other:
             raise UserError(
-                f"--experiment_dir {folder}: its {other[0]} is not that of {first[0]}: score them by two calls"
+                f"--experiment_dir {folder}: its {other[0]} is not that of {first[0]}: name them in two calls"
             )
 
 
 def score_each(args: argparse.Namespace, method: str, process: Process, score: Callable) -> None:
     """`score(args, process, base)` for each run that the flags name; one that fails does not stop the others.
 
-    Raises UserError if one has failed.
+    Raises UserError if one has failed; the file that FAILED_RUNS names then has the folders of those, a line
+    each, for a loop.
     """
     each = {runs.folder_of(one, method): one for one in flags_of_each(args)}
     base = Base(len(each) > 1)
@@ -104,6 +107,8 @@ def score_each(args: argparse.Namespace, method: str, process: Process, score: C
         if records_in(folder) != before:
             process = process.from_here()
         print(flush=True)
+    if failed and os.environ.get("FAILED_RUNS"):
+        write_text(Path(os.environ["FAILED_RUNS"]), "".join(f"{folder}\n" for folder in failed))
     if failed:
         raise UserError(f"{len(failed)} of {len(each)} runs failed: {', '.join(failed)}")
 

@@ -3,13 +3,14 @@
 python tests/leave_finished.py SCRIPT [flags of the script]
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from prompts import prompt_sha256
-from study import cli
+from study import cli, several
 from study.device import Process
 from study.records import record, runs
 from study.records.schema import PARTS, SCORES
@@ -18,6 +19,11 @@ from study.records.schema import PARTS, SCORES
 def leave(script: str, words: list[str]) -> None:
     task = None if "baseline" in script else Path(script).stem.split("_")[1]
     args = cli.parse_args(task, "", words)
+    for one in several.flags_of_each(args) if "_inference" in script and task else [args]:
+        leave_one(script, task, one)
+
+
+def leave_one(script: str, task: str | None, args: argparse.Namespace) -> None:
     method = getattr(args, "prompt_type", "qlora")
     folder, process = runs.folder_of(args, method), Process(script)
     trained = runs.finished_training(folder, args) if "_inference" in script and task else None

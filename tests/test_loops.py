@@ -184,6 +184,11 @@ def test_baseline_inference_draws_few_shot_examples_by_every_seed_and_zero_shot_
 # What is passed on
 
 
+def folder_of(root: Path, rank: str) -> str:
+    [folder] = (root / "experiments").glob(f"*_rank-{rank}_*")
+    return str(folder.relative_to(root))
+
+
 def test_every_cell_is_trained_and_scored_with_the_flags_as_they_were_written(tmp_path):
     words = [
         "--validation_file",
@@ -198,9 +203,12 @@ def test_every_cell_is_trained_and_scored_with_the_flags_as_they_were_written(tm
     done = loop("run_lora.sh", *words, cwd=tmp_path, **env)
     assert done.returncode == 0, done.stderr
     assert calls(tmp_path) == [
-        [script, "--lora_r", rank, "--epochs", "2", "--dropout", "0.1", "--seed", "42", *words]
+        call
         for rank in ("4", "8")
-        for script in (TRAIN, SCORE)
+        for call in (
+            [TRAIN, "--lora_r", rank, "--epochs", "2", "--dropout", "0.1", "--seed", "42", *words],
+            [SCORE, "--experiment_dir", folder_of(tmp_path, rank), *words],
+        )
     ]
 
 
@@ -210,9 +218,10 @@ def test_launch_may_be_a_command_with_arguments(tmp_path):
     done = loop("sample_ablate.sh", cwd=tmp_path, FRACTIONS="0.5", **env)
     assert done.returncode == 0, done.stderr
     flags = ["--train_sample_fraction", "0.5", "--seed", "42"]
-    assert calls(tmp_path) == [
-        ["launch", "--num_processes", "2", script, *flags] for script in (TRAIN, SCORE)
-    ]
+    launch = ["launch", "--num_processes", "2"]
+    [folder] = (tmp_path / "experiments").iterdir()
+    scoring = [SCORE, "--experiment_dir", f"experiments/{folder.name}"]
+    assert calls(tmp_path) == [[*launch, TRAIN, *flags], [*launch, *scoring]]
 
 
 def test_a_baseline_cell_is_one_script_with_its_task_and_prompt(tmp_path):
@@ -250,9 +259,9 @@ def test_an_unknown_flag_ends_a_loop_before_anything_runs(tmp_path, script):
 # Failing and finished cells
 
 
-def finish_cell(folder: Path, rank: int, files: tuple) -> Path:
+def finish_cell(folder: Path, rank: int, files: tuple, epochs: int = 2) -> Path:
     """Leave a finished training and its evaluation in `folder`, as the scripts do but without a model."""
-    words = map(str, ("--lora_r", rank, "--epochs", 2, "--dropout", 0.1, "--output_dir", folder, *files))
+    words = map(str, ("--lora_r", rank, "--epochs", epochs, "--dropout", 0.1, "--output_dir", folder, *files))
     args = cli.parse_args("classification", "", list(words))
     splits = {name: split.describe() for name, split in data.load(args, ["train", "test"]).items()}
     path = runs.folder_of(args, "qlora") / "train.json"
@@ -289,6 +298,15 @@ def files(tmp_path) -> tuple:
     return "--train_file", paths[0], "--test_file", paths[1]
 
 
+def ranks_of(folder: Path) -> list[tuple]:
+    """The scripts that were called, each with the rank or the ranks of the runs that it was called for."""
+    found = []
+    for script, *words in calls(folder):
+        ranks = re.findall(r"_rank-(\d+)_", " ".join(words)) or [words[words.index("--lora_r") + 1]]
+        found.append((script, *ranks))
+    return found
+
+
 def test_a_failed_cell_stops_no_other_and_is_named_at_the_end(tmp_path, files):
     for rank in (2, 8):
         finish_cell(tmp_path / "runs", rank, files)
@@ -301,13 +319,7 @@ def test_a_failed_cell_stops_no_other_and_is_named_at_the_end(tmp_path, files):
     assert failed.startswith(f"  {TRAIN} --lora_r 4 --epochs 2 --dropout 0.1 --seed 42 --train_file")
     assert failed.endswith("(exit 7)")
     # The failed training is not scored; the finished cells are looked up by both scripts.
-    assert [(call[0], call[2]) for call in calls(tmp_path)] == [
-        (TRAIN, "2"),
-        (SCORE, "2"),
-        (TRAIN, "4"),
-        (TRAIN, "8"),
-        (SCORE, "8"),
-    ]
+    assert ranks_of(tmp_path) == [(TRAIN, "2"), (SCORE, "2"), (TRAIN, "4"), (TRAIN, "8"), (SCORE, "8")]
     table = done.stdout.partition("## LoRA ablation: classification")[2].partition("##")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()[4:7]]
     assert [row[:2] for row in rows] == [["0.1", "2"], ["0.1", "4"], ["0.1", "8"]]
@@ -508,7 +520,7 @@ def test_a_training_on_two_gpus_costs_twice_and_its_evaluation_once(tmp_path, mo
     )
     assert seconds == pytest.approx(107 + 23)
     assert usd == pytest.approx((2 * 107 + 23) * 1.212 / 3600)
-    assert training == pytest.approx([107, 2 * 107 * 1.212 / 3600])
+    assert training == pytest.approx([107, 2 * 107 * 1.212 / 3600, 0, 0])
 
 
 def test_a_baseline_is_estimated_by_those_of_its_prompt(tmp_path):
@@ -575,7 +587,7 @@ def test_a_device_with_several_prices_has_none_and_that_is_said(tmp_path, capsys
         args = cli.parse_args("summarization", "", [*words, *more])
         estimate.say_dry_run(tmp_path / "run" / "train.json", args, "qlora", PROCESS)
         *lines, last = capsys.readouterr().out.splitlines()
-        assert last == f"not started\t{tmp_path}/run\t107\t{usd}\t107\t{usd}"
+        assert last == f"not started\t{tmp_path}/run\t107\t{usd}\t107\t{usd}\t0\t0"
         said = [line for line in lines if "$1.212 (g5.2xlarge) or $1.624 (g5.4xlarge)" in line]
         assert len(said) == (not more)
 
@@ -598,7 +610,7 @@ def test_an_unknown_price_leaves_the_seconds_and_no_dollars(tmp_path, capsys):
     estimate.say_dry_run(
         tmp_path / "run" / "train.json", cli.parse_args("summarization", "", words), "qlora", PROCESS
     )
-    assert capsys.readouterr().out.splitlines()[-1] == f"not started\t{tmp_path}/run\t101\t?\t101\t?"
+    assert capsys.readouterr().out.splitlines()[-1] == f"not started\t{tmp_path}/run\t101\t?\t101\t?\t0\t0"
 
 
 # Budgets
@@ -633,8 +645,9 @@ def test_a_loop_ends_before_the_cell_that_exceeds_its_budget_and_names_those_lef
     leave_hour(tmp_path / "runs")
     done = within(tmp_path, "--price_per_hour", "36", *budget, EPOCHS="1 2", RANKS="4 8")
     assert (done.returncode, done.stderr) == (0, "")
-    ran = [(call[0].rpartition("_")[2], call[2], call[4]) for call in calls(tmp_path)]
-    assert ran == [(script, "4", "1") for script in ("summarization.py", "inference.py")]
+    train, score = calls(tmp_path)
+    assert train[1:5] == ["--lora_r", "4", "--epochs", "1"]
+    assert score[1:3] == ["--experiment_dir", f"runs/{tuned(rank='4', epochs='1')}"]
     assert not [word for call in calls(tmp_path) for word in call if "budget" in word or "1.5" in word]
     # The cells after the one that exceeds it are left, too, though one of them would fit.
     title, *left = done.stdout.splitlines()[-4:]
@@ -649,7 +662,7 @@ def test_a_finished_cell_costs_no_budget(tmp_path, files):
     flags = (*files, "--output_dir", tmp_path / "runs", "--budget_hours", "0")
     done = within(tmp_path, *flags, **env)
     assert done.returncode == 0, done.stderr
-    assert [(call[0], call[2]) for call in calls(tmp_path)] == [(TRAIN, "4"), (SCORE, "4")]
+    assert ranks_of(tmp_path) == [(TRAIN, "4"), (SCORE, "4")]
     assert "the budget ends here: 2 of 3 cells are left:" in done.stdout
 
 
@@ -719,7 +732,8 @@ def test_with_nothing_to_estimate_from_a_short_run_comes_first(tmp_path, hours, 
     short, long = calls(tmp_path)[:2], calls(tmp_path)[2:]
     assert len(short) == 2
     assert all(call[-8:] == FEW for call in short)
-    assert long == [call[:-10] for call in short] * full
+    scoring = [short[1][0], "--experiment_dir", f"runs/{tuned(rank='4', epochs='1')}", *short[1][9:-10]]
+    assert long == [short[0][:-10], scoring] * full
     assert {call[-9].rpartition("/")[0] for call in short} == {"runs/.calibration"}
     assert ("the budget ends here: 1 of 1 cells" in done.stdout) == (not full)
 
@@ -754,14 +768,60 @@ def test_a_cell_that_no_short_run_can_estimate_is_not_run_on_a_budget(tmp_path):
 # One training for all epochs of a row
 
 
-def test_a_row_is_trained_once_and_each_of_its_cells_scored(tmp_path):
+def test_a_row_is_trained_once_and_its_cells_are_scored_by_one_process(tmp_path):
     env = {"EPOCHS": "2 1 3", "RANKS": "4 8", "DROPOUTS": "0.1"} | launcher(tmp_path, "exit 0")
-    loop("run_lora.sh", "--output_dir", "runs", cwd=tmp_path, **env)
-    ran = [(call[0].rpartition("_")[2], *call[1:]) for call in calls(tmp_path)]
-    trained = [call[1:7] for call in ran if call[0] == "summarization.py"]
-    scored = [(call[2], call[4]) for call in ran if call[0] == "inference.py"]
-    assert trained == [("--epochs", "3", "--also_epochs", "1", "2", "--lora_r")] * 2
-    assert scored == [(rank, epochs) for rank in "48" for epochs in "213"]
+    done = loop("run_lora.sh", "--output_dir", "runs", "--force", cwd=tmp_path, **env)
+    own = ["--output_dir", "runs", "--force"]
+    expected = []
+    for rank in "48":
+        row = ["--lora_r", rank, "--dropout", "0.1", "--seed", "42"]
+        folders = [f"runs/{tuned(rank=rank, epochs=epochs)}" for epochs in "213"]
+        expected.append(
+            [f"{ROOT}/llama2_summarization.py", "--epochs", "3", "--also_epochs", "1", "2", *row, *own]
+        )
+        expected.append([f"{ROOT}/llama2_summarization_inference.py", "--experiment_dir", *folders, *own])
+    assert calls(tmp_path) == expected
+    assert done.stderr.count("(exit 0, but no finished record)") == 6
+
+
+@pytest.mark.parametrize("spoilt", ["before", "after"])
+def test_of_cells_scored_together_those_that_failed_are_named(tmp_path, files, spoilt):
+    """One whose record is of data that are other data now, though it stands as finished, and one that was
+    never scored."""
+    for epochs in (1, 2, 3):
+        finish_cell(tmp_path / "runs", 4, files, epochs)
+    [path] = (tmp_path / "runs").glob("*_epochs-2_*/eval.json")
+    if spoilt == "before":
+        content = json.loads(path.read_text())
+        content["data"]["test"]["sha256"] = "other"
+        path.write_text(json.dumps(content))
+    else:
+        path.unlink()  # and no model is there to score it with
+    env = {"RANKS": "4", "DROPOUTS": "0.1", "EPOCHS": "1 2 3", "TASK": "classification"}
+    done = loop("run_lora.sh", *files, "--output_dir", "runs", cwd=tmp_path, **env)
+    assert done.returncode == 1
+    assert "error: 1 of 3 cells failed:" in done.stderr
+    [named] = re.findall(rf"^  {SCORE} --lora_r 4 --epochs (\d) .*\(exit 1\)$", done.stderr, re.M)
+    assert named == "2"
+    assert done.stdout.count("finished   ") == 3 + 2
+
+
+def test_a_dry_run_counts_one_loading_for_the_cells_that_are_scored_together(tmp_path):
+    folder = tmp_path / "runs"
+    leave_record(folder / "a", "train", seconds=10, loading=1000)  # 1 s for each example and epoch, of 1,000
+    leave_record(folder / "a", "eval", seconds=10, loading=700)  # 1 s for each example, of 200
+    path = leave_record(folder / "b", "eval", seconds=10, loading=100)
+    content = json.loads(path.read_text())
+    content["eval"]["loaded_by"] = "a"
+    path.write_text(json.dumps(content))
+    env = {"RANKS": "4 8", "EPOCHS": "1 2", "DROPOUTS": "0.1"}
+    done = loop("run_lora.sh", *PRICED, "--output_dir", "runs", "--dry_run", cwd=tmp_path, **env)
+    together = 2 * (2000 + 1000) + 2 * (700 + 200) + 2 * (100 + 200)
+    alone = 2 * (1000 + 2000 + 2 * 1000) + 4 * (700 + 200)
+    text = (
+        f"in all: {together / 3600:.1f} h, ${together / 100:.2f}, 4 cells (one by one: {alone / 3600:.1f} h"
+    )
+    assert text in done.stdout
 
 
 def test_where_the_training_of_a_row_fails_its_cells_have_failed_and_the_others_go_on(tmp_path):
@@ -770,10 +830,8 @@ def test_where_the_training_of_a_row_fails_its_cells_have_failed_and_the_others_
     done = loop("run_lora.sh", "--output_dir", "runs", cwd=tmp_path, **env)
     assert done.returncode == 1
     assert done.stderr.count("(its training failed)") == 2
-    assert [(call[2], call[4]) for call in calls(tmp_path) if "inference" in call[0]] == [
-        ("8", "1"),
-        ("8", "2"),
-    ]
+    [scoring] = [call for call in calls(tmp_path) if "inference" in call[0]]
+    assert scoring[2:4] == [f"runs/{tuned(rank='8', epochs=epochs)}" for epochs in "12"]
 
 
 # compare_models.sh

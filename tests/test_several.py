@@ -1,6 +1,7 @@
 """Several runs scored by one process, which loads their base model once: each as if it were scored alone."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,8 @@ from conftest import DEMO_DATA, DEMO_MODEL, error_line
 from preloaded import run_preloaded
 
 TASKS = {"classification": "posts", "summarization": "dialogues"}
-MEASURED = {"seconds", "wall_seconds", "earlier_seconds", "examples_per_second", "peak_memory_gib", "loaded_by"}
+MEASURED = {"seconds", "wall_seconds", "earlier_seconds", "examples_per_second", "peak_memory_gib"}
+SCORED = ("--price_per_hour", 36, "--max_eval_samples", 12)
 
 
 def flags_of(task: str) -> tuple:
@@ -19,7 +21,7 @@ def flags_of(task: str) -> tuple:
 
 
 def score(task: str, *flags: object):
-    return run_preloaded(f"llama2_{task}_inference.py", "--price_per_hour", 36, "--max_eval_samples", 12, *flags)
+    return run_preloaded(f"llama2_{task}_inference.py", *SCORED, *flags)
 
 
 @pytest.fixture(scope="module", params=TASKS)
@@ -42,7 +44,9 @@ def content_of(folder: Path) -> dict:
     for name in ("started", "finished", "cost"):
         content.pop(name)
     content["config"].pop("experiment_dir")
-    content["eval"] = {name: value for name, value in content["eval"].items() if name not in MEASURED}
+    for name in MEASURED:
+        content["eval"].pop(name)
+    content["eval"].pop("loaded_by", None)
     return content
 
 
@@ -76,8 +80,8 @@ def test_one_that_fails_does_not_stop_the_others(trained, tmp_path):
     done = score(task, "--experiment_dir", *runs, tmp_path / "none")
     assert done.returncode == 1
     first, second, last = done.stderr.strip().splitlines()
-    assert first.startswith(f"error: {runs[1]}: ") and "is not the adapter that its train.json tells of" in first
-    assert second.startswith(f"error: {tmp_path / 'none'}: ") and "there is no such run" in second
+    assert re.match(f"error: {runs[1]}: .*is not the adapter that its train.json tells of", first)
+    assert re.match(f"error: {tmp_path}/none: .*there is no such run", second)
     assert last == f"error: 2 of 4 runs failed: {runs[1]}, {tmp_path / 'none'}"
     statuses = [json.loads(next(folder.glob("eval*.json")).read_text())["status"] for folder in runs]
     assert statuses == ["finished", "failed", "finished"]
@@ -106,7 +110,8 @@ def test_runs_of_different_bases_tasks_or_prompts_are_refused_before_any_is_scor
 def test_a_training_has_one_folder_and_none_is_named_twice(trained, tmp_path):
     task, folders = trained
     script = f"llama2_{task}.py"
-    line = error_line(run_preloaded(script, *flags_of(task), "--experiment_dir", tmp_path / "a", tmp_path / "b"))
+    two = "--experiment_dir", tmp_path / "a", tmp_path / "b"
+    line = error_line(run_preloaded(script, *flags_of(task), *two))
     assert "--experiment_dir: a training has one folder" in line
     done = score(task, "--experiment_dir", folders[0], folders[0])
     assert done.returncode == 2

@@ -16,8 +16,9 @@ from study.records.schema import METHODS, PARTS, lookup, part_of
 
 
 def say_dry_run(path: Path, args: argparse.Namespace, method: str, process: Process) -> None:
-    """What --dry_run prints: the record, then for programs "status<TAB>folder<TAB>seconds<TAB>USD<TAB>
-    seconds<TAB>USD" with an estimate of what is left to spend, and of the training in it, or "?".
+    """What --dry_run prints: the record, then for programs "status<TAB>folder" and three times "<TAB>
+    seconds<TAB>USD", an estimate, or "?": of what is left to spend, of the training in it, and of what is
+    saved where the base is loaded already.
 
     An evaluation that has not been made, or of another adapter, is "trained" where its training is finished,
     and else says how that stands. With --show_repeated the train texts that occur more than once come first.
@@ -37,7 +38,7 @@ def say_dry_run(path: Path, args: argparse.Namespace, method: str, process: Proc
     if scores and state == training == "finished" and not runs.has_scored(path, read(path), read(trained)):
         state = "trained"
     print(f"{args.task} with {METHODS[method].model or args.pretrained_ckpt} -> {path}")
-    left = (0, 0, 0, 0)
+    left = (0,) * 6
     if state != "finished":
         cost.say_ambiguity(args, device.name())
         left = estimate(args, method, path, training == "finished")
@@ -70,21 +71,22 @@ def stands(path: Path, force: bool) -> str:
     return "not started" if force and state == "finished" else state
 
 
-def estimate(
-    args: argparse.Namespace, method: str, path: Path, trained: bool
-) -> tuple[float | None, float | None, float | None, float | None]:
-    """Seconds and USD that the run of the record `path` takes, and those of the training in it, where that is
-    not finished; None where nothing tells."""
+def estimate(args: argparse.Namespace, method: str, path: Path, trained: bool) -> tuple[float | None, ...]:
+    """Seconds and USD that the run of the record `path` takes, those of the training in it, where that is not
+    finished, and those that it saves where another evaluation of the same process has loaded the base; None
+    where nothing tells."""
     here = device.name()
-    training, scoring = (0.0, 0.0), (0.0, 0.0)
+    training, scoring, saved = (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)
     if METHODS[method].trains and not trained:
         before = earlier(args, here, "train", method)
         gpus = max((cost.gpus_of(run["train"]) for run in before), default=1)
         training = priced(args, here, training_seconds(args, before), gpus)
     if part_of(path) == "eval":
-        scoring = priced(args, here, evaluation_seconds(args, earlier(args, here, "eval", method)), 1)
+        before = earlier(args, here, "eval", method)
+        scoring = priced(args, here, evaluation_seconds(args, before), 1)
+        saved = priced(args, here, loading_saved(before), 1)
     whole = (None if None in parts else sum(parts) for parts in zip(training, scoring, strict=True))
-    return (*whole, *training)
+    return (*whole, *training, *saved)
 
 
 def priced(args: argparse.Namespace, here: str, seconds: float | None, gpus: int) -> tuple:
@@ -131,8 +133,27 @@ def evaluation_seconds(args: argparse.Namespace, records: Sequence[dict]) -> flo
     if rows is None:
         return None
     each = median_of(records, lambda run: run["eval"]["seconds"] / run["eval"]["examples"])
-    loading = median_of(records, lambda run: run["eval"]["wall_seconds"] - run["eval"]["seconds"])
-    return min(rows, args.max_eval_samples or rows) * each + loading
+    own, shared = by_loading(records)
+    return min(rows, args.max_eval_samples or rows) * each + loading_seconds(own or shared)
+
+
+def by_loading(records: Sequence[dict]) -> tuple[list[dict], list[dict]]:
+    """Evaluations that have loaded their base, and those that found it loaded."""
+    parted = [], []
+    for run in records:
+        parted["loaded_by" in run["eval"]].append(run)
+    return parted
+
+
+def loading_seconds(records: Sequence[dict]) -> float:
+    """Of an evaluation, beside its decoding."""
+    return median_of(records, lambda run: run["eval"]["wall_seconds"] - run["eval"]["seconds"])
+
+
+def loading_saved(records: Sequence[dict]) -> float:
+    """Seconds by which an evaluation is shorter that finds its base loaded; 0 where no record tells."""
+    own, shared = by_loading(records)
+    return max(0.0, loading_seconds(own) - loading_seconds(shared)) if own and shared else 0.0
 
 
 def median_of(records: Sequence[dict], measure: Callable[[dict], float]) -> float:
