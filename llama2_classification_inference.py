@@ -74,7 +74,9 @@ def main(process: device.Process) -> None:
                 kept=kept,
             )
             references = [label for _, label in test.examples]
-            scores, rows = metrics.score(TASK, answers.texts, references, labels, test.numbers, test.places)
+            scores, rows = metrics.score(
+                TASK, answers.texts, references, labels, test.numbers, test.places, answers.confidences
+            )
             content["eval"] = generation.describe(answers, process, scores, args.decoding)
             content["cost"] = cost.of_run(args, device.name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)
