@@ -33,7 +33,6 @@ class Answers:
     out of a set also how sure each is, between 0 and 1."""
 
     texts: list[str]
-    confidences: list[float] | None
     input_tokens: int
     output_tokens: int
     seconds: float  # of decoding, those of killed attempts included
@@ -41,6 +40,7 @@ class Answers:
     how: str
     prompts_sha256: str
     ends: list[int]
+    confidences: list[float] | None = None
 
 
 class KeptAnswers:
@@ -159,7 +159,6 @@ def in_order(
     confidences = [confidence for _, confidence in answers]
     return Answers(
         texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in answers],
-        confidences=None if None in confidences else confidences,
         input_tokens=sum(map(len, prompts)),
         output_tokens=sum(len(ids) for ids, _ in answers),
         seconds=kept.spent(),
@@ -167,6 +166,7 @@ def in_order(
         how=how,
         prompts_sha256=sha256_of(prompts),
         ends=ends,
+        confidences=None if None in confidences else confidences,
     )
 
 

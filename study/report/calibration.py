@@ -37,6 +37,20 @@ class Confidences:
     def seeds(self) -> list[tuple[np.ndarray, np.ndarray]]:
         return list(zip(self.sure, self.right, strict=True))
 
+    def reliability(self) -> list[tuple[float, float, tuple[float, float] | None]]:
+        """Of each bin, of all seeds' answers together: mean confidence, accuracy and its interval, in
+        percent."""
+        bins = bins_of(self.sure.ravel()).reshape(self.sure.shape)
+        found = []
+        for number in range(bins.max() + 1):
+            members = bins == number
+            hits, size = members & self.right, members.sum()
+            ends = within(hits, members)
+            shares = 100 * self.sure[members].sum() / max(size, 1), 100 * hits.sum() / max(size, 1)
+            if size:
+                found.append((*map(float, shares), ends and (100 * ends[0], 100 * ends[1])))
+        return found
+
     def cell(self, each: Sequence[float], ends: tuple | None, sign: str = "") -> Cell:
         """A figure of each seed, as shares of 1, with the ends of its interval; of two seeds both figures."""
         seeded = bool(self.runs) and self.runs[0].seed is not None
@@ -71,6 +85,13 @@ class Confidences:
         hits = members * self.right
         return self.cell(hits.sum(axis=1) / members.sum(axis=1), within(hits, members))
 
+    def curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """Coverage, and the accuracy of the surest answers averaged over seeds, both in percent."""
+        examples = self.sure.shape[1]
+        shares = np.arange(min(LEAST, examples), examples + 1)[:: max(1, examples // 500)] / examples
+        kept = [np.mean([surest(sure, share) @ right for sure, right in self.seeds]) for share in shares]
+        return 100 * shares, 100 * np.array(kept) / (shares * examples)
+
 
 def bins_of(sure: np.ndarray) -> np.ndarray:
     """The bin of each example, [examples]: of equal mass, and of equal confidences always the same one."""
@@ -85,31 +106,23 @@ def calibration_error(
     """The expected calibration error of each seed, as a share of 1, the interval of their mean, and what it
     would be by chance, were every confidence the probability of being right."""
     generator, number = np.random.default_rng(seed), len(seeds[0][0])
-    columns = [np.eye(bins_of(sure).max() + 1)[bins_of(sure)] for sure, _ in seeds]  # [examples, bins]
-    gaps = [column * (right - sure)[:, None] for column, (sure, right) in zip(columns, seeds, strict=True)]
-    each = [float(np.abs(gap.sum(axis=0)).sum() / number) for gap in gaps]
-    drawn, chance = [], []
+    bins = [np.eye(BINS)[bins_of(sure)] for sure, _ in seeds]  # [examples, bins]
+
+    def error(gaps: Iterable[np.ndarray], weights: np.ndarray | None = None) -> list[float]:
+        """Of each seed, of right - sure [examples]."""
+        gaps = (gap if weights is None else weights * gap for gap in gaps)
+        return [float(np.abs(gap @ of).sum() / number) for gap, of in zip(gaps, bins, strict=True)]
+
+    each, drawn, chance = error(right - sure for sure, right in seeds), [], []
     for _ in range(DRAWS):
         weights = np.bincount(generator.integers(0, number, number), minlength=number)
-        drawn.append(np.mean([np.abs(weights @ gap).sum() for gap in gaps]) / number)
+        drawn.append(np.mean(error((right - sure for sure, right in seeds), weights)))
         below = generator.random(number)  # the same of all seeds, which err on the same examples
-        chance.append(
-            np.mean(
-                [
-                    np.abs(((below < sure) - sure) @ column).sum()
-                    for (sure, _), column in zip(seeds, columns, strict=True)
-                ]
-            )
-            / number
-        )
+        chance.append(np.mean(error((below < sure) - sure for sure, _ in seeds)))
     mean = sum(each) / len(each)
     reach = math.hypot(max(float(np.quantile(drawn, 0.975)) - mean, 0), reach_of_seeds(each))
-    calibrated = mean <= np.quantile(chance, 0.975)
-    return (
-        each,
-        (0.0 if calibrated else max(mean - reach, 0.0), min(mean + reach, 1.0)),
-        float(np.mean(chance)),
-    )
+    low = mean - reach if mean > np.quantile(chance, 0.975) else 0.0
+    return each, (max(low, 0.0), min(mean + reach, 1.0)), float(np.mean(chance))
 
 
 def reach_of_seeds(each: Sequence[float]) -> float:
@@ -173,7 +186,10 @@ def calibration_tables(group: Sequence[Run]) -> list[Table]:
         for table in (calibration, coverage):
             table.note += note_on({label: found.runs})
     if calibration.rows:
-        calibration.note += "In points. ECE: expected calibration error, over bins of equal mass. "
+        calibration.note += (
+            "In percent. ECE: expected calibration error, over bins of equal mass; by chance: what it would "
+            "be if each confidence were the share of right answers. AUROC: of right against wrong answers. "
+        )
     calibration.note += lacking(group)
     return [calibration, coverage]
 
