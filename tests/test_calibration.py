@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from simulations import OF_CONFIDENCE, confident, coverage_of_confidence, rates
 from sklearn.metrics import roc_auc_score
 from test_report import evaluation, report, tables, tuned
 
@@ -19,19 +20,10 @@ CONFIDENCE = "Confidence: classification: can it be believed, and does it tell r
 COVERAGE = "Coverage: classification: accuracy of the surest answers, where a person gets the rest"
 
 
-def draw(
-    generator, examples: int, seeds: int = 1, excess: float = 0.0, digits: int = 9
-) -> tuple[np.ndarray, np.ndarray]:
-    """Confidences and right answers [seeds, examples]; accuracy is confidence less `excess` of its root."""
-    difficulty, luck = generator.normal(1, 1.2, examples), generator.random(examples)
-    logits = difficulty + generator.normal(0, 0.3, (seeds, examples))
-    sure = (1 / (1 + np.exp(-logits))).round(digits)
-    return sure, luck < sure - excess * np.sqrt(sure)
-
-
 @pytest.mark.parametrize("digits", [1, 9])  # with one there are ties
 def test_auroc_is_scikit_learns_and_its_values_are_jackknifes(digits):
-    [sure], [right] = draw(np.random.default_rng(0), 60, digits=digits)
+    found = confident(np.random.default_rng(0), 60, digits=digits)
+    [(sure, right)] = found.seeds
     value, pseudo = auroc(sure, right)
     assert value == pytest.approx(roc_auc_score(right, sure))
     for i in range(60):
@@ -76,29 +68,20 @@ def test_accuracy_of_the_surest_shares_ties_among_equals():
     assert Confidences(sure[None], right).kept(0.4).value == pytest.approx(100 * (1 + 1 / 3) / 2)
 
 
+@pytest.mark.parametrize("what", OF_CONFIDENCE)
 @pytest.mark.parametrize(
     ("seeds", "excess", "digits"), [(1, 0.0, 9), (1, 0.15, 9), (1, 0.15, 1), (3, 0.15, 9)]
 )
-def test_the_intervals_hold_the_truth(monkeypatch, seeds, excess, digits):
+def test_the_intervals_hold_the_truth(monkeypatch, what, seeds, excess, digits):
     monkeypatch.setattr("study.report.calibration.DRAWS", 200)
-    generator = np.random.default_rng(0)
-    sure, right = draw(generator, 300_000, 1, excess, digits)
-    large = Confidences(sure, right)
-    error = np.abs(np.bincount(bins_of(sure[0]), right[0] - sure[0])).sum() / sure.size
-    truth = 100 * error, large.auroc().value, large.kept(0.75).value, large.overconfidence().value
-    held = np.zeros(4)
-    for _ in range(150):
-        found = Confidences(*draw(generator, 300, seeds, excess, digits))
-        each, ends, _ = found.errors
-        all_ends = [found.cell(each, ends), found.auroc(), found.kept(0.75), found.overconfidence()]
-        held += [cell.ends[0] <= value <= cell.ends[1] for value, cell in zip(truth, all_ends, strict=True)]
-    assert (held / 150 >= 0.9).all(), held / 150
+    monkeypatch.setattr("simulations.percentiles", lambda *_: None)
+    assert rates(coverage_of_confidence, 200, what, 300, seeds, excess, digits)[1] > 0.9
 
 
 # In the report
 
 
-def confident(root: Path, *seeds: np.ndarray, words: str = "") -> Path:
+def runs_as_sure(root: Path, *seeds: np.ndarray, words: str = "") -> Path:
     """Finished runs of one setting, one for each seed's confidences; the surest 3 of 4 are right."""
     for number, sure in enumerate(seeds, 1):
         order = np.argsort(np.argsort(sure))
@@ -122,7 +105,7 @@ SURE = np.linspace(0.3, 0.99, 80)
 
 
 def test_the_report_shows_calibration_coverage_and_auroc_of_what_says_how_sure_it_is(tmp_path):
-    found = tables(confident(tmp_path, SURE, SURE**2, SURE**3))
+    found = tables(runs_as_sure(tmp_path, SURE, SURE**2, SURE**3))
     [row], [kept] = found[CONFIDENCE].rows, found[COVERAGE].rows
     model, examples, excess, ece, chance, area = row
     assert (model.text, examples.text) == ("a/small", "80")
@@ -137,7 +120,7 @@ def test_the_report_shows_calibration_coverage_and_auroc_of_what_says_how_sure_i
 
 
 def test_of_two_seeds_both_figures_are_shown(tmp_path):
-    found = tables(confident(tmp_path, SURE, SURE**2))
+    found = tables(runs_as_sure(tmp_path, SURE, SURE**2))
     assert found[COVERAGE].rows[0][1].text == "75.00, 75.00 (2)"
     assert found[CONFIDENCE].rows[0][2].text.endswith("(2)")
     assert found[CONFIDENCE].rows[0][2].text[0] in "+-"
@@ -153,12 +136,12 @@ def test_what_says_not_how_sure_it_is_has_no_rows_and_an_older_record_that_shoul
     told = "1 older record without confidences left out: --rescore"
     assert [told in table.note for table in found.values()].count(True) == 1
     sure = np.tile(SURE, 13)[:1000]
-    confident(tmp_path, sure, words="--pretrained_ckpt b/big --decoding constrained")
+    runs_as_sure(tmp_path, sure, words="--pretrained_ckpt b/big --decoding constrained")
     assert told in tables(tmp_path)[CONFIDENCE].note
 
 
 def test_a_confidence_that_is_none_is_refused_in_one_line(tmp_path):
-    path = confident(tmp_path, SURE) / "run 1" / "eval.json"
+    path = runs_as_sure(tmp_path, SURE) / "run 1" / "eval.json"
     content = json.loads(path.read_text())
     for wrong in ([2.0] * 80, [0.5] * 79, ["sure"] * 80):
         content["eval"]["per_example"]["confidences"] = wrong
@@ -168,7 +151,7 @@ def test_a_confidence_that_is_none_is_refused_in_one_line(tmp_path):
 
 
 def test_rescoring_takes_confidences_over_from_the_predictions(tmp_path):
-    path = confident(tmp_path, SURE) / "run 1" / "eval.json"
+    path = runs_as_sure(tmp_path, SURE) / "run 1" / "eval.json"
     content = json.loads(path.read_text())
     of = content["eval"]["per_example"]
     rows = [
@@ -203,7 +186,7 @@ def test_a_score_keeps_its_confidences_in_the_record_and_in_every_row():
 
 
 def test_pictures_of_confidence_are_drawn_with_what_they_show(tmp_path):
-    groups = comparable(find_runs([confident(tmp_path, SURE, SURE**2, SURE**3)])[0])
+    groups = comparable(find_runs([runs_as_sure(tmp_path, SURE, SURE**2, SURE**3)])[0])
     drawn = {
         name: ([axes.get_xlabel() for axes in figure.axes], figure.axes[0].get_ylabel())
         for name, _, figure in plots.figures(groups, [], published=False)
@@ -217,9 +200,8 @@ def test_pictures_of_confidence_are_drawn_with_what_they_show(tmp_path):
 
 
 def test_a_reliability_diagram_has_every_seeds_answers_in_its_bins():
-    generator = np.random.default_rng(0)
-    sure, right = draw(generator, 200, 3)
-    points = Confidences(sure, right).reliability()
+    found = confident(np.random.default_rng(0), 200, 3)
+    sure, right, points = found.sure, found.right, found.reliability()
     assert len(points) == 10
     assert np.mean([accuracy for _, accuracy, _ in points]) == pytest.approx(100 * right.mean(), abs=0.5)
     assert all(low < accuracy < high for _, accuracy, (low, high) in points)

@@ -71,6 +71,10 @@ class Confidences:
     def errors(self) -> tuple[list[float], tuple[float, float], float]:
         return calibration_error(self.seeds)
 
+    def error(self) -> Cell:
+        each, ends, _ = self.errors
+        return self.cell(each, ends)
+
     def auroc(self) -> Cell:
         found = [auroc(sure, right) for sure, right in self.seeds]
         if None in found:
@@ -178,9 +182,9 @@ def calibration_tables(group: Sequence[Run]) -> list[Table]:
     columns = ["model", *(f"{100 * coverage:g} %" for coverage in COVERAGES)]
     coverage = Table("Coverage", "accuracy of the surest answers, where a person gets the rest", columns, 1)
     for label, found in confidences_of(group).items():
-        each, ends, chance = found.errors
-        error, by_chance = found.cell(each, ends), Cell(f"{100 * chance:.2f}", 100 * chance, runs=found.runs)
-        cells = found.overconfidence(), error, by_chance, found.auroc()
+        *_, chance = found.errors
+        by_chance = Cell(f"{100 * chance:.2f}", 100 * chance, runs=found.runs)
+        cells = found.overconfidence(), found.error(), by_chance, found.auroc()
         calibration.add(label, f"{found.sure.shape[1]:,}", *cells)
         coverage.add(label, *(found.kept(share) for share in COVERAGES))
         for table in (calibration, coverage):
