@@ -354,8 +354,9 @@ def cases() -> Iterator[tuple]:
         yield f"interval, {what} of a class", of, coverage_of_class, 1000, (20, examples, what, seeds, spread)
     of_confidence = (300, 1, 0.0), (300, 1, 0.15), (300, 3, 0.15), (2000, 1, 0.15)
     for what, args in product(OF_CONFIDENCE, of_confidence):
-        about = f"sure by {args[2]} too much, {args[0]:,} examples, {args[1]} seed{'s' * (args[1] > 1)}"
-        yield f"interval, {what}", about, coverage_of_confidence, 200, (what, *args)
+        kind = "overconfident" if args[2] else "calibrated"
+        of = f"{kind}, {args[0]:,} examples, {args[1]} seed{'s' * (args[1] > 1)}"
+        yield f"interval, {what}", of, coverage_of_confidence, 200, (what, *args)
     for examples, won, lost in ((160, 0.02, 0.0), (819, 0.01, 0.005)):
         what = f"{examples} examples, {won:.1%} won, {lost:.1%} lost"
         yield (
