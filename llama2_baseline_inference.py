@@ -102,7 +102,7 @@ def main(process: device.Process) -> None:
             )
             references = [answer for _, answer in test.examples]
             scores, rows = metrics.score(
-                args.task, answers.texts, references, labels, test.numbers, test.places
+                args.task, answers.texts, references, labels, test.numbers, test.places, answers.confidences
             )
             content |= {
                 "eval": generation.describe(answers, process, scores, args.decoding),

@@ -79,7 +79,9 @@ def score(args: argparse.Namespace, process: device.Process, bases: several.Base
                 kept=kept,
             )
             references = [label for _, label in test.examples]
-            scores, rows = metrics.score(TASK, answers.texts, references, labels, test.numbers, test.places)
+            scores, rows = metrics.score(
+                TASK, answers.texts, references, labels, test.numbers, test.places, answers.confidences
+            )
             content["eval"] = generation.describe(answers, process, scores, args.decoding)
             content["eval"] |= bases.paid_by(folder)
             content["cost"] = cost.of_run(args, device.name(), content["eval"]["wall_seconds"])

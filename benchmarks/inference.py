@@ -234,7 +234,7 @@ def timed(
     return {
         "examples": len(prompts),
         "input_tokens": sum(map(len, prompts.values())),
-        "output_tokens": sum(map(len, answers.values())),
+        "output_tokens": sum(len(tokens) for tokens, _ in answers.values()),
         "seconds": median(seconds),
         "examples_per_second": median(rates),
         "spread": [rates[0], rates[-1]],
@@ -256,7 +256,7 @@ def profile(engine, prompts: dict[int, list[int]], new: int) -> dict:
             tokens += len(example.tokens)
             if tokens <= engine.at_once:
                 group.append(example)
-        for example, token in zip(running, engine.read_all(running), strict=True):
+        for example, (token, _) in zip(running, engine.read_all(running), strict=True):
             example.answer.append(token)
         read = kinds(lambda: engine.read(group), engine.layers[0].qkv.a is not None)
         engine.load(running)
@@ -307,7 +307,7 @@ def by_generate(args: argparse.Namespace, mode: str, count: int) -> dict:
             yield from generation.plain_answers(tuned, prompts, new, ends, None, size)
             return
         for index, prompt in prompts.items():
-            yield index, sample([prompt], new)[0]
+            yield index, (sample([prompt], new)[0], None)
 
     weights = "dense weights" if mode == "generate-merged" else "weights in 4 bits"
     how = f"{weights}, {size or 'up to 256'} at once; {len(prompts):,} of {len(tests.prompts):,} examples"
@@ -404,7 +404,7 @@ def equality(args: argparse.Namespace, mode: str, count: int) -> dict:
     truth = dict(generation.plain_answers(exact, prompts, args.max_new_tokens, ends, None, EQUALITY_BATCH))
 
     def compare(answers: dict) -> dict:
-        texts = [tokenizer.decode(answers[index], skip_special_tokens=True) for index in prompts]
+        texts = [tokenizer.decode(answers[index][0], skip_special_tokens=True) for index in prompts]
         references = [tests.references[index] for index in prompts]
         scores = metrics.score(args.task, texts, references, tests.labels)[0]["metrics"]
         return {

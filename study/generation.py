@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LogitsProcessor
 
 from study import checks, device
 from study.device import Process
@@ -29,7 +29,8 @@ AUTO_EXAMPLES = 256
 
 @dataclass
 class Answers:
-    """Generated texts, in the order of the prompts, the tokens read and written for them, and how."""
+    """Generated texts, in the order of the prompts, the tokens read and written for them, and how; of answers
+    out of a set also how sure each is, between 0 and 1."""
 
     texts: list[str]
     input_tokens: int
@@ -39,10 +40,12 @@ class Answers:
     how: str
     prompts_sha256: str
     ends: list[int]
+    confidences: list[float] | None = None
 
 
 class KeptAnswers:
-    """The answers of an evaluation so far, in a file beside its record to be until that is written."""
+    """The answers of an evaluation so far, each its tokens and its confidence (or None), in a file beside its
+    record to be until that is written."""
 
     def __init__(
         self, process: Process, path: Path | None = None, run: dict | None = None, force: bool = False
@@ -60,13 +63,14 @@ class KeptAnswers:
         self.began = time.monotonic()
         if not self.path:
             return
-        same = hashlib.sha256(json.dumps([self.run, prompts]).encode()).hexdigest()
+        what = [self.run, prompts, "tokens, confidence"]
+        same = hashlib.sha256(json.dumps(what).encode()).hexdigest()
         head, *lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else [""]
         if head == f"{same} {how}":
             for line in lines:
                 with contextlib.suppress(ValueError):
                     step = json.loads(line)
-                    self.answers |= {int(index): ids for index, ids in step["answers"].items()}
+                    self.answers |= {int(index): tuple(answer) for index, answer in step["answers"].items()}
                     self.seconds, self.wall_seconds = step["seconds"], step["wall_seconds"]
             print(f"resumed    {len(self.answers):,} of {len(prompts):,} answers are there", flush=True)
         elif head:
@@ -85,11 +89,11 @@ class KeptAnswers:
     def spent(self) -> float:
         return self.seconds + time.monotonic() - self.began
 
-    def add(self, index: int, ids: list[int]) -> None:
-        self.answers[index] = ids
+    def add(self, index: int, answer: tuple[list[int], float | None]) -> None:
+        self.answers[index] = answer
         if self.file:
             wall_seconds = self.wall_seconds + self.process.seconds()
-            self.file.write(self.step({index: ids}, self.spent(), wall_seconds))
+            self.file.write(self.step({index: answer}, self.spent(), wall_seconds))
 
     def discard(self) -> None:
         """Once the record is written."""
@@ -111,7 +115,9 @@ def generate(
 ) -> Answers:
     """Continue every prompt (token ids) greedily up to its EOS or `max_new_tokens`.
 
-    With `allowed` (token ids of the possible answers, EOS included) only these can come out. `merging` is
+    With `allowed` (token ids of the possible answers, EOS included) only these can come out, each with its
+    confidence: the product, over the places where several tokens are allowed, of the chosen one's share of
+    their softmax. `merging` is
     --merge; a merged `model` is used up. What exceeds the GPU's memory is tried again with half of it, until
     next to nothing is left: then its error is raised. Raises UserError if `allowed` does not fit
     `max_new_tokens`.
@@ -140,8 +146,8 @@ def generate(
     answer = fast_answers if slow is None else plain_answers
     left = {i: prompt for i, prompt in enumerate(prompts) if i not in kept.answers}
     most = None if batch_size == "auto" else batch_size
-    for index, ids in answer(model.eval(), left, max_new_tokens, ends, allowed, most) if left else ():
-        kept.add(index, ids)
+    for index, found in answer(model.eval(), left, max_new_tokens, ends, allowed, most) if left else ():
+        kept.add(index, found)
     return in_order(tokenizer, prompts, kept, how, ends)
 
 
@@ -150,15 +156,17 @@ def in_order(
 ) -> Answers:
     """The answers to all prompts, once every one is kept."""
     answers = [kept.answers[i] for i in range(len(prompts))]
+    confidences = [confidence for _, confidence in answers]
     return Answers(
-        texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids in answers],
+        texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in answers],
         input_tokens=sum(map(len, prompts)),
-        output_tokens=sum(map(len, answers)),
+        output_tokens=sum(len(ids) for ids, _ in answers),
         seconds=kept.spent(),
         earlier_seconds=kept.wall_seconds,
         how=how,
         prompts_sha256=sha256_of(prompts),
         ends=ends,
+        confidences=None if None in confidences else confidences,
     )
 
 
@@ -202,8 +210,8 @@ def fast_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, all
     given = engine.memory = 0.92 * device.free_memory()
     while left:
         try:
-            for index, ids in engine.answers(left, max_new_tokens, ends, allowed, most):
-                yield index, ids
+            for index, answer in engine.answers(left, max_new_tokens, ends, allowed, most):
+                yield index, answer
                 left.pop(index)
         except RuntimeError as error:
             engine.memory /= 2
@@ -254,9 +262,10 @@ def fitting(model, tokens: int) -> int:
     return max(1, int(0.8 * device.free_memory() / (3 * cache)))
 
 
-def continue_batch(model, prompts, max_new_tokens, ends, allowed) -> list[list[int]]:
-    """The new tokens of each prompt up to and including its EOS, greedily; prompts are padded on the left, or
-    taken one by one where what else is in the batch would change their answers."""
+def continue_batch(model, prompts, max_new_tokens, ends, allowed) -> list[tuple[list[int], float | None]]:
+    """The new tokens of each prompt up to and including its EOS, greedily, and of `allowed` ones the
+    confidence; prompts are padded on the left, or taken one by one where what else is in the batch would
+    change their answers."""
     base = base_of(model)
     checks.prove_attention(base)
     longest, shortest = max(map(len, prompts)), min(map(len, prompts))
@@ -266,9 +275,15 @@ def continue_batch(model, prompts, max_new_tokens, ends, allowed) -> list[list[i
         return [answer for [answer] in alone]
     if other_positions:
         checks.forget_longer(base)
-    following = None if allowed is None else follow_one_of(allowed, longest, ends[0])
-    output = greedily(model, prompts, max_new_tokens, ends, prefix_allowed_tokens_fn=following)
-    return [up_to_end(row, ends) for row in output[:, longest:].tolist()]
+    if allowed is None:
+        output, sure = greedily(model, prompts, max_new_tokens, ends), [None] * len(prompts)
+    else:
+        following, confidence = follow_one_of(allowed, longest, ends[0]), Confidence(len(prompts), allowed)
+        options = {"prefix_allowed_tokens_fn": following, "logits_processor": [confidence]}
+        output = greedily(model, prompts, max_new_tokens, ends, **options)
+        sure = confidence.products.tolist()
+    answers = (up_to_end(row, ends) for row in output[:, longest:].tolist())
+    return list(zip(answers, sure, strict=True))
 
 
 def greedily(model, prompts: Sequence[list[int]], max_new_tokens: int, ends: Sequence[int], **options):
@@ -344,6 +359,24 @@ def follow_one_of(allowed: Sequence[list[int]], width: int, pad: int):
         for i, token in enumerate(answer):
             nexts.setdefault(tuple(answer[:i]), set()).add(token)
     return lambda row, ids: sorted(nexts.get(tuple(ids[width:].tolist()), {pad}))
+
+
+class Confidence(LogitsProcessor):
+    """Of each row of a greedy `generate` the product of the chosen tokens' shares of the softmax over what is
+    allowed; all ends of sequence are one choice. It comes last, when other tokens have -inf, and changes no
+    score."""
+
+    def __init__(self, rows: int, allowed: Sequence[list[int]]):
+        self.ends = torch.tensor(sorted({answer[-1] for answer in allowed}), device=device.current())
+        self.products = torch.ones(rows, dtype=torch.double, device=device.current())
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        shares, chosen = scores.float().softmax(1), scores.argmax(1)  # [rows, vocabulary], [rows]
+        ended = shares[:, self.ends].sum(1).clamp(max=1)
+        self.products *= torch.where(
+            torch.isin(chosen, self.ends), ended, shares.gather(1, chosen[:, None])[:, 0]
+        )
+        return scores
 
 
 def with_all_ends(allowed: Sequence[list[int]], ends: Sequence[int]) -> list[list[int]]:

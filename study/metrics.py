@@ -148,7 +148,7 @@ def score(
 ) -> tuple[dict, list[dict]]:
     """Read generated answers and score them: what a record says of that, and for each test example a row of
     predictions.jsonl. `numbers` and `places` are the examples' rows in their source (data.Split); all in
-    order where not given. `confidence` is a classifier's probability of each answer."""
+    order where not given. `confidence` is the probability that the model gives each answer."""
     numbers = range(1, len(references) + 1) if numbers is None else numbers
     places = [number - 1 for number in numbers] if places is None else places
     parsed = [parse_label(answer, labels) if labels else parse_summary(answer) for answer in answers]
@@ -180,6 +180,8 @@ def summed_up(task: str, rows: Sequence[dict]) -> dict:
             name: [number[row[column]] for row in rows]
             for name, column in (("references", "reference"), ("answers", "parsed"))
         }
+        if all("confidence" in row for row in rows):
+            per_example["confidences"] = [row["confidence"] for row in rows]
     else:
         per_example = {name: [round(row[name], 4) for row in rows] for name in ROUGE}
     version = f"{VERSION[task]}, rouge-score {importlib.metadata.version('rouge-score')}"
@@ -223,7 +225,8 @@ def check(scored: dict, where: object) -> None:
     try:
         lengths = {len(column) for name, column in per_example.items() if name != "classes"}
         named = all(isinstance(label, str) for label in per_example.get("classes", []))
-        found = metrics_of(per_example) if named and lengths == {number} else {}
+        sure = all(0 <= confidence <= 1 for confidence in per_example.get("confidences") or [])
+        found = metrics_of(per_example) if named and sure and lengths == {number} else {}
         fits = all(
             abs(found[name]["value"] - metric["value"]) < 0.001
             and found[name].get("classes") == metric.get("classes")

@@ -375,7 +375,7 @@ def load_tuned(checkpoint: str, folder: Path, tuning: str, trained: dict):
 # Answers
 
 
-def continue_batch(model, prompts, max_new_tokens, ends, allowed) -> list[list[int]]:
+def continue_batch(model, prompts, max_new_tokens, ends, allowed) -> list[tuple[list[int], None]]:
     """Greedily the tokens that answer each prompt, up to and including EOS; padding stands on the right."""
     pad, width = model.config.pad_token_id, max(map(len, prompts))
     ids = torch.tensor([prompt + [pad] * (width - len(prompt)) for prompt in prompts], device=model.device)
@@ -391,7 +391,7 @@ def continue_batch(model, prompts, max_new_tokens, ends, allowed) -> list[list[i
     )
     with torch.inference_mode(), generation.nothing_else(model):
         output = model.generate(input_ids=ids, attention_mask=mask.long(), generation_config=greedy)
-    return [generation.up_to_end(row, ends) for row in output[:, 1:].tolist()]
+    return [(generation.up_to_end(row, ends), None) for row in output[:, 1:].tolist()]
 
 
 def answer(model, tokenizer, prompts: Sequence[list[int]], args, kept) -> generation.Answers:
@@ -401,8 +401,8 @@ def answer(model, tokenizer, prompts: Sequence[list[int]], args, kept) -> genera
     kept.resume(prompts, how)
     left = {i: prompt for i, prompt in enumerate(prompts) if i not in kept.answers}
     most = None if args.eval_batch_size == "auto" else args.eval_batch_size
-    for index, ids in generation.plain_answers(
+    for index, answer in generation.plain_answers(
         model, left, args.max_new_tokens, ends, None, most, continue_batch
     ):
-        kept.add(index, ids)
+        kept.add(index, answer)
     return generation.in_order(tokenizer, prompts, kept, how, ends)

@@ -30,6 +30,21 @@ MEASURED |= {
 }
 
 
+def confidence_by_hand(model, prompt: list[int], answer: list[int], allowed, ends) -> float:
+    """Of an answer, scored token by token in passes of its own: the product of its tokens' shares among those
+    that `allowed` answers have there, all `ends` as one; in float64."""
+    import torch
+
+    product = 1.0
+    for i, token in enumerate(answer):
+        following = sorted({other[i] for other in allowed if other[:i] == answer[:i] and len(other) > i})
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer[:i]])).logits[0, -1, following]
+        shares = dict(zip(following, logits.double().softmax(0).tolist(), strict=True))
+        product *= sum(shares.get(end, 0) for end in ends) if token in ends else shares[token]
+    return product
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder with real data sets and the Llama-2 tokenizer, named by REAL_DATA_DIR."""

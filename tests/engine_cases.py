@@ -11,21 +11,22 @@ from transformers import GenerationConfig
 
 from study.fast import cache, decode, nf4
 from study.fast.decoder import why_not
-from study.generation import follow_one_of
+from study.generation import follow_one_of, with_all_ends
 from study.model import merge
+from tests.conftest import confidence_by_hand
 from tests.exactness import llama, with_adapters
 from tests.mutations import remember_unpacked
 
 ENDS = [7, 9, 79, 95]  # the last two come up in free answers
 NEW_TOKENS = 5
-ALLOWED = [[5, 6, 7], [5, 6, 8, 7], [11, 7], [12, 13, 14, 7], [12, 13, 15, 9]]
+ALLOWED = with_all_ends([[5, 6, 7], [5, 6, 8, 7], [11, 7], [12, 13, 14, 7], [12, 13, 15, 9]], ENDS)
 
 
 def plain_answer(model, ids: list[int], allowed) -> list[int]:
     greedy = GenerationConfig(
         max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=ENDS, pad_token_id=ENDS[0]
     )
-    following = None if allowed is None else follow_one_of(allowed, len(ids), ENDS[0])
+    following = allowed and follow_one_of(allowed, len(ids), ENDS[0])
     ids = torch.tensor([ids])
     with torch.no_grad():
         output = model.generate(input_ids=ids, generation_config=greedy, prefix_allowed_tokens_fn=following)
@@ -72,6 +73,11 @@ def main() -> None:
     for allowed in (None, ALLOWED):
         expected = [plain_answer(tuned, ids, allowed) for ids in prompts]
         results[f"plain, {'constrained' if allowed else 'free'}"] = expected
+        if allowed:
+            results["by hand"] = [
+                confidence_by_hand(tuned, *pair, allowed, ENDS)
+                for pair in zip(prompts, expected, strict=True)
+            ]
         for (name, model), (apart, memory, most) in itertools.product(
             models.items(), ((1000, 1e9, None), (10, 1e9, 2), (1000, 0.0, None))
         ):
@@ -84,7 +90,8 @@ def main() -> None:
             kind, room = "constrained" if allowed else "free", f"{most or 'all'} at once"
             reading = "apart" if apart == 10 else "together"
             case = f"{name}, {kind}, {reading}, {room if memory else 'little room'}"
-            results[case] = [answers[i] for i in range(len(prompts))]
+            results[case] = [answers[i][0] for i in range(len(prompts))]
+            results[f"confidence, {case}"] = [answers[i][1] for i in range(len(prompts))]
     partly = copy.deepcopy(base)
     partly.model.layers[1].mlp.up_proj = torch.nn.Linear(
         nf4.PERMUTED_COLUMNS, 2 * nf4.PERMUTED_COLUMNS, bias=False

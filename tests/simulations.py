@@ -9,6 +9,7 @@ mean of its halves and s Student's of the seeds' scores: what these tables showe
 import math
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +17,7 @@ from scipy.stats import norm, t
 
 from study import metrics
 from study.intervals import Parts, interval, of_difference, p_by_swapping
+from study.report.calibration import Confidences, bins_of
 from study.report.cells import Cell
 from study.report.choice import Best
 from study.report.classes import AS_SHOWN, Confusion, ends_within
@@ -93,6 +95,36 @@ def shares_of_classes(table: np.ndarray) -> dict[str, np.ndarray]:
     """Of such a classifier, on all examples, [classes]."""
     hits, answered = np.diag(table), table.sum(axis=0)
     return {"precision": hits / answered, "recall": hits, "F1": 2 * hits / (1 + answered)}
+
+
+def confident(
+    generator: Generator, examples: int, seeds: int = 1, excess: float = 0.0, digits: int = 9
+) -> Confidences:
+    """Answers that are right as often as they are sure, less `excess` times the root of that."""
+    difficulty, luck = generator.normal(1, 1.2, examples), generator.random(examples)
+    logits = difficulty + generator.normal(0, 0.3, (seeds, examples))
+    sure = (1 / (1 + np.exp(-logits))).round(digits)
+    return Confidences(sure, luck < sure - excess * np.sqrt(sure))
+
+
+def calibration_error_of(found: Confidences) -> float:
+    """Of the first seed, in percent."""
+    gap = found.right[0] - found.sure[0]
+    return 100 * float(np.abs(np.bincount(bins_of(found.sure[0]), gap)).sum()) / len(gap)
+
+
+OF_CONFIDENCE = {
+    "ECE": Confidences.error,
+    "AUROC": Confidences.auroc,
+    "accuracy at 75 % coverage": lambda found: found.kept(0.75),
+    "confidence - accuracy": Confidences.overconfidence,
+}
+
+
+@cache
+def on_all(what: str, excess: float, digits: int) -> float:
+    found = confident(np.random.default_rng(1), 300_000, 1, excess, digits)
+    return calibration_error_of(found) if what == "ECE" else OF_CONFIDENCE[what](found).value
 
 
 def percentiles(statistic: Callable, examples: int, generator: Generator, resamples: int = 300) -> tuple:
@@ -181,6 +213,22 @@ def coverage_of_class(
 
     ends = percentiles(f1_or_share, examples, generator) if seeds == 1 else None
     return held(ends, truth), held(ends_within(hits, members, what), 100 * truth)
+
+
+def coverage_of_confidence(
+    generator: Generator, what: str, examples: int, seeds: int = 1, excess: float = 0.0, digits: int = 9
+) -> tuple:
+    """A figure of a table of confidence."""
+    found, truth = confident(generator, examples, seeds, excess, digits), on_all(what, excess, digits)
+
+    def statistic(indices: np.ndarray) -> list[float]:
+        drawn = [Confidences(found.sure[:, i], found.right[:, i]) for i in indices]
+        return [
+            calibration_error_of(one) if what == "ECE" else OF_CONFIDENCE[what](one).value for one in drawn
+        ]
+
+    ends = percentiles(statistic, examples, generator, 200) if seeds == 1 else None
+    return held(ends, truth), held(OF_CONFIDENCE[what](found).ends, truth)
 
 
 def false_difference(generator: Generator, seeds: int, examples: int, spread: float, kind=answers) -> tuple:
@@ -304,6 +352,11 @@ def cases() -> Iterator[tuple]:
     ):
         of = f"20 classes, {examples:,} examples, {seeds} seed{'s' * (seeds > 1)}"
         yield f"interval, {what} of a class", of, coverage_of_class, 1000, (20, examples, what, seeds, spread)
+    of_confidence = (300, 1, 0.0), (300, 1, 0.15), (300, 3, 0.15), (2000, 1, 0.15)
+    for what, args in product(OF_CONFIDENCE, of_confidence):
+        kind = "overconfident" if args[2] else "calibrated"
+        of = f"{kind}, {args[0]:,} examples, {args[1]} seed{'s' * (args[1] > 1)}"
+        yield f"interval, {what}", of, coverage_of_confidence, 200, (what, *args)
     for examples, won, lost in ((160, 0.02, 0.0), (819, 0.01, 0.005)):
         what = f"{examples} examples, {won:.1%} won, {lost:.1%} lost"
         yield (

@@ -223,6 +223,13 @@ def test_constrained_decoding_goes_with_classification_alone():
     assert "it goes with classification" in refusal("llama2_baseline_inference.py", *flags, status=2)
 
 
+def test_a_label_tree_with_one_class_is_refused(tmp_path):
+    path = write_rows(tmp_path / "t.jsonl", [{"text": "t", "label": "a"}] * 3)
+    flags = ("--task_type", "classification", "--decoding", "constrained", "--output_dir", tmp_path)
+    line = refusal("llama2_baseline_inference.py", *flags, "--train_file", path, "--test_file", path)
+    assert 'has one class only, "a": classification needs two or more' in line
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_lists_every_flag_and_loads_no_library(script):
     done = run_script(script, "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})

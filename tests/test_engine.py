@@ -6,6 +6,7 @@ Its kernels run on the CPU, with Triton's interpreter, in a process of its own: 
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
@@ -41,6 +42,17 @@ def test_answers_are_those_of_plain_generate_one_at_a_time(results, decoding, we
     assert len({tuple(answer) for answer in expected}) > 1
 
 
+@pytest.mark.parametrize("weights", ["4 bits", "merged"])
+@pytest.mark.parametrize("how", ["together, all at once", "apart, 2 at once", "together, little room"])
+def test_confidences_are_those_of_every_answer_scored_by_hand(results, weights, how):
+    expected, answers = results["by hand"], results["plain, constrained"]
+    assert results[f"confidence, {weights}, constrained, {how}"] == pytest.approx(expected, rel=1e-5)
+    assert results[f"confidence, {weights}, free, {how}"] == [None] * len(expected)
+    assert [5, 6, 79] in answers  # one of four ends, beside a token
+    assert [12, 13, 15, 9] in answers
+    assert all(0.05 < confidence < 0.95 for confidence in expected)
+
+
 def test_some_answers_end_early(results):
     assert len({len(answer) for answer in results["plain, free"]}) > 1
 
@@ -70,9 +82,21 @@ def test_an_answer_is_decided_as_soon_as_one_path_is_left():
 def test_the_likeliest_allowed_token_is_chosen():
     choices, logits = Choices(ANSWERS, "cpu"), torch.zeros(2, 20)
     logits[0, [3, 5, 11]] = torch.tensor([9.0, 1.0, 2.0])
-    tokens, nodes = choices.choose(logits, torch.tensor([0, choices.next[0][5]]))
+    tokens, nodes, shares = choices.choose(logits, torch.tensor([0, choices.next[0][5]]))
     assert tokens.tolist() == [11, 6]
     assert nodes.tolist() == [choices.next[0][11], choices.next[choices.next[0][5]][6]]
+    assert shares.tolist() == pytest.approx([math.e**2 / (math.e + math.e**2), 1])
+
+
+def test_the_share_of_an_end_is_that_of_all_ends():
+    choices, logits = Choices([*ANSWERS, [5, 6, 9]], "cpu"), torch.zeros(2, 20)
+    logits[0, [7, 8, 9]] = torch.tensor([3.0, 2.0, 1.0])
+    logits[1, [7, 8, 9]] = torch.tensor([1.0, 2.0, 1.0])
+    after_6 = choices.next[choices.next[0][5]][6]
+    tokens, _, shares = choices.choose(logits, torch.tensor([after_6, after_6]))
+    assert tokens.tolist() == [7, 8]
+    one, two, three = (math.exp(i) for i in (1, 2, 3))
+    assert shares.tolist() == pytest.approx([(one + three) / (one + two + three), two / (2 * one + two)])
 
 
 def test_prompts_share_what_all_begin_with_and_keep_a_token_of_their_own():
@@ -100,7 +124,7 @@ class TooLarge:
 
     def answers(self, prompts, max_new_tokens, ends, allowed, most):
         for index in sorted(prompts):
-            yield index, [index]
+            yield index, ([index], 0.5)
             if self.memory > 100 / 4:
                 raise self.error
 
@@ -118,7 +142,7 @@ def test_out_of_memory_is_tried_again_with_half_of_it_and_loses_nothing(error, m
     monkeypatch.setattr(decode, "Engine", TooLarge)
     monkeypatch.setattr(device, "free_memory", lambda: 100)
     got = list(generation.fast_answers(None, {i: [1] for i in range(5)}, 4, [2], None, None))
-    assert got == [(i, [i]) for i in range(5)]
+    assert got == [(i, ([i], 0.5)) for i in range(5)]
     assert capsys.readouterr().out.count("out of memory") == 2
 
 

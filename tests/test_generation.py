@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import DEMO_DATA, DEMO_MODEL, PROCESS
+from conftest import DEMO_DATA, DEMO_MODEL, PROCESS, confidence_by_hand
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GenerationConfig
 
@@ -70,6 +70,43 @@ def test_every_answer_is_one_of_the_labels_when_constrained(model, tokenizer, pr
     assert not any(text.strip() in labels for text in free.texts)
 
 
+TREES = {  # labels, and tokens that end an answer
+    "of one branching": (["yes", "no", "so so"], [2]),
+    "where classes go on from others": (["sci", "sci.med", "sci.med.news", "sci.space", "soc"], [2]),
+    "of two classes, one of which the other goes on from": (["rec", "rec.autos"], [2]),
+    "with several ends": (["a", "a lamp", "talk"], [2, 311]),  # of which answers have either, and " lamp"
+}
+
+
+@pytest.mark.parametrize(("labels", "ends"), TREES.values(), ids=TREES)
+def test_confidences_are_those_of_every_answer_scored_by_hand(tokenizer, prompts, monkeypatch, labels, ends):
+    exact = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)  # 4 bits round on a CPU
+    monkeypatch.setattr(generation, "stop_tokens", lambda *_: ends)
+    given = label_answers(tokenizer, labels)
+    allowed = generation.with_all_ends(given, ends)
+    found = generation.generate(exact, tokenizer, prompts, 20, 4, given)
+    for prompt, text, confidence in zip(prompts, found.texts, found.confidences, strict=True):
+        by_hand = {
+            label: confidence_by_hand(exact, prompt, ids, allowed, ends)
+            for label, ids in zip(labels, given, strict=True)
+        }
+        assert sum(by_hand.values()) == pytest.approx(1)
+        label = text.removesuffix(tokenizer.decode(ends[1:])).strip()
+        assert confidence == pytest.approx(by_hand[label], rel=1e-5)
+    assert len(ends) == 1 or {" a", " a lamp", f" a{tokenizer.decode(ends[1:])}"} == {*found.texts}
+    assert 0 < min(found.confidences) <= max(found.confidences) <= 1
+    alone = generation.generate(exact, tokenizer, prompts, 20, 1, given)
+    assert alone.confidences == pytest.approx(found.confidences, rel=1e-5)
+
+
+def test_answers_that_are_not_chosen_among_have_no_confidence(model, tokenizer, prompts):
+    assert generation.generate(model, tokenizer, prompts[:2], 4).confidences is None
+
+
+def test_where_one_answer_alone_is_left_it_is_certain(model, tokenizer, prompts):
+    assert generation.generate(model, tokenizer, prompts[:2], 5, 2, [[300, 500, 2]]).confidences == [1, 1]
+
+
 def test_answers_longer_than_what_may_be_written_are_refused(model, tokenizer, prompts):
     with pytest.raises(UserError, match="--max_new_tokens 2 cuts class names: the longest has 3 tokens"):
         generation.generate(model, tokenizer, prompts, 2, allowed=[[5, 2], [5, 6, 7, 2]])
@@ -78,7 +115,7 @@ def test_answers_longer_than_what_may_be_written_are_refused(model, tokenizer, p
 def test_constrained_greedy_takes_the_likeliest_allowed_token(model, tokenizer, prompts):
     first = [[token, tokenizer.eos_token_id] for token in (300, 500, 700, 900)]
     answers = generation.continue_batch(model, prompts[:3], 5, [tokenizer.eos_token_id], first)
-    for ids, answer in zip(prompts[:3], answers, strict=True):
+    for ids, (answer, _) in zip(prompts[:3], answers, strict=True):
         logits = model(torch.tensor([ids])).logits[0, -1]
         assert answer[0] == max((300, 500, 700, 900), key=lambda token: logits[token])
         assert answer[1:] == [tokenizer.eos_token_id]
@@ -215,8 +252,8 @@ def test_every_answer_is_kept_at_once_for_those_decoded_alike(tmp_path, capsys):
         answers.resume(prompts, how)
         kept.append(dict(answers.answers))
         for i in (0, 2):
-            answers.add(i, [i])
-    assert kept == [{}, {0: [0], 2: [2]}, {}]
+            answers.add(i, ([i], i / 3))
+    assert kept == [{}, {0: ([0], 0), 2: ([2], 2 / 3)}, {}]
     shown = capsys.readouterr().out
     assert "2 of 3 answers are there" in shown
     assert "no answer: the earlier attempt decoded with dense" in shown
@@ -231,19 +268,19 @@ def test_a_killed_evaluation_goes_on_with_the_answers_it_has(
 ):
     path, run, asked = tmp_path / "eval.json", {"config_hash": "a"}, []
 
-    def attempt(most: int, run: dict, force: bool = False) -> list[str]:
+    def attempt(most: int, run: dict, force: bool = False) -> tuple[list[str], list[float]]:
         def answer(model, batch, *_):
             if len(asked) + len(batch) > most:
                 raise Stopped
             asked.extend(map(tuple, batch))
-            return [[len(prompt)] for prompt in batch]
+            return [([len(prompt)], 1 / len(prompt)) for prompt in batch]
 
         asked.clear()
         monkeypatch.setattr(generation, "continue_batch", answer)
         kept = generation.KeptAnswers(PROCESS, path, run, force)
-        texts = generation.generate(model, tokenizer, prompts, 16, 2, kept=kept).texts
+        answers = generation.generate(model, tokenizer, prompts, 16, 2, kept=kept)
         kept.discard()
-        return texts
+        return answers.texts, answers.confidences
 
     with pytest.raises(Stopped):
         attempt(5, run)
@@ -255,6 +292,7 @@ def test_a_killed_evaluation_goes_on_with_the_answers_it_has(
         attempt(4, run)
     assert not before & set(asked)
     whole = attempt(len(prompts), run)
+    assert whole[1] == [1 / len(prompt) for prompt in prompts]
     assert len(asked) == len(prompts) - 8
     assert "8 of 10 answers are there" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())

@@ -195,10 +195,10 @@ def test_an_answer_stops_at_its_end_beside_one_that_goes_on(made):
         tokenizer.eos_token_id,
     )
     whole = generation.continue_batch(base, prompts, 6, [end], None)
-    head, token = base.get_output_embeddings().weight, whole[0][3]
+    head, token = base.get_output_embeddings().weight, whole[0][0][3]
     head.data[end] = 2 * head[token]  # now more likely
     answers = generation.continue_batch(base, prompts, 6, [end], None)
-    assert answers[0] == [*whole[0][: whole[0].index(token)], end]
+    assert answers[0][0] == [*whole[0][0][: whole[0][0].index(token)], end]
     assert END not in generation.generate(base, tokenizer, prompts, 6).texts[0]
 
 

@@ -194,6 +194,8 @@ GOLDEN = {
                 " | 71.00 [66.9, 74.8] (1) | 76.18 [73.0, 79.1] (1)",
                 "b/big | b | 500 | 91.08 [88.0, 93.4] (1) | 77.60 [73.7, 81.0] (1) | 83.80 [81.1, 86.2] (1)",
                 "b/big | a | 500 | 86.92 [83.6, 89.7] (1) | 82.40 [78.8, 85.5] (1) | 84.60 [82.0, 86.9] (1)",
+                "a/small, zero-shot | b | 500 | 33.21 [27.9, 39.0] | 18.40 [15.2, 22.0] | 23.68 [19.9, 27.9]",
+                "a/small, zero-shot | a | 500 | 33.96 [29.0, 39.3] | 21.60 [18.2, 25.4] | 26.41 [22.6, 30.6]",
             )
         ),
     ],
@@ -210,6 +212,10 @@ GOLDEN = {
                 "b/big | a | (invalid) | 50 | 10.0 %",
                 "b/big | b | (invalid) | 50 | 10.0 %",
                 "b/big | a | b | 38 | 7.6 %",
+                "a/small, zero-shot | b | a | 210 | 42.0 %",
+                "a/small, zero-shot | a | (invalid) | 207 | 41.4 %",
+                "a/small, zero-shot | b | (invalid) | 198 | 39.6 %",
+                "a/small, zero-shot | a | b | 185 | 37.0 %",
             )
         ),
     ],
@@ -1529,6 +1535,7 @@ PLOTS = {
     ],
     "classification-lora-grid-a-small-100-of-the-examples": ["epochs", "LoRA rank", "dropout 0.1"],
     "classification-confusion-matrix-a-small": ["reference", "answer", "a", "b", "(invalid)", "69", "16"],
+    "classification-confusion-matrix-a-small-zero-shot": ["reference", "answer", "a", "(invalid)", "42"],
     "classification-confusion-matrix-b-big": ["reference", "answer", "a", "b", "(invalid)", "78", "10"],
     "classification-training-loss": ["optimizer step"],
     "summarization-score-by-number-of-training-examples": ["training examples", "ROUGE-1 (%)"],

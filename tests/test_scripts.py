@@ -118,6 +118,7 @@ def test_an_evaluation_that_is_killed_goes_on_and_ends_with_the_same_answers(tun
     task, folder = tuned
     # One at a time: in bfloat16 an answer can depend on what it is batched with.
     script, flags = f"llama2_{task}_inference.py", ("--eval_batch_size", "1", "--max_eval_samples", "16")
+    flags += ("--decoding", "constrained") * (task == "classification")  # whose confidences go on, too
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for copy in (whole, killed):
         shutil.copytree(folder, copy, ignore=shutil.ignore_patterns("eval*", "predictions*"))
@@ -142,6 +143,10 @@ def test_constrained_answers_are_always_classes_and_the_record_says_so(tuned):
     assert content["eval"]["decoding"] == "constrained"
     assert content["eval"]["invalid_answers"] == 0
     assert {row["parsed"] for row in rows} <= set(content_labels(folder))
+    assert all(0 < row["confidence"] <= 1 for row in rows)
+    assert len({row["confidence"] for row in rows}) > 9
+    assert content["eval"]["per_example"]["confidences"] == [row["confidence"] for row in rows]
+    assert "confidence" not in read_eval(folder)[1][0]  # free answers are not chosen among
 
 
 def content_labels(folder: Path) -> list[str]:

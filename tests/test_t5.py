@@ -236,7 +236,7 @@ def test_it_learns_the_dialogues_and_its_records_add_up(tuned, tiny, tokenizer):
     prompts, _ = t5.encode_prompts(
         tokenizer, "summarization", [row["dialogue"] for row in rows_of("summarization", "test")[:20]], 512
     )
-    texts = [tokenizer.decode(ids) for ids in t5.continue_batch(untrained, prompts, 30, [1], None)]
+    texts = [tokenizer.decode(ids) for ids, _ in t5.continue_batch(untrained, prompts, 30, [1], None)]
     scores, _ = metrics.score("summarization", texts, [row["reference"] for row in rows[:20]])
     assert scores["metrics"]["rouge1"]["value"] < 10
     assert trained["method"] == content["method"] == "t5-full"

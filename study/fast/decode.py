@@ -6,6 +6,7 @@ every example that is left, goes to the next. A step of few examples is one CUDA
 merged where memory allows (study/model.py), or stay in 4 bits (nf4.py).
 """
 
+import itertools
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -96,14 +97,22 @@ class Choices:
         self.tokens = torch.tensor([[token for token, _ in row] for row in rows], device=device)
         self.children = torch.tensor([[child for _, child in row] for row in rows], device=device)
         self.number = torch.tensor([len(node) for node in self.next], device=device)
+        # An answer is whole where nothing follows, after an end of sequence.
+        self.ends = torch.tensor([[not self.next[child] for _, child in row] for row in rows], device=device)
 
-    def choose(self, logits: torch.Tensor, nodes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The likeliest next tokens [n] that the tree allows at `nodes` [n], and the nodes they lead to."""
-        tokens = self.tokens[nodes]
+    def choose(
+        self, logits: torch.Tensor, nodes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The likeliest next tokens [n] that the tree allows at `nodes` [n], the nodes they lead to, and
+        their shares of the softmax over what is allowed; all ends of sequence are one choice."""
+        tokens, ends = self.tokens[nodes], self.ends[nodes]  # [n, most]
         scores = logits.gather(1, tokens).float()
         outside = torch.arange(tokens.shape[1], device=nodes.device) >= self.number[nodes, None]
         best = scores.masked_fill_(outside, -math.inf).argmax(1, keepdim=True)
-        return tokens.gather(1, best)[:, 0], self.children[nodes].gather(1, best)[:, 0]
+        shares = scores.softmax(1)
+        ended = (shares * ends).sum(1).clamp(max=1)
+        share = torch.where(ends.gather(1, best)[:, 0], ended, shares.gather(1, best)[:, 0])
+        return tokens.gather(1, best)[:, 0], self.children[nodes].gather(1, best)[:, 0], share
 
     def forced(self, node: int) -> list[int] | None:
         """The rest of the answer, if only one is left below `node`."""
@@ -116,13 +125,15 @@ class Choices:
 
 @dataclass
 class Running:
-    """An example at work: its tokens beyond the shared ones, its place in the cache, its answer so far."""
+    """An example at work: its tokens beyond the shared ones, its place in the cache, its answer so far and
+    the product of that answer's shares."""
 
     index: int
     tokens: list[int]
     place: int
     answer: list[int] = field(default_factory=list)
     node: int = 0
+    confidence: float = 1.0
     done: bool = False
 
 
@@ -231,12 +242,14 @@ class Engine:
         kernels.rms_norm(x, self.norm, epsilon, normed, delta)
         return torch.mm(normed, self.head.T)
 
-    def choose(self, logits, nodes) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next tokens [n] by logits [n, vocabulary], and the nodes of `choices` they lead to [n]."""
-        return self.choices.choose(logits, nodes) if self.choices else (logits.argmax(1), nodes)
+    def choose(self, logits, nodes) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """The next tokens [n] by logits [n, vocabulary], the nodes of `choices` they lead to [n], and their
+        shares [n] where there are choices."""
+        return self.choices.choose(logits, nodes) if self.choices else (logits.argmax(1), nodes, None)
 
-    def read(self, examples: Sequence[Running]) -> torch.Tensor:
-        """Fill the cache with the prompts of `examples`. Returns the first tokens of their answers [n]."""
+    def read(self, examples: Sequence[Running]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Fill the cache with the prompts of `examples`. Returns the first tokens of their answers [n] and
+        their shares, as `choose` does."""
         device, shared = self.embedding.device, self.cache.shared
         lengths = np.array([len(example.tokens) for example in examples])
         firsts = np.array([example.place for example in examples])
@@ -254,7 +267,8 @@ class Engine:
             *(ids, positions, places, lambda *layer: self.cache.attend_prompts(*layer, work), last),
             lambda *layer: self.cache.attend_tokens(*layer, firsts, lengths_there),
         )
-        return self.choose(logits, torch.zeros_like(last))[0]
+        tokens, _, shares = self.choose(logits, torch.zeros_like(last))
+        return tokens, shares
 
     def advance(self, count: int) -> None:
         """One step of the first `count` examples in `state`, in place."""
@@ -262,14 +276,17 @@ class Engine:
         logits = self.forward(
             ids, positions, places, lambda *layer: self.cache.attend_tokens(*layer, firsts, lengths)
         )
-        chosen, following = self.choose(logits, nodes)
+        chosen, following, shares = self.choose(logits, nodes)
         ids.copy_(chosen)
         nodes.copy_(following)
+        if shares is not None:
+            self.shares[:count].copy_(shares)
         self.state[1:3, :count] += 1
         lengths += 1
 
-    def step(self, count: int) -> Callable[[], list[int]]:
-        """Begin a step of the `count` examples in `state`. Returns what waits for their next tokens."""
+    def step(self, count: int) -> Callable[[], list[tuple[int, float]]]:
+        """Begin a step of the `count` examples in `state`. Returns what waits for their next tokens and these
+        tokens' shares."""
         padded = self.padded(count)
         self.uses[padded] += 1
         if self.uses[padded] == GRAPH_USES and padded <= GRAPH_MOST and self.state.is_cuda:
@@ -278,13 +295,14 @@ class Engine:
             self.graphs[padded].replay()
         else:
             self.advance(padded)
-        tokens = self.state[0, :count].to("cpu", non_blocking=True, copy=True)
+        columns = [self.state[0], self.shares] if self.choices else [self.state[0]]
+        found = [column[:count].to("cpu", non_blocking=True, copy=True) for column in columns]
         done = torch.cuda.current_stream().record_event() if self.state.is_cuda else None
 
-        def wait() -> list[int]:
+        def wait() -> list[tuple[int, float]]:
             if done:
                 done.synchronize()
-            return tokens.tolist()
+            return listed(*found)
 
         return wait
 
@@ -339,13 +357,15 @@ class Engine:
         ends: Sequence[int],
         allowed: Sequence[list[int]] | None = None,
         most: int | None = None,
-    ) -> Iterator[tuple[int, list[int]]]:
-        """The answer to each of `prompts` (token ids by index) as it comes: (index, tokens with the end).
+    ) -> Iterator[tuple[int, tuple[list[int], float | None]]]:
+        """The answer to each of `prompts` (token ids by index) as it comes: its index, and its tokens with
+        the end and, of `allowed` answers, its confidence.
 
         At most `most` examples are at work at once. Raises torch.OutOfMemoryError.
         """
         waiting = deque(sorted(prompts, key=lambda index: -len(prompts[index])))
-        places = self.prepare(list(prompts.values()), max_new_tokens, allowed, most or len(prompts))
+        choices = Choices(allowed, self.embedding.device) if allowed else None
+        places = self.prepare(list(prompts.values()), max_new_tokens, choices, most or len(prompts))
         shared = self.cache.shared
         print(f"{'':11}{shared:,} shared tokens, room for {self.idle_place - shared:,} others", flush=True)
         active: list[Running] = []
@@ -355,34 +375,38 @@ class Engine:
             free = self.most - len(active)
             fresh = [] if begun else self.admit(prompts, waiting, places, free, not active, max_new_tokens)
             if fresh:
-                tokens = self.read_all(fresh)
+                found = self.read_all(fresh)
             else:
                 least = min((len(example.answer) for example in active), default=0)
                 while (
                     len(begun) < AHEAD and len(active) == len(loaded) and least + len(begun) < max_new_tokens
                 ):
                     begun.append(self.step(len(loaded)))
-                tokens = begun.popleft()()
+                found = begun.popleft()()
             finished = [
                 example
-                for example, token in zip(fresh or loaded, tokens, strict=True)
-                if not example.done and self.accept(example, token, max_new_tokens, ends)
+                for example, (token, share) in zip(fresh or loaded, found, strict=True)
+                if not example.done and self.accept(example, token, share, max_new_tokens, ends)
             ]
             active = [example for example in active + fresh if not example.done]
             places.freed += [example.place for example in finished]
-            yield from ((example.index, example.answer) for example in finished)
+            for example in finished:
+                yield example.index, (example.answer, example.confidence if choices else None)
             if active and not begun and (fresh or len(active) < len(loaded)):
                 self.load(active)
                 loaded = active
 
-    def prepare(self, prompts: Sequence[list[int]], max_new_tokens: int, allowed, most: int) -> Places:
+    def prepare(
+        self, prompts: Sequence[list[int]], max_new_tokens: int, choices: Choices | None, most: int
+    ) -> Places:
         """Make the cache and read what all prompts begin with. Returns the places for what is their own."""
         shared, device = shared_prefix_of_prompts(prompts), self.embedding.device
         lengths = [len(prompt) - shared + max_new_tokens for prompt in prompts]
-        self.choices = Choices(allowed, device) if allowed else None
+        self.choices = choices
         self.make_cache(shared, max(lengths), sum(lengths), max_new_tokens)
         self.most = min(self.most, most, len(prompts))
         self.state = torch.zeros(6, self.most + 64, dtype=torch.long, device=device)
+        self.shares = torch.ones(self.most + 64, device=device)  # of the last tokens in `state`
         if shared:
             self.read([Running(-1, prompts[0][:shared], 0)])
         self.cache.shared = shared
@@ -406,7 +430,7 @@ class Engine:
         places.top, places.freed = before
         return []
 
-    def read_all(self, examples: Sequence[Running]) -> list[int]:
+    def read_all(self, examples: Sequence[Running]) -> list[tuple[int, float]]:
         """`read` in groups of at most `at_once` tokens, without waiting for any but the last."""
         groups, count = [], 0
         for example in examples:
@@ -415,12 +439,17 @@ class Engine:
                 count = 0
             groups[-1].append(example)
             count += len(example.tokens)
-        return torch.cat([self.read(group) for group in groups]).tolist()
+        tokens, shares = zip(*[self.read(group) for group in groups], strict=True)
+        return listed(torch.cat(tokens), torch.cat(shares) if self.choices else None)
 
-    def accept(self, example: Running, token: int, max_new_tokens: int, ends: Sequence[int]) -> bool:
-        """Take over an example's next token. Returns whether its answer is whole, and sets `done`."""
+    def accept(
+        self, example: Running, token: int, share: float, max_new_tokens: int, ends: Sequence[int]
+    ) -> bool:
+        """Take over an example's next token and its share. Returns whether its answer is whole, and sets
+        `done`."""
         example.answer.append(token)
         if self.choices:
+            example.confidence *= share
             example.node = self.choices.next[example.node][token]
             rest = self.choices.forced(example.node)
             if rest is not None:
@@ -429,6 +458,13 @@ class Engine:
                 example.done = True
         example.done = example.done or token in ends or len(example.answer) == max_new_tokens
         return example.done
+
+
+def listed(tokens: torch.Tensor, shares: torch.Tensor | None = None) -> list[tuple[int, float]]:
+    """Tokens [n], each with its share: 1 where nothing was to be chosen among."""
+    return list(
+        zip(tokens.tolist(), itertools.repeat(1.0) if shares is None else shares.tolist(), strict=False)
+    )
 
 
 def shared_prefix_of_prompts(prompts: Sequence[list[int]]) -> int:

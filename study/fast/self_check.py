@@ -375,7 +375,7 @@ def engine_logits(engine, found: Sequence[Witness], together: bool) -> torch.Ten
 
     def choose(logits, nodes):
         seen.append(logits.float())
-        return nodes, nodes  # what follows is given
+        return nodes, nodes, None  # what follows is given
 
     engine.choose = choose
     engine.prepare([one.prompt for one in found], 2, None, len(found))

@@ -56,6 +56,7 @@ class Method:
     trains: bool = False  # on a share of the training examples, and leaves a record of that
     prompted: bool = True  # by prompts.py, whose hash tells its scores apart
     model: str = ""  # what stands for a model where there is no checkpoint
+    confident: bool = False  # gives a probability of each answer, whatever the decoding
     published: bool = False  # a row of every language model in Table 2, run or not
 
     @property
@@ -99,6 +100,7 @@ METHODS = {  # in the order of the tables' rows
         knobs={"epochs": "epochs", "learning_rate": "learning rate"},
         trains=True,
         prompted=False,
+        confident=True,
     ),
     **{
         f"tfidf-{short}": Method(
@@ -157,6 +159,7 @@ SPENT = {  # which need not be there, or are null where they are not known
 OPTIONAL = SPENT | {
     "checkpoint.sha256": str | None,
     "eval.per_example": dict | None,
+    "eval.per_example.confidences": list | None,
     "train.batching.processes": int | None,
     "spent_before": list | None,
 }

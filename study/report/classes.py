@@ -10,7 +10,7 @@ from study import metrics
 from study.intervals import within
 from study.report.cells import Cell, Table, shown
 from study.report.collect import Run
-from study.report.selection import labels_of, note_on, on_everything, tuned
+from study.report.selection import by_method, note_on
 
 MOST = 5  # rows of each model, where not all are asked for
 INVALID = "(invalid)"
@@ -74,11 +74,11 @@ def ends_within(hits: np.ndarray, members: np.ndarray, name: str) -> tuple[float
 
 
 def confusions_of(group: Sequence[Run]) -> dict[str, Confusion]:
-    """Of each column of Table 1 the runs on the largest training share; those of older records, without the
-    answer to each example, give none."""
+    """Of each method the runs on all that it was trained on; those of older records, without the answer to
+    each example, give none."""
     found = {}
-    for label in labels_of(tuned(group)):
-        runs = [run for run in on_everything(group, label) if run.task == "classification" and run.examples]
+    for label, of in by_method(group).items():
+        runs = [run for run in of if run.task == "classification" and run.examples]
         if runs:
             found[label] = Confusion.of([run.scored["per_example"] for run in runs], runs)
     return found

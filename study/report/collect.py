@@ -65,6 +65,15 @@ class Run:
         """What each test example adds to each metric, as a share of 1; empty where `examples` is None."""
         return self.examples.values() if self.examples else {}
 
+    @property
+    def confident(self) -> bool:
+        """Whether it says how sure each answer is."""
+        return bool(self.scored and (self.scored.get("per_example") or {}).get("confidences"))
+
+    @property
+    def should_be_confident(self) -> bool:
+        return self.method.confident or (self.scored or {}).get("decoding") == "constrained"
+
     @cached_property
     def references(self) -> list[str]:
         """The class of each test example; none of summaries."""

@@ -18,6 +18,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from study.records import cost
 from study.records.schema import METHODS, SCORES
+from study.report.calibration import COVERAGES, Confidences, confidences_of
 from study.report.cells import Cell, score_cell
 from study.report.choice import grids
 from study.report.classes import INVALID, Confusion, confusions_of
@@ -71,6 +72,11 @@ def figures(groups: Sequence[tuple], prices: Sequence[dict], published: bool) ->
                     ("confusion matrix, " + name, plot_confusion(found))
                     for name, found in confusions_of(group).items()
                 ),
+                *(
+                    ("reliability of confidence, " + name, plot_reliability(found))
+                    for name, found in confidences_of(group).items()
+                ),
+                ("accuracy over coverage", plot_coverage(confidences_of(group))),
                 ("training loss", plot_loss(group)),
             ):
                 if figure:
@@ -262,6 +268,52 @@ def plot_confusion(found: Confusion):
     axes.set(xlabel="answer", ylabel="reference")
     bar = figure.colorbar(image, ax=axes, ticks=[0, 1, 5, 10, 25, 50, 100], fraction=0.03)
     bar.set_label("% of the reference class" + (f", {seeds} seeds added up" if seeds > 1 else ""))
+    return figure
+
+
+def plot_reliability(found: Confidences):
+    """Accuracy over confidence in bins of equal mass, with intervals, beside the diagonal where both are the
+    same; below, how many answers are so sure."""
+    figure, (axes, below) = plt.subplots(
+        2, 1, figsize=(7, 5.5), height_ratios=(4, 1), sharex=True, layout="constrained"
+    )
+    points = found.reliability()
+    cells = [Cell("", right, ends) for _, right, ends in points]
+    values, bars = bars_of(cells)
+    axes.plot([0, 100], [0, 100], ls="--", lw=1, color="0.5", label="as sure as right")
+    look = {"marker": "o", "ms": 5, "lw": 1, "color": "black", "capsize": 3}
+    count = f"{len(points)} bin{'s' * (len(points) > 1)} of equal mass"
+    seeds = f", {len(found.runs)} seeds together" if len(found.runs) > 1 else ""
+    axes.errorbar([sure for sure, *_ in points], values, bars, label=f"{count}{seeds}", **look)
+    axes.set(ylabel="accuracy (%)", xlim=(-2, 102), ylim=(-2, 102))
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    below.hist(100 * found.sure.ravel(), bins=np.arange(0, 101, 5), color="0.6", edgecolor="white")
+    below.set(xlabel="confidence (%)", ylabel="answers")
+    return figure
+
+
+def plot_coverage(every: dict[str, Confidences]):
+    """Accuracy of the surest answers over their share; intervals at the shares of the table."""
+    if not every:
+        return None
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    styles = zip(cycle(MARKERS), cycle(DASHES), cycle(("black", "0.5")), strict=False)
+    for number, (name, found) in enumerate(every.items()):
+        marker, dash, color = next(styles)
+        axes.plot(*found.curve(), ls=dash, lw=1.2, color=color)
+        values, bars = bars_of(found.kept(share) for share in COVERAGES)
+        look = {"marker": marker, "color": color, "ms": 5, "lw": 1.2}
+        beside = [100 * share - 0.4 * number for share in COVERAGES]  # so that no bar hides another
+        axes.errorbar(beside, values, bars, ls="", capsize=3, **look)
+        axes.plot([], [], ls=dash, label=name, **look)
+    low, high = axes.get_ylim()
+    axes.set(
+        xlabel="answers that are kept, the surest (%); a person gets the rest",
+        ylabel="their accuracy (%)",
+        xlim=(0, 102),
+        ylim=(max(-1, low), min(101, high)),
+    )
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
     return figure
 
 

@@ -64,6 +64,8 @@ def read_predictions(path: Path, content: dict) -> Sequence[dict]:
     kinds = {"parsed": str, "reference": str} | dict.fromkeys(metrics.ROUGE, NUMBER)
     if content["task"] == "classification":
         kinds = {"correct": bool, "parsed": str | None, "reference": str}
+        if any("confidence" in row for row in rows if isinstance(row, dict)):
+            kinds["confidence"] = NUMBER
     whole = len(rows) == content["eval"]["examples"] > 0 and all(
         isinstance(row, dict)
         and all(key in row and isinstance(row[key], kind) for key, kind in kinds.items())

@@ -67,6 +67,17 @@ def on_everything(group: Iterable[Run], label: str) -> list[Run]:
     return [run for run in ours if run.share == max(run.share for run in ours)]
 
 
+def by_method(group: Iterable[Run]) -> dict[str, list[Run]]:
+    """The runs of each column of Table 1 on the largest training share, and those of each model that was not
+    trained, by its name and method."""
+    group = list(group)
+    found = {label: on_everything(group, label) for label in labels_of(tuned(group))}
+    for run in group:
+        if not run.method.trains:
+            found.setdefault(f"{run.model}, {run.method.title}", []).append(run)
+    return found
+
+
 def by_examples(of: Iterable[Run]) -> dict[int, list[Run]]:
     """Runs that were trained and scored by the number of their training examples, ascending."""
     points = {}

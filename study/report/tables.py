@@ -9,6 +9,7 @@ import numpy as np
 from study import intervals
 from study.records import cost
 from study.records.schema import FEW, METHODS, SCORES, lookup
+from study.report.calibration import calibration_tables
 from study.report.cells import Cell, Table, duration, percent, score_cell
 from study.report.choice import lora_tables
 from study.report.classes import MOST, class_tables
@@ -16,6 +17,7 @@ from study.report.collect import Run
 from study.report.compare import difference
 from study.report.forecast import forecast_table
 from study.report.selection import (
+    by_method,
     labels_of,
     models_of,
     note_on,
@@ -86,10 +88,7 @@ def share_table(task: str, group: Sequence[Run], reference: Reference) -> Table:
 def cheapest_of_the_best(task: str, group: Sequence[Run], reference: Reference) -> str:
     """A sentence: which of all methods is the best, and which that is not shown to be worse the cheapest."""
     metric = next(iter(SCORES[task]))
-    settings = {label: on_everything(group, label) for label in labels_of(tuned(group))}
-    for run in group:
-        if not run.method.trains:
-            settings.setdefault(f"{run.model}, {run.method.title}", []).append(run)
+    settings = by_method(group)
     cells = {name: score_cell(of, metric) for name, of in settings.items()}
     cells = {name: cell for name, cell in cells.items() if cell.value is not None}
     if len(cells) < 2:
@@ -264,9 +263,9 @@ def all_tables(
         ours.append(method_table(task, group, reference))
         ours += [model_table(task, group, reference)] if task == "summarization" else []
         ours += [table for table in class_tables(group, most) if table.rows]
-        forecast = forecast_table(task, group)
-        ours += [forecast] if forecast.rows else []
-        ours[0].note += forecast.note * (not forecast.rows)
+        more = [*calibration_tables(group), forecast_table(task, group)]
+        ours += [table for table in more if table.rows]
+        ours[0].note += "".join(table.note for table in more if not table.rows)
         ours += lora_tables(task, group)
         ours += [spread_table(task, group, reference)] if spread else []
         counts = {f"{run.scored['examples']:,} {run.config['split']}" for run in group if run.scored}
