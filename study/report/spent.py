@@ -52,8 +52,8 @@ def training_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
                     mean_cell(done, lambda run: total_usd(run, prices), cost.usd_text),
                 )
     table.note = (
-        "Time is of the whole process; loading includes imports, evaluation its own loading where the base was "
-        "not there from the one before. Cost is time by the hourly price; that of training includes its loading."
+        "Time is of the whole process; loading includes imports, evaluation its own loading, where none before "
+        "has loaded the base. Cost is time by the hourly price; that of training includes its loading."
     )
     return table
 
