@@ -142,6 +142,13 @@ def add_data_flags(parser: argparse.ArgumentParser, task: str | None, kind: str)
             metavar="FILE",
             help=f"the {split} split: .jsonl .json .csv or .parquet, plain or .gz (from --dataset)",
         )
+    for split, more in (("test", ", the same in every run"), ("validation", ", which no run trains on")):
+        add(
+            f"--{split}_fraction",
+            type=part,
+            metavar="F",
+            help=f"the share of each class of train that becomes a {split} split where there is none{more}",
+        )
     add("--text_column", default="text", help="column of the texts to classify (%(default)s)")
     add("--label_column", default="label", help="column of their classes (%(default)s)")
     add("--dialogue_column", default="dialogue", help="column of the dialogues to summarize (%(default)s)")
@@ -348,6 +355,11 @@ def parse_args(
         args.method = args.method or CHEAP[args.task][0]
         if args.method not in CHEAP[args.task]:
             parser.error(f"--method {args.method}: for {args.task} it is {' or '.join(CHEAP[args.task])}")
+    for split in ("test", "validation"):
+        if getattr(args, f"{split}_file") and getattr(args, f"{split}_fraction"):
+            parser.error(
+                f"--{split}_fraction takes a share of train, --{split}_file names another split: give one"
+            )
     lora = sorted({"lora_r", "lora_alpha", "dropout"} & {*args.given})
     if args.kind == "t5" and args.tuning == "full" and lora:
         parser.error(f"--{lora[0]} goes with --tuning lora")
@@ -401,6 +413,13 @@ def fraction(word: str) -> float:
     number = float(word)
     if not 0 < number <= 1:
         raise argparse.ArgumentTypeError(f"{word} is not in (0, 1]")
+    return number
+
+
+def part(word: str) -> float:
+    number = float(word)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{word} is not in (0, 1)")
     return number
 
 

@@ -23,6 +23,7 @@ COLUMNS = {
     "classification": ("text_column", "label_column"),
     "summarization": ("dialogue_column", "summary_column"),
 }
+HOLDABLE = ("test", "validation")  # by --test_fraction and --validation_fraction
 # What changes how a label looks though it can't be seen alone: joiners between letters that they shape
 # (Arabic, Indic) or emoji, and the tags of a flag.
 SHAPING = re.compile(
@@ -38,7 +39,9 @@ IGNORABLE = re.compile(
 class Split:
     """The examples of one split. `numbers` are their rows in the source as errors name them, from 1 (lines of
     JSON lines), `places` the same from 0 without counting blank lines; `available` counts what a sample was
-    taken from; `overlap` counts the train texts that also occur in test."""
+    taken from; `overlap` counts the train texts that also occur in test. `fraction` is the share of the train
+    file that became this split, `alone` how many classes of one row it left there, and `held_out` what became
+    of a train split in that way."""
 
     source: str
     examples: list[tuple[str, str]]
@@ -47,44 +50,62 @@ class Split:
     dropped: Counter = field(default_factory=Counter)
     overlap: int | None = None
     available: int | None = None
+    fraction: float | None = None
+    alone: int = 0
+    held_out: dict[str, dict] = field(default_factory=dict)
 
     def __post_init__(self):
         self.places = self.places or [number - 1 for number in self.numbers]
 
     def describe(self) -> dict:
         """What a record says of a split. `sha256` covers the examples as they are used."""
-        rows = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in self.examples)
         return {
             "source": self.source,
             "rows": len(self.examples),
             "available": self.available or len(self.examples),
             "dropped": dict(self.dropped),
             **({} if self.overlap is None else {"also_in_test": self.overlap}),
-            "sha256": hashlib.sha256(rows.encode("utf-8", "surrogatepass")).hexdigest(),
+            **({} if self.fraction is None else {"fraction": self.fraction}),
+            **({"held_out": self.held_out} if self.held_out else {}),
+            "sha256": self.sha256(),
         }
+
+    def sha256(self) -> str:
+        rows = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in self.examples)
+        return hashlib.sha256(rows.encode("utf-8", "surrogatepass")).hexdigest()
 
     def keep(self, indices: Sequence[int]) -> "Split":
         columns = {name: getattr(self, name) for name in ("examples", "numbers", "places")}
         return replace(self, **{name: [column[i] for i in indices] for name, column in columns.items()})
 
 
-def load(args: argparse.Namespace, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Split]:
+def load(
+    args: argparse.Namespace, names: Sequence[str], optional: Sequence[str] = (), trained: dict | None = None
+) -> dict[str, Split]:
     """The splits `names` of the data that the flags name, cleaned; sampling comes after (`sample_train`,
     `sample_eval`).
 
     A split of `optional` that the flags do not name is left out. With both train and test, texts of train
-    that also occur in test are counted, and dropped by --drop_overlap. Raises UserError for everything that
-    is wrong with a file.
+    that also occur in test are counted, and dropped by --drop_overlap. What --test_fraction and
+    --validation_fraction hold out of train is what the record `trained` says, if that is given. Raises
+    UserError for everything that is wrong with a file.
     """
-    columns = {f"--{flag}": getattr(args, flag) for flag in COLUMNS[args.task]}
+    shares = {name: share for name in HOLDABLE if (share := getattr(args, f"{name}_fraction"))}
     splits: dict[str, Split] = {}
-    for name in (*names, *optional):
+    for name in dict.fromkeys(["train"] * bool(shares) + [*names, *optional]):
+        if name in shares:
+            continue
         try:
-            source, rows = source_of(args, name, columns)
-            splits[name] = clean(source, rows, columns, args.task, unlabelled(source))
+            splits[name] = read_split(args, name)
         except NoSource:
-            if name in names:
+            if name in names or name == "train":
                 raise
+    for name, share in shares.items():
+        refuse_another(args, name)
+        splits["train"], splits[name] = hold_out(splits["train"], name, share, args.task)
+        if trained and name in names:
+            check_held_out(splits[name], name, trained)
+    splits = {name: split for name, split in splits.items() if name in (*names, *optional)}
     if {"train", "test"} <= splits.keys():
         drop_overlap(splits, args.drop_overlap)
     elif args.drop_overlap and "train" in splits:
@@ -97,6 +118,16 @@ def load(args: argparse.Namespace, names: Sequence[str], optional: Sequence[str]
     return splits
 
 
+def read_split(args: argparse.Namespace, name: str) -> Split:
+    columns = columns_of(args)
+    source, rows = source_of(args, name, columns)
+    return clean(source, rows, columns, args.task, unlabelled(source))
+
+
+def columns_of(args: argparse.Namespace) -> Columns:
+    return {f"--{flag}": getattr(args, flag) for flag in COLUMNS[args.task]}
+
+
 def source_of(args: argparse.Namespace, split: str, columns: Columns) -> tuple[str, Iterator[Row]]:
     """Where a split lies, as a record names it, and its rows."""
     file = getattr(args, f"{split}_file")
@@ -106,7 +137,8 @@ def source_of(args: argparse.Namespace, split: str, columns: Columns) -> tuple[s
         args.train_file or args.test_file or args.validation_file
     ):
         raise NoSource(
-            f"--{split}_file is needed: the other split is a local file, and --dataset names no other source"
+            f"--{split}_file is needed{or_a_share(split)}: the other split is a local file, and --dataset "
+            "names no other source"
         )
     path = Path(args.dataset)
     if path.is_dir():
@@ -116,6 +148,7 @@ def source_of(args: argparse.Namespace, split: str, columns: Columns) -> tuple[s
         if split != "train":
             raise NoSource(
                 f"--dataset {path} is one file, the train split: name the {split} split with --{split}_file"
+                + or_a_share(split)
             )
         return str(path), read_file(path, "--dataset", columns)
     if (
@@ -125,6 +158,10 @@ def source_of(args: argparse.Namespace, split: str, columns: Columns) -> tuple[s
     ):
         raise UserError(f"--dataset {args.dataset}: there is no such file or folder")
     return f"{args.dataset} ({split})", read_hub(args.dataset, split, columns)
+
+
+def or_a_share(split: str) -> str:
+    return f", or --{split}_fraction, which takes a share of train" if split in HOLDABLE else ""
 
 
 def unlabelled(source: str) -> str | None:
@@ -147,6 +184,7 @@ def find_in_folder(folder: Path, split: str) -> Path:
     if not found:
         raise NoSource(
             f"--dataset {folder} holds no {split} file ({split}.jsonl, say): name it with --{split}_file"
+            + or_a_share(split)
         )
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
@@ -276,6 +314,67 @@ def drop_overlap(splits: dict[str, Split], drop: bool) -> None:
     splits["train"].overlap = shared
 
 
+def refuse_another(args: argparse.Namespace, name: str) -> None:
+    """Raise UserError where the flags name a split `name` beside the share of train that should become it."""
+    try:
+        source, rows = source_of(args, name, columns_of(args))
+        next(rows, None)
+    except NoSource:
+        return
+    flag = f"--{name}_fraction {getattr(args, f'{name}_fraction'):g}"
+    raise UserError(f"{flag}: there is a {name} split already, {source}: leave the flag out")
+
+
+def hold_out(train: Split, name: str, share: float, task: str) -> tuple[Split, Split]:
+    """What is left of `train`, and the `share` of each of its classes (of all, for summaries) that becomes
+    the split `name`: the texts with the smallest hashes, whatever the seed and the order of rows. Equal texts
+    of a class stay together.
+
+    A class of one row stays in train and is no part of a test split. Raises UserError for any other that
+    would be left without an example here or there.
+    """
+    strata: dict[str, list[tuple[str, int]]] = {}
+    for i, (text, label) in enumerate(train.examples):
+        order = hashlib.sha256(f"{name} {' '.join(text.split())}".encode()).hexdigest()
+        strata.setdefault(label if task == "classification" else "", []).append((order, i))
+    alone = [label for label, rows in strata.items() if len(rows) == 1 and name == "test"]
+    taken, lacking = [], {name: [], "train": []}
+    for label in strata.keys() - {*alone}:
+        rows = sorted(strata[label])
+        count = round_half_up(share * len(rows))
+        while 0 < count < len(rows) and rows[count][0] == rows[count - 1][0]:
+            count += 1
+        for side, left in ((name, count), ("train", len(rows) - count)):
+            if not left:
+                lacking[side].append(f'"{label}" ({len(rows):,})' if label else f"all {len(rows):,}")
+        taken += [i for _, i in rows[:count]]
+    for side, labels in lacking.items():
+        if labels:
+            raise UserError(
+                f"--{name}_fraction {share:g} of {train.source} leaves no {side} example of these classes "
+                f"(rows): {', '.join(sorted(labels))}: give a "
+                f"{'larger' if side == name else 'smaller'} share, or them more rows"
+            )
+    if not taken:
+        raise UserError(f"--{name}_fraction {share:g}: every class of {train.source} has one row only")
+    left = sorted({*range(len(train.examples))} - {*taken})
+    part = replace(
+        train.keep(sorted(taken)), dropped=Counter(), held_out={}, fraction=share, alone=len(alone)
+    )
+    held_out = train.held_out | {name: {"rows": len(taken), "sha256": part.sha256()}}
+    return replace(train.keep(left), held_out=held_out), part
+
+
+def check_held_out(split: Split, name: str, trained: dict) -> None:
+    """Raise UserError unless the training of the record `trained` held out what is in `split` now."""
+    before = trained["data"]["train"].get("held_out", {}).get(name, {})
+    if before.get("sha256") != split.sha256():
+        raise UserError(
+            f"--{name}_fraction {split.fraction:g} of {split.source} are other rows than the training held "
+            "out: put back the file that it read, or train again with --force"
+        )
+
+
 def sample_train(split: Split, args: argparse.Namespace) -> Split:
     """--max_train_samples, then --train_sample_fraction of each class (of all, for summaries), by --seed.
 
@@ -340,9 +439,15 @@ def choose(count: int, limit: int | None, seed: int) -> list[int]:
 
 
 def say_split(name: str, split: Split, used: Split) -> str:
-    """One line on a split: rows used, rows of its source, rows dropped and why, and train texts that occur in
-    test."""
+    """One line on a split: rows used, rows of its source, rows held out, dropped and why, and train texts
+    that occur in test."""
+    if split.fraction:
+        alone = f"; classes of one row, which stay in train: {split.alone:,}" if split.alone else ""
+        share = f"--{name}_fraction {split.fraction:g} of {split.source}, the same in every run{alone}"
+        return f"{name:<11}{len(used.examples):,} of {len(split.examples):,} rows: {share}"
+    held_out = "".join(f", {part['rows']:,} held out for {other}" for other, part in split.held_out.items())
     dropped = "".join(f", {count:,} dropped: {reason}" for reason, count in split.dropped.items())
     overlap = f", {split.overlap:,} texts occur in test too" if split.overlap else ""
-    count = f"{len(used.examples):,} of {len(split.examples) + split.dropped.total():,} rows"
-    return f"{name:<11}{count} of {split.source}{dropped}{overlap}"
+    held = sum(part["rows"] for part in split.held_out.values())
+    count = f"{len(used.examples):,} of {len(split.examples) + split.dropped.total() + held:,} rows"
+    return f"{name:<11}{count} of {split.source}{held_out}{dropped}{overlap}"

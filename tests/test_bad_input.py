@@ -183,6 +183,11 @@ def test_a_test_class_that_training_never_saw_stops_inference_and_names_the_row(
         (["--train_sample_fraction", "nan"], "--train_sample_fraction: nan is not in (0, 1]"),
         (["--train_sample_fraction", "half"], "--train_sample_fraction: invalid fraction value: 'half'"),
         (["--dropout", "1"], "--dropout: 1 is not in [0, 1)"),
+        (["--test_fraction", "1"], "--test_fraction: 1 is not in (0, 1)"),
+        (
+            ["--test_fraction", "0.1"],
+            "--test_fraction takes a share of train, --test_file names another split",
+        ),
         (["--epochs", "0"], "--epochs: 0 is not 1 or more"),
         (["--lora-r", "2.5"], "--lora_r: invalid positive_int value: '2.5'"),
         (["--learning_rate", "inf"], "--learning_rate: inf is not above 0"),

@@ -608,6 +608,148 @@ def test_drop_overlap_that_would_leave_nothing_is_refused(tmp_path):
         data.load(flags("--train_file", path, "--test_file", path, "--drop_overlap"), ["train", "test"])
 
 
+# Shares of train that become another split
+
+
+def one_file(folder: Path, **counts: int) -> Path:
+    return write_rows(
+        folder / "posts.jsonl",
+        [dict(zip(("text", "label"), pair, strict=True)) for pair in classes(**counts).examples],
+    )
+
+
+@pytest.mark.parametrize("name", ["test", "validation"])
+@pytest.mark.parametrize("by", ["--train_file", "--dataset"])
+def test_a_share_of_one_file_becomes_a_split_that_train_lacks(tmp_path, name, by):
+    path = one_file(tmp_path, a=40, b=100)
+    whole = data.load(flags(by, path), ["train"])["train"]
+    splits = data.load(flags(by, path, f"--{name}_fraction", 0.2), ["train", name])
+    assert Counter(label for _, label in splits[name].examples) == {"a": 8, "b": 20}
+    both = splits["train"].examples + splits[name].examples
+    assert sorted(both) == sorted(whole.examples)
+    assert splits[name].describe()["fraction"] == 0.2
+    held_out = {"rows": 28, "sha256": splits[name].describe()["sha256"]}
+    assert splits["train"].describe()["held_out"] == {name: held_out}
+    assert whole.describe().keys() & {"fraction", "held_out"} == set()
+
+
+def test_the_share_is_the_same_whatever_the_seed_the_samples_and_the_order_of_rows(tmp_path):
+    path = one_file(tmp_path, a=40, b=100)
+    words = ("--train_file", path, "--test_fraction", 0.25)
+    first = data.load(flags(*words), ["test"])["test"]
+    more = (
+        "--seed",
+        7,
+        "--train_sample_fraction",
+        0.5,
+        "--max_train_samples",
+        50,
+        "--validation_fraction",
+        0.1,
+    )
+    assert data.load(flags(*words, *more), ["train", "test"])["test"].examples == first.examples
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    assert data.load(flags(*words), ["test"])["test"].examples == first.examples[::-1]
+
+
+def test_two_shares_and_train_have_no_example_in_common(tmp_path):
+    words = (
+        "--train_file",
+        one_file(tmp_path, a=40, b=100),
+        "--test_fraction",
+        0.2,
+        "--validation_fraction",
+        0.25,
+    )
+    splits = data.load(flags(*words), ["train", "test", "validation"])
+    assert {name: len(split.examples) for name, split in splits.items()} == {
+        "train": 84,
+        "test": 28,
+        "validation": 28,
+    }
+    assert len({pair for split in splits.values() for pair in split.examples}) == 140
+    assert set(splits["train"].describe()["held_out"]) == {"test", "validation"}
+    assert list(data.load(flags(*words), ["train"], optional=["test"])) == ["train", "test"]
+
+
+def test_equal_texts_are_not_torn_apart(tmp_path):
+    rows = [{"text": f"{' ' * (i % 2)}text  {i // 4}", "label": "ab"[i // 4 % 2]} for i in range(80)]
+    args = flags("--train_file", write_rows(tmp_path / "t.jsonl", rows), "--test_fraction", 0.3)
+    splits = data.load(args, ["train", "test"])
+    assert splits["train"].overlap == 0
+    assert len(splits["test"].examples) == 24
+
+
+def test_summaries_are_held_out_as_one_class(tmp_path):
+    rows = [{"dialogue": f"A: {i}", "summary": f"s {i}"} for i in range(10)]
+    args = flags(
+        "--train_file",
+        write_rows(tmp_path / "d.jsonl", rows),
+        "--validation_fraction",
+        0.3,
+        task="summarization",
+    )
+    assert len(data.load(args, ["validation"])["validation"].examples) == 3
+
+
+@pytest.mark.parametrize("name", ["test", "validation"])
+def test_a_share_beside_a_split_of_that_name_is_refused(tmp_path, name):
+    for split in ("train", name):
+        write_rows(tmp_path / f"{split}.jsonl", ROWS)
+    with pytest.raises(
+        UserError, match=rf"--{name}_fraction 0.5: there is a {name} split already, .*{name}.jsonl"
+    ):
+        data.load(flags("--dataset", tmp_path, f"--{name}_fraction", 0.5), ["train"])
+
+
+def test_a_share_beside_a_split_of_the_hub_is_refused(monkeypatch):
+    monkeypatch.setattr(data, "read_hub", lambda name, split, columns: enumerate(ROWS, 1))
+    with pytest.raises(
+        UserError, match=r"--test_fraction 0.5: there is a test split already, somebody/posts \(test"
+    ):
+        data.load(flags("--dataset", "somebody/posts", "--test_fraction", 0.5), ["train"])
+
+
+@pytest.mark.parametrize(
+    ("share", "counts", "message"),
+    [
+        (
+            0.1,
+            {"a": 40, "b": 3, "c": 1},
+            r'no validation example .*: "b" \(3\), "c" \(1\): give a larger share',
+        ),
+        (0.9, {"a": 40, "b": 3, "c": 1}, r'no train example .*: "b" \(3\), "c" \(1\): give a smaller share'),
+    ],
+)
+def test_a_share_that_would_leave_a_class_empty_is_refused_with_all_such_classes(
+    tmp_path, share, counts, message
+):
+    args = flags("--train_file", one_file(tmp_path, **counts), "--validation_fraction", share)
+    with pytest.raises(UserError, match=message):
+        data.load(args, ["train"])
+
+
+def test_a_class_of_one_row_stays_in_train_and_is_said(tmp_path):
+    splits = data.load(
+        flags("--train_file", one_file(tmp_path, a=40, b=20, c=1), "--test_fraction", 0.1), ["train", "test"]
+    )
+    assert data.labels_of(splits["train"]) == ["a", "b", "c"]
+    line = data.say_split("test", splits["test"], splits["test"])
+    assert line.startswith("test       6 of 6 rows: --test_fraction 0.1 of ")
+    assert line.endswith("posts.jsonl, the same in every run; classes of one row, which stay in train: 1")
+    assert ", 6 held out for test" in data.say_split("train", splits["train"], splits["train"])
+
+
+def test_a_share_that_is_not_what_a_training_held_out_is_refused(tmp_path):
+    path = one_file(tmp_path, a=40, b=20)
+    args = flags("--train_file", path, "--test_fraction", 0.1)
+    trained = {"data": {"train": data.load(args, ["train"])["train"].describe()}, "labels": ["a", "b"]}
+    assert len(data.load(args, ["test"], trained=trained)["test"].examples) == 6
+    path.write_text(path.read_text().replace("a 1", "changed 1"))
+    with pytest.raises(UserError, match="other rows than the training held out"):
+        data.load(args, ["test"], trained=trained)
+
+
 # Samples
 
 

@@ -1,5 +1,6 @@
 """Run names, records and what they survive: full disks, kills, failures, other settings."""
 
+import argparse
 import contextlib
 import errno
 import fcntl
@@ -26,7 +27,7 @@ from study.device import Process
 from study.errors import UserError
 from study.files import write_text
 from study.records import cost, estimate, record, runs, summary
-from study.records.schema import METHODS
+from study.records.schema import LATER, METHODS, settings_of
 
 CLASSIFICATION = "experiments/classification-sampleFraction-1.0_epochs-5_rank-8_dropout-0.1_seed-42"
 SUMMARIZATION = "experiments/summarization-sampleFraction-1.0_epochs-1_rank-64_dropout-0.1_seed-42"
@@ -138,6 +139,8 @@ SETTINGS = [  # every flag that changes what a training learns
     "--dialogue_column chat",
     "--summary_column short",
     "--drop_overlap",
+    "--test_fraction 0.2",
+    "--validation_fraction 0.2",
     "--max_train_samples 9",
     "--max_seq_length 99",
     "--max_new_tokens 9",
@@ -197,6 +200,17 @@ def test_the_same_flags_make_the_same_name_however_they_are_written():
 def test_the_test_file_counts_where_training_drops_its_overlap():
     names = [run_name("--drop_overlap", "--test_file", file) for file in ("a.jsonl", "b.jsonl")]
     assert names[0] != names[1]
+
+
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_flags_that_are_newer_than_a_record_leave_its_hash(part):
+    found = [record.read(path) for path in (ROOT / "results").rglob(f"{part}.json")]
+    for content in found:
+        args, settings = runs.flags_of(content), settings_of(content["method"], part)
+        assert record.hash_of_settings(args, settings) == content["config_hash"]
+        plain = vars(runs.flags_of(content)) | dict.fromkeys(LATER)
+        assert record.hash_of_settings(argparse.Namespace(**plain), settings) == content["config_hash"]
+    assert found
 
 
 # Files
@@ -892,6 +906,13 @@ def test_inference_takes_over_the_settings_of_the_training(tmp_path, trained):
     assert args.experiment_dir == str(tmp_path / "run")
 
 
+def test_inference_takes_over_what_the_training_held_out_unless_a_file_is_given_instead(tmp_path):
+    make_record(tmp_path / "train.json", "--test_fraction", 0.1, "--validation_fraction", 0.2)
+    args = settings_for(tmp_path)
+    assert (args.test_fraction, args.validation_fraction) == (0.1, 0.2)
+    assert settings_for(tmp_path, "--test_file", "c.jsonl").test_fraction is None
+
+
 @pytest.mark.parametrize(
     ("words", "price"),
     [("", (2.5, "A10G")), ("--price_per_hour 3", (3.0, None)), ("--gpu_name H100", (None, "H100"))],
@@ -925,6 +946,8 @@ def test_inference_on_another_device_than_the_trainings_leaves_its_price_and_say
         "--learning_rate 1e-3",
         "--batch_size 4",
         "--loss_on all",
+        "--test_fraction 0.1",
+        "--validation_fraction 0.1",
     ],
 )
 def test_an_inference_flag_that_contradicts_the_training_is_refused_by_name(tmp_path, trained, words):

@@ -12,7 +12,7 @@ from study.device import Process
 from study.errors import UserError
 from study.records import cost, runs
 from study.records.record import locked, read, read_whole, recording, status
-from study.records.schema import METHODS, PARTS, lookup, part_of
+from study.records.schema import HELD_OUT, METHODS, PARTS, lookup, part_of
 
 
 def say_dry_run(path: Path, args: argparse.Namespace, method: str, process: Process) -> None:
@@ -138,10 +138,12 @@ def median_of(records: Sequence[dict], measure: Callable[[dict], float]) -> floa
 
 def available(args: argparse.Namespace, records: Sequence[dict], split: str, flag: str) -> int | None:
     """How many examples the split has that the flags name, as a record of it says."""
-    source = getattr(args, flag), args.dataset
+    names = [flag, "dataset", *HELD_OUT]
+    if any(getattr(args, name) for name in HELD_OUT):
+        names.append("train_file")
     for content in records:
         rows = lookup(content, f"data.{split}.available")
-        if (content["config"].get(flag), content["config"].get("dataset")) == source and rows:
+        if rows and all(content["config"].get(name) == getattr(args, name) for name in names):
             return rows
     return None
 

@@ -14,7 +14,7 @@ from study import cli, device
 from study.errors import UserError
 from study.records import cost
 from study.records.record import read, short_hash, status
-from study.records.schema import METHODS, SCORING, check, lookup, part_of, settings_of
+from study.records.schema import HELD_OUT, LATER, METHODS, SCORING, check, lookup, part_of, settings_of
 
 
 def changed(args: argparse.Namespace, names: Iterable[str], plain: dict) -> dict:
@@ -164,7 +164,9 @@ def check_same(
     other = [
         f"--{name} {config.get(name)}, not {getattr(args, name)}"
         for name in settings
-        if hasattr(args, name) and name in config and config.get(name) != getattr(args, name)
+        if hasattr(args, name)
+        and (name in config or name in LATER)
+        and config.get(name) != getattr(args, name)
     ]
     if other:
         raise UserError(f"{where} belongs to a run with {'; '.join(other)}: {mend}")
@@ -216,8 +218,8 @@ def finished_training(folder: Path, args: argparse.Namespace) -> dict:
 
 def learned_with(trained: dict) -> list[str]:
     """The settings of a training that an evaluation of it can't have otherwise: not those of the texts, which
-    it may read elsewhere."""
-    return [name for name in METHODS[trained["method"]].settings if name not in SCORING]
+    it may read elsewhere, but which of them it never saw."""
+    return [name for name in METHODS[trained["method"]].settings if name not in SCORING or name in HELD_OUT]
 
 
 def with_settings_of(trained: dict, args: argparse.Namespace) -> argparse.Namespace:
@@ -225,6 +227,8 @@ def with_settings_of(trained: dict, args: argparse.Namespace) -> argparse.Namesp
     settings = {*METHODS[trained["method"]].settings, "test_file", "validation_file"}
     if not has_other_price(trained, args):
         settings |= {"price_per_hour", "gpu_name"}
+    if f"{args.split}_file" in args.given:  # instead of what the training held out
+        settings -= {f"{args.split}_fraction"}
     taken = {name: trained["config"][name] for name in settings - {*args.given} if name in trained["config"]}
     return argparse.Namespace(**vars(args) | taken)
 

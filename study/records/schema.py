@@ -25,7 +25,10 @@ FEW = 40  # test examples, below which intervals are rough
 READ = (  # what a model reads, in training and scoring alike
     *("pretrained_ckpt", "dataset", "train_file", "text_column", "label_column", "dialogue_column"),
     *("summary_column", "drop_overlap", "max_train_samples", "max_seq_length", "max_new_tokens"),
+    *("test_fraction", "validation_fraction"),
 )
+HELD_OUT = ("test_fraction", "validation_fraction")  # what becomes another split, so that no one trains on it
+LATER = HELD_OUT  # settings that older records lack; unset they add nothing to a hash
 WORDS = tuple(  # of methods without a checkpoint
     name for name in READ if name not in {"pretrained_ckpt", "max_seq_length", "max_new_tokens"}
 )
