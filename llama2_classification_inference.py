@@ -27,7 +27,6 @@ def main(process: device.Process) -> None:
     splits = data.load(args, [args.split], trained=trained)
     test = data.sample_eval(splits[args.split], args)
     described = {args.split: test.describe()}
-    data.check_labels(test, trained["labels"])
     with record.locked(folder, process):
         content = runs.find_finished(path, args, METHOD, described, trained)
         if content:

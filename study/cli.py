@@ -151,6 +151,17 @@ def add_data_flags(parser: argparse.ArgumentParser, task: str | None, kind: str)
         )
     add("--text_column", default="text", help="column of the texts to classify (%(default)s)")
     add("--label_column", default="label", help="column of their classes (%(default)s)")
+    add(
+        "--merge_labels",
+        action="store_true",
+        default=None,  # as in older records
+        help="take classes that differ only in case or white space as one, by its most frequent spelling",
+    )
+    add(
+        "--unseen_labels",
+        choices=("drop", "keep"),
+        help="rows to score whose class train lacks: leave them out, or count them as wrong (refused)",
+    )
     add("--dialogue_column", default="dialogue", help="column of the dialogues to summarize (%(default)s)")
     add("--summary_column", default="summary", help="column of their summaries (%(default)s)")
     add("--drop_overlap", action="store_true", help="drop the train texts that also occur in test")

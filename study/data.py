@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from study import classes
+from study.classes import looks
 from study.cli import DEFAULTS
 from study.errors import UserError
 from study.files import FORMATS, Columns, NoSource, Row, bare_suffix, no_column, read_file, read_hub
@@ -24,24 +26,15 @@ COLUMNS = {
     "summarization": ("dialogue_column", "summary_column"),
 }
 HOLDABLE = ("test", "validation")  # by --test_fraction and --validation_fraction
-# What changes how a label looks though it can't be seen alone: joiners between letters that they shape
-# (Arabic, Indic) or emoji, and the tags of a flag.
-SHAPING = re.compile(
-    "(?<=[^\u0000-\u05ff])[\u200c\u200d](?=[^\u0000-\u05ff\u2000-\u206f])|\U0001f3f4[\U000e0020-\U000e007f]+"
-)
-# Unicode's Default_Ignorable_Code_Point as far as they are letters or marks, and the blank of braille.
-IGNORABLE = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
-)
 
 
 @dataclass
 class Split:
     """The examples of one split. `numbers` are their rows in the source as errors name them, from 1 (lines of
     JSON lines), `places` the same from 0 without counting blank lines; `available` counts what a sample was
-    taken from; `overlap` counts the train texts that also occur in test. `fraction` is the share of the train
-    file that became this split, `alone` how many classes of one row it left there, and `held_out` what became
-    of a train split in that way."""
+    taken from; `overlap` counts the train texts that also occur in test; `merged` the rows whose class was
+    spelled otherwise, by class and spelling. `fraction` is the share of train that became this split, `alone`
+    how many classes of one row stayed there, and `held_out` what became of a train split in that way."""
 
     source: str
     examples: list[tuple[str, str]]
@@ -50,6 +43,7 @@ class Split:
     dropped: Counter = field(default_factory=Counter)
     overlap: int | None = None
     available: int | None = None
+    merged: dict[str, dict[str, int]] = field(default_factory=dict)
     fraction: float | None = None
     alone: int = 0
     held_out: dict[str, dict] = field(default_factory=dict)
@@ -65,6 +59,7 @@ class Split:
             "available": self.available or len(self.examples),
             "dropped": dict(self.dropped),
             **({} if self.overlap is None else {"also_in_test": self.overlap}),
+            **({"merged": self.merged} if self.merged else {}),
             **({} if self.fraction is None else {"fraction": self.fraction}),
             **({"held_out": self.held_out} if self.held_out else {}),
             "sha256": self.sha256(),
@@ -110,18 +105,19 @@ def load(
         drop_overlap(splits, args.drop_overlap)
     elif args.drop_overlap and "train" in splits:
         raise UserError("--drop_overlap: there is no test split to compare with: name it with --test_file")
-    if "train" in splits and args.task == "classification":
-        labels = labels_of(splits["train"])
-        check_looks(splits["train"])
-        for split in splits.values():
-            check_labels(split, labels)
+    if args.task == "classification" and (trained or "train" in splits):
+        labels = trained["labels"] if trained else labels_of(splits["train"])
+        for name in splits.keys() - {"train"}:
+            splits[name] = classes.fit(splits[name], labels, args.merge_labels, args.unseen_labels)
     return splits
 
 
 def read_split(args: argparse.Namespace, name: str) -> Split:
     columns = columns_of(args)
     source, rows = source_of(args, name, columns)
-    return clean(source, rows, columns, args.task, unlabelled(source))
+    split = clean(source, rows, columns, args.task, unlabelled(source))
+    train = name == "train" and args.task == "classification"
+    return classes.one_spelling(split, args.merge_labels) if train else split
 
 
 def columns_of(args: argparse.Namespace) -> Columns:
@@ -244,58 +240,11 @@ def cell(row: dict, flag: str, columns: Columns, where: str) -> str:
 
 
 def labels_of(split: Split) -> list[str]:
-    """The classes of the train split, sorted; every other split must keep to them."""
+    """The classes of the train split, sorted; every other split has to keep to them."""
     labels = sorted({label for _, label in split.examples})
     if len(labels) == 1:
         raise UserError(f'{split.source} has one class only, "{labels[0]}": classification needs two or more')
     return labels
-
-
-def check_labels(split: Split, labels: Sequence[str]) -> None:
-    """Raise UserError for a class that is none of `labels`."""
-    for (_, label), number in zip(split.examples, split.numbers, strict=True):
-        if label not in labels:
-            twin = next((name for name in labels if looks(name) == looks(label)), None)
-            but = f', but "{spelled(twin)}" does, which looks the same' if twin else ""
-            where = f"{split.source} row {number}"
-            raise UserError(f'{where}: class "{spelled(label)}" does not occur in the train split{but}')
-
-
-def check_looks(split: Split) -> None:
-    """Raise UserError for two classes that nobody can tell apart by looking at them."""
-    rows: dict[str, dict[str, list[int]]] = {}  # by what is seen, and then by class
-    for (_, label), number in zip(split.examples, split.numbers, strict=True):
-        rows.setdefault(looks(label), {}).setdefault(label, []).append(number)
-    for alike in rows.values():
-        if len(alike) > 1:
-            named = [
-                f'"{spelled(label)}" (row {", ".join(map(str, numbers[:3]))}{", ..." * (len(numbers) > 3)})'
-                for label, numbers in alike.items()
-            ]
-            raise UserError(
-                f"{split.source} has classes that differ only in characters that can't be seen: "
-                f"{' and '.join(named)}: spell them alike"
-            )
-
-
-def looks(label: str) -> str:
-    """A class as it looks: without the characters that can't be seen, all white space as one space."""
-    label = SHAPING.sub(lambda found: ascii(found.group()), label)
-    shown = "".join(" " if mark.isspace() else mark for mark in label if mark.isspace() or not unseen(mark))
-    return unicodedata.normalize("NFC", " ".join(shown.split()))
-
-
-def unseen(mark: str) -> bool:
-    """Control and format characters (zero-width, soft hyphen, byte order mark), variation selectors and the
-    other characters that Unicode lets a font leave out."""
-    return unicodedata.category(mark) in ("Cc", "Cf") or bool(IGNORABLE.match(mark))
-
-
-def spelled(label: str) -> str:
-    """A class with the code points of what can't be seen in it, e.g. "a<U+200B>"."""
-    return "".join(
-        f"<U+{ord(mark):04X}>" if unseen(mark) or (mark.isspace() and mark != " ") else mark for mark in label
-    )
 
 
 def drop_overlap(splits: dict[str, Split], drop: bool) -> None:
@@ -359,7 +308,7 @@ def hold_out(train: Split, name: str, share: float, task: str) -> tuple[Split, S
         raise UserError(f"--{name}_fraction {share:g}: every class of {train.source} has one row only")
     left = sorted({*range(len(train.examples))} - {*taken})
     part = replace(
-        train.keep(sorted(taken)), dropped=Counter(), held_out={}, fraction=share, alone=len(alone)
+        train.keep(sorted(taken)), dropped=Counter(), merged={}, held_out={}, fraction=share, alone=len(alone)
     )
     held_out = train.held_out | {name: {"rows": len(taken), "sha256": part.sha256()}}
     return replace(train.keep(left), held_out=held_out), part
@@ -448,6 +397,8 @@ def say_split(name: str, split: Split, used: Split) -> str:
     held_out = "".join(f", {part['rows']:,} held out for {other}" for other, part in split.held_out.items())
     dropped = "".join(f", {count:,} dropped: {reason}" for reason, count in split.dropped.items())
     overlap = f", {split.overlap:,} texts occur in test too" if split.overlap else ""
+    merged = sum(count for spellings in split.merged.values() for count in spellings.values())
+    merged = f", {merged:,} with a class spelled otherwise" if merged else ""
     held = sum(part["rows"] for part in split.held_out.values())
     count = f"{len(used.examples):,} of {len(split.examples) + split.dropped.total() + held:,} rows"
-    return f"{name:<11}{count} of {split.source}{held_out}{dropped}{overlap}"
+    return f"{name:<11}{count} of {split.source}{held_out}{dropped}{merged}{overlap}"

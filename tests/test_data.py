@@ -454,7 +454,7 @@ def test_a_class_that_shows_nothing_is_none(tmp_path):
 
 
 def test_classes_that_can_be_told_apart_are_accepted(tmp_path):
-    labels = {"a b", "ab", "a-b", "A b", "\u0430 b", "a\u2011b", "a_b", "a\u0301 b", "\u00c5", "\uff41 b"}
+    labels = {"a b", "ab", "a-b", "A-c", "\u0430 b", "a\u2011b", "a_b", "a\u0301 b", "\u00c5", "\uff41 b"}
     assert set(data.labels_of(labelled(tmp_path, *labels))) == {
         unicodedata.normalize("NFC", x) for x in labels
     }
@@ -485,6 +485,136 @@ def test_a_test_class_that_looks_like_one_of_train_is_spelled(tmp_path):
     test = write_rows(tmp_path / "test.jsonl", [{"text": "t", "label": "a\u200b"}])
     with pytest.raises(UserError, match=r'row 1: class "a<U\+200B>" does not occur .* "a" does, which looks'):
         data.load(flags("--train_file", train, "--test_file", test), ["train", "test"])
+
+
+TWINS = ("Billing", "Billing", "billing", "Card  lost", "Card lost", "card lost", "Card lost", "Other")
+
+
+def test_classes_equal_but_for_case_and_white_space_are_refused_all_at_once(tmp_path):
+    with pytest.raises(UserError) as error:
+        labelled(tmp_path, *TWINS)
+    line = str(error.value)
+    assert (
+        '"Billing" (row 1, 2) and "billing" (row 3); "Card  lost" (row 4) and "Card lost" (row 5, 7)' in line
+    )
+    assert line.endswith("spell them alike, or take each group as one by --merge_labels")
+    assert "\n" not in line
+
+
+def test_merge_labels_takes_the_most_frequent_spelling_of_train_everywhere(tmp_path):
+    rows = [{"text": f"text {i}", "label": label} for i, label in enumerate(TWINS)]
+    train = write_rows(tmp_path / "train.jsonl", rows)
+    test = write_rows(
+        tmp_path / "test.jsonl", [{"text": "t", "label": label} for label in ("BILLING", "other")]
+    )
+    args = flags("--train_file", train, "--test_file", test, "--merge_labels")
+    splits = data.load(args, ["train", "test"])
+    assert data.labels_of(splits["train"]) == ["Billing", "Card lost", "Other"]
+    merged = {"Billing": {"billing": 1}, "Card lost": {"Card  lost": 1, "card lost": 1}}
+    assert splits["train"].describe()["merged"] == merged
+    assert [label for _, label in splits["test"].examples] == ["Billing", "Other"]
+    assert "3 with a class spelled otherwise" in data.say_split("train", splits["train"], splits["train"])
+    trained = {"labels": ["Card lost", "billing", "other"], "data": {"train": {}}}  # of another train file
+    assert data.load(args, ["test"], trained=trained)["test"].examples == [("t", "billing"), ("t", "other")]
+
+
+def test_classes_are_merged_before_a_share_of_each_is_held_out(tmp_path):
+    path = write_rows(
+        tmp_path / "t.jsonl", [{"text": f"t {i}", "label": ("a", "A", "b", "b")[i % 4]} for i in range(40)]
+    )
+    splits = data.load(
+        flags("--train_file", path, "--merge_labels", "--test_fraction", 0.1), ["train", "test"]
+    )
+    assert Counter(label for _, label in splits["test"].examples) == {"a": 2, "b": 2}
+
+
+@pytest.fixture
+def unseen(tmp_path) -> tuple:
+    labels = ("a", "c", "a", "d", "c", "B")
+    rows = [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
+    train = write_rows(tmp_path / "train.jsonl", [{"text": "t", "label": label} for label in "ab"])
+    return "--train_file", train, "--test_file", write_rows(tmp_path / "test.jsonl", rows)
+
+
+def test_classes_that_train_lacks_are_named_all_at_once_with_their_rows(unseen):
+    with pytest.raises(UserError) as error:
+        data.load(flags(*unseen), ["train", "test"])
+    line = str(error.value)
+    assert (
+        'test.jsonl: 3 classes do not occur in the train split: "c" (2 rows, from row 2), "d" (1 row, '
+        in line
+    )
+    assert '"B" (1 row, from row 6, but "b" does, and --merge_labels takes them as one)' in line
+    assert line.endswith("--unseen_labels drop leaves such rows out, keep counts them as wrong")
+
+
+def test_unseen_labels_drop_leaves_them_out_and_counts_them(unseen):
+    split = data.load(flags(*unseen, "--unseen_labels", "drop"), ["train", "test"])["test"]
+    assert split.numbers == [1, 3]
+    assert split.dropped == {"class that train lacks": 4}
+
+
+def test_unseen_labels_keep_leaves_them_in_and_they_count_as_wrong(unseen):
+    from study import metrics
+
+    splits = data.load(flags(*unseen, "--unseen_labels", "keep"), ["train", "test"])
+    references, labels = [label for _, label in splits["test"].examples], data.labels_of(splits["train"])
+    assert (references, labels) == (["a", "c", "a", "d", "c", "B"], ["a", "b"])
+    scores, _ = metrics.score("classification", ["a", "c", "a", "d", "a", "B"], references, labels)
+    assert scores["metrics"]["accuracy"]["value"] == pytest.approx(100 / 3)
+
+
+def test_unseen_labels_drop_that_leaves_nothing_is_refused(tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", ROWS)
+    test = write_rows(tmp_path / "test.jsonl", [{"text": "t", "label": "z"}])
+    with pytest.raises(UserError, match=r"--unseen_labels drop leaves nothing of .*test\.jsonl"):
+        data.load(
+            flags("--train_file", train, "--test_file", test, "--unseen_labels", "drop"), ["train", "test"]
+        )
+
+
+def say(whole: data.Split, used: data.Split | None = None) -> list[str]:
+    return data.classes.say(used or whole, whole).splitlines()
+
+
+def test_classes_are_said_with_their_counts_in_few_lines():
+    few = say(classes(billing=3, other=12, x=1))
+    assert [line.split() for line in few[:4]] == [
+        ["classes", "3"],
+        ["12", "other"],
+        ["3", "billing"],
+        ["1", "x"],
+    ]
+    assert few[4:] == ['           one row only: "x"']
+    many = say(classes(**{f"class{i}": i + 2 for i in range(150)}))
+    assert (len(many), many[-1]) == (22, "           and 130 more, of 2 to 131 rows")
+
+
+def test_likely_misspellings_are_said():
+    counts = {"Refund request": 40, "Refund requst": 2, "Refnd requets": 1, "increase": 9, "decrease": 4}
+    counts |= {"label 10": 50, "label 11": 3, "cat": 9, "cot": 2, "accounting": 30, "acounting": 20}
+    lines = say(classes(**counts))
+    assert lines[-1] == '           likely a misspelling: "Refund requst" (2) of "Refund request" (40)'
+    few = classes(increase=2, decrease=2)
+    assert say(classes(**counts), few)[:3] == say(few)
+    assert say(classes(**counts), few)[-1] == lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "edits"),
+    [
+        ("kitten", "kitten", 0),
+        ("kitten", "kittn", 1),
+        ("kitten", "sittin", 2),
+        ("kitten", "sitting", 3),
+        ("", "ab", 2),
+    ],
+)
+def test_edits_are_those_of_levenshtein(one, other, edits):
+    found = [
+        data.classes.edits_at_most(most, *pair) for most in range(4) for pair in ((one, other), (other, one))
+    ]
+    assert found == [most >= edits for most in range(4) for _ in "12"]
 
 
 # Rows

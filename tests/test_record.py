@@ -141,6 +141,7 @@ SETTINGS = [  # every flag that changes what a training learns
     "--drop_overlap",
     "--test_fraction 0.2",
     "--validation_fraction 0.2",
+    "--merge_labels",
     "--max_train_samples 9",
     "--max_seq_length 99",
     "--max_new_tokens 9",
@@ -159,6 +160,7 @@ SPEED = [  # every flag that changes its speed, its score or its place only
     "--attn_implementation eager",
     "--report_to tensorboard",
     "--split validation",
+    "--unseen_labels drop",
     "--eval_batch_size 3",
     "--merge on",
     "--decoding constrained",
@@ -970,9 +972,15 @@ def test_a_plain_evaluation_is_eval_json_whatever_its_speed(trained):
 
 
 def test_an_evaluation_with_other_settings_has_a_name_and_predictions_of_its_own(trained):
-    words = ["--decoding constrained", "--split validation", "--max_eval_samples 9", "--test_file c.jsonl"]
+    words = [
+        "--unseen_labels keep",
+        "--decoding constrained",
+        "--split validation",
+        "--max_eval_samples 9",
+        "--test_file c.jsonl",
+    ]
     names = {eval_name(trained, *more.split()) for more in [*words, " ".join(words)]}
-    assert len(names) == 5
+    assert len(names) == 6
     for name in names:
         assert re.fullmatch(r"eval-[0-9a-f]{8}\.json", name)
         assert runs.predictions_beside(Path("eval", name)) == Path("eval", f"predictions{name[4:]}l")

@@ -16,7 +16,7 @@ from study.records.schema import METHODS, PARTS, SCORES, SCORING, Method, lookup
 # Settings that name a cell of a table, or show in the test data. All others tell variants of a cell apart.
 ELSEWHERE = {
     *("pretrained_ckpt", "test_file", "validation_file", "split", "max_eval_samples"),
-    *("test_fraction", "task", "prompt_type", "train_sample_fraction", "seed"),
+    *("test_fraction", "unseen_labels", "task", "prompt_type", "train_sample_fraction", "seed"),
 }
 
 
