@@ -147,13 +147,23 @@ def source_of(args: argparse.Namespace, split: str, columns: Columns) -> tuple[s
                 + or_a_share(split)
             )
         return str(path), read_file(path, "--dataset", columns)
-    if (
-        args.dataset.startswith((".", "/", "~"))
-        or bare_suffix(path) in FORMATS
-        or args.dataset.count("/") > 1
-    ):
+    if is_path(args.dataset):
         raise UserError(f"--dataset {args.dataset}: there is no such file or folder")
     return f"{args.dataset} ({split})", read_hub(args.dataset, split, columns)
+
+
+def is_path(dataset: str) -> bool:
+    """Whether --dataset names a file or folder, there or not, rather than a data set of the hub."""
+    path = Path(dataset)
+    written = dataset.startswith((".", "/", "~")) or bare_suffix(path) in FORMATS or dataset.count("/") > 1
+    return written or path.exists()
+
+
+def is_local(args: argparse.Namespace) -> bool:
+    """Whether the data lie in files alone."""
+    if args.dataset != DEFAULTS[args.task]["dataset"]:
+        return is_path(args.dataset)
+    return any(getattr(args, f"{split}_file") for split in ("train", "test", "validation"))
 
 
 def or_a_share(split: str) -> str:

@@ -144,6 +144,17 @@ def test_a_missing_file_is_named_with_its_flag(tmp_path, script):
     assert f"_file {missing}: there is no such file" in refusal(script, *flags)
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_dry_run_checks_the_files_unless_the_run_is_finished(tmp_path, files, script):
+    if "summar" in script:
+        files = tuple(f"--{name}_file={DEMO_DATA}/dialogues_{name}.jsonl" for name in ("train", "test"))
+    flags = ("--output_dir", tmp_path / "runs", "--dry_run")
+    assert run_script(script, *files, *flags).stdout.splitlines()[-1].startswith("not started\t")
+    missing = tmp_path / "no.jsonl"
+    assert "no such file" in refusal(script, *files[:2], "--test_file", missing, *flags)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_missing_summary_column_is_named_with_its_flag(tmp_path, files):
     line = refusal("llama2_summarization.py", *files, "--output_dir", tmp_path / "runs")
     assert re.search(

@@ -411,6 +411,19 @@ def test_a_dry_run_says_which_cells_are_finished_and_runs_none(tmp_path, files):
     assert not (tmp_path / "calls").exists()
 
 
+def test_a_dry_run_reads_the_data_once_and_says_what_is_wrong_with_them(tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", [{"text": "t", "label": label} for label in "aAb"])
+    flags = ("--train_file", train, "--test_file", train, "--output_dir", "runs", "--dry_run")
+    done = loop("sample_ablate.sh", *flags, cwd=tmp_path, FRACTIONS="0.5 0.7 1.0")
+    assert done.returncode == 1
+    assert done.stderr.count("differ only in case") == 1
+    title, cell = done.stderr.splitlines()[1:]
+    assert (title, "--train_sample_fraction 0.5" in cell) == ("error: 1 of 3 cells failed:", True)
+    assert done.stdout.count("not started  runs/") == 2
+    write_rows(train, [{"text": "t", "label": label} for label in "ab"])
+    assert loop("sample_ablate.sh", *flags, cwd=tmp_path, FRACTIONS="0.5 1.0").returncode == 0
+
+
 def test_cells_that_all_fail_are_all_tried_and_named(tmp_path):
     flags = ("--train_file", "none.jsonl", "--output_dir", "runs")
     done = loop("sample_ablate.sh", *flags, cwd=tmp_path, FRACTIONS="0.5 1.0")

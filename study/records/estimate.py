@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
-from study import device
+from study import data, device
 from study.device import Process
 from study.errors import UserError
 from study.records import cost, runs
@@ -17,7 +17,7 @@ from study.records.schema import HELD_OUT, METHODS, PARTS, lookup, part_of
 
 def say_dry_run(path: Path, args: argparse.Namespace, method: str, process: Process) -> None:
     """What --dry_run prints: the record, then for programs "status<TAB>folder<TAB>seconds<TAB>USD" with an
-    estimate of what is left to spend, or "?".
+    estimate of what is left to spend, or "?". Raises UserError for data in files that can't be used.
 
     An evaluation that has not been made, or of another adapter, is "trained" where its training is finished,
     and else says how that stands. With CELL_FAILED, in which a loop says how a script ended, it leaves the
@@ -33,12 +33,31 @@ def say_dry_run(path: Path, args: argparse.Namespace, method: str, process: Proc
         state = "trained" if training == "finished" else training
     if scores and state == training == "finished" and not runs.has_scored(path, read(path), read(trained)):
         state = "trained"
+    if state != "finished" and not os.environ.get("DATA_CHECKED"):
+        check_data(args, method, scores, read(trained) if training == "finished" else None)
     print(f"{args.task} with {METHODS[method].model or args.pretrained_ckpt} -> {path}")
     left = (0, 0)
     if state != "finished":
         cost.say_ambiguity(args, device.name())
         left = estimate(args, method, path, training == "finished")
     print(state, path.parent, *("?" if number is None else f"{number:.6g}" for number in left), sep="\t")
+
+
+def check_data(args: argparse.Namespace, method: str, scores: bool, trained: dict | None) -> None:
+    """Read the files of a run as it will, so that what is wrong with them is known before the first hour.
+
+    The hub's data are not fetched for it. Loops set DATA_CHECKED after a first cell: all have the same data.
+    """
+    if not data.is_local(args):
+        return
+    learns = METHODS[method].trains
+    reads_train = learns or args.task == "classification" or method == "few-shot"
+    names = ["train"] * (reads_train and not trained) + [args.split] * scores
+    splits = data.load(args, names, optional=[] if scores else ["test"], trained=trained)
+    if learns and "train" in splits:
+        data.sample_train(splits["train"], args)
+    if scores:
+        data.sample_eval(splits[args.split], args)
 
 
 def leave_failure(path: Path, args: argparse.Namespace, method: str, process: Process, how: str) -> None:
