@@ -140,8 +140,14 @@ def add_data_flags(parser: argparse.ArgumentParser, task: str | None, kind: str)
         add(
             f"--{split}_file",
             metavar="FILE",
-            help=f"the {split} split: .jsonl .json .csv or .parquet, plain or .gz (from --dataset)",
+            help=f"the {split} split: .jsonl .json .csv .tsv or .parquet, plain or .gz (from --dataset)",
         )
+    add(
+        "--delimiter",
+        type=delimiter,
+        metavar="CHAR",
+        help="what parts the columns of .csv and .tsv, a character or the word tab (the header's)",
+    )
     for split, more in (("test", ", the same in every run"), ("validation", ", which no run trains on")):
         add(
             f"--{split}_fraction",
@@ -407,6 +413,13 @@ def seed(word: str) -> int:
     if not 0 <= number < 2**32:
         raise argparse.ArgumentTypeError(f"{word} is not in [0, 4294967296)")
     return number
+
+
+def delimiter(word: str) -> str:
+    mark = "\t" if word in ("tab", "\\t") else word
+    if len(mark) != 1 or mark in '"\r\n ':
+        raise argparse.ArgumentTypeError(f"{word!r} is not one character, or tab")
+    return mark
 
 
 def auto_int(word: str) -> int | str:

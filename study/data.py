@@ -128,7 +128,7 @@ def source_of(args: argparse.Namespace, split: str, columns: Columns) -> tuple[s
     """Where a split lies, as a record names it, and its rows."""
     file = getattr(args, f"{split}_file")
     if file:
-        return file, read_file(Path(file), f"--{split}_file", columns)
+        return file, read_file(Path(file), f"--{split}_file", columns, args.delimiter)
     if args.dataset == DEFAULTS[args.task]["dataset"] and (
         args.train_file or args.test_file or args.validation_file
     ):
@@ -139,14 +139,14 @@ def source_of(args: argparse.Namespace, split: str, columns: Columns) -> tuple[s
     path = Path(args.dataset)
     if path.is_dir():
         file = find_in_folder(path, split)
-        return str(file), read_file(file, "--dataset", columns)
+        return str(file), read_file(file, "--dataset", columns, args.delimiter)
     if path.is_file():
         if split != "train":
             raise NoSource(
                 f"--dataset {path} is one file, the train split: name the {split} split with --{split}_file"
                 + or_a_share(split)
             )
-        return str(path), read_file(path, "--dataset", columns)
+        return str(path), read_file(path, "--dataset", columns, args.delimiter)
     if is_path(args.dataset):
         raise UserError(f"--dataset {args.dataset}: there is no such file or folder")
     return f"{args.dataset} ({split})", read_hub(args.dataset, split, columns)

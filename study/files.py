@@ -17,8 +17,10 @@ from pathlib import Path
 
 from study.errors import UserError
 
-FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+DELIMITERS = {".csv": ",;\t", ".tsv": "\t;,"}  # in the order in which they are tried
 SPACE = re.compile(r"[ \t\n\r]*")  # between JSON values
+NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
 Columns = dict[str, str]
 Row = tuple[int, dict]  # number in its file (line or row, from 1), columns
 
@@ -43,8 +45,11 @@ def is_lfs_pointer(head: bytes) -> bool:
     return head.startswith(b"version https://git-lfs.github.com/spec/")
 
 
-def read_file(path: Path, flag: str, columns: Columns) -> Iterator[Row]:
-    """The rows of one local file. Raises UserError, naming the line where there is one."""
+def read_file(path: Path, flag: str, columns: Columns, delimiter: str | None = None) -> Iterator[Row]:
+    """The rows of one local file, of CSV with `delimiter` or the one that its header has. Raises UserError,
+    naming the line where there is one."""
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder: name a file, or the folder by --dataset")
     if not path.is_file():
         raise UserError(f"{flag} {path}: there is no such file")
     suffix, where = bare_suffix(path), f"{flag} {path}"
@@ -58,7 +63,9 @@ def read_file(path: Path, flag: str, columns: Columns) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{where} line {line} is not UTF-8 text: save it as UTF-8") from None
-    return (read_csv if suffix == ".csv" else read_json)(text, where, columns)
+    if suffix not in DELIMITERS:
+        return read_json(text, where, columns)
+    return read_csv(text, where, columns, delimiter or DELIMITERS[suffix])
 
 
 def read_content(path: Path, where: str) -> bytes:
@@ -166,16 +173,28 @@ def held_rows(value: dict) -> Iterator[tuple[str, int]]:
             yield from ((f"{key}.{name}", count) for name, count in held_rows(inner))
 
 
-def read_csv(text: str, where: str, columns: Columns) -> Iterator[Row]:
+def delimiter_of(text: str, candidates: str, columns: Columns) -> str:
+    """The first of `candidates` by which the header holds the needed columns, or else the most columns."""
+
+    def fits(delimiter: str) -> tuple[bool, int]:
+        header = next(csv.reader(io.StringIO(text[:65536], newline=""), delimiter=delimiter), [])
+        return {*columns.values()} <= {*header}, len(header)
+
+    return max(candidates, key=fits)
+
+
+def read_csv(text: str, where: str, columns: Columns, delimiters: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     try:
-        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        mark = delimiter_of(text, delimiters, columns)
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
         if rows.fieldnames:
             check_columns(rows.fieldnames, columns, where)
         for number, row in enumerate(rows, 1):
             if None in row:
+                marks = NAMES.get(mark, mark)
                 raise UserError(
-                    f"{where} row {number} has more cells than the header: quote texts with commas"
+                    f"{where} row {number} has more cells than the header: quote texts with {marks}"
                 )
             yield number, row
     except csv.Error as error:

@@ -78,7 +78,11 @@ BAD_FILES = {
     "open quote in CSV": ("t.csv", b'text,label\n"never closed,a\n', "is not CSV"),
     "garbage parquet": ("t.parquet", b"PAR1garbage", "is not a Parquet file"),
     "no UTF-8": ("t.jsonl", LINES + b'{"text": "\xff\xfe"}\n', "line 7 is not UTF-8"),
-    "unknown kind of file": ("t.xlsx", LINES, r"the name must end in \.jsonl, \.json, \.csv, \.parquet"),
+    "unknown kind of file": (
+        "t.xlsx",
+        LINES,
+        r"the name must end in \.jsonl, \.json, \.csv, \.tsv, \.parquet",
+    ),
     "empty file": ("t.jsonl", b"", "has no usable row: it is empty"),
     "empty gz": ("t.jsonl.gz", gzip.compress(b""), "has no usable row: it is empty"),
     "CSV of a header alone": ("t.csv", b"text,label\n", "has no usable row: it is empty"),
@@ -135,6 +139,11 @@ def test_a_training_without_a_test_file_says_so_at_once(tmp_path, files, named, 
     done = run_script("llama2_classification.py", *flags)
     assert done.stdout.count("test       none named: scoring will need --test_file\n") == lines
     assert "has not a configuration" in error_line(done)
+
+
+def test_a_folder_in_place_of_a_file_is_said(tmp_path, files):
+    line = refusal("llama2_classification.py", "--train_file", tmp_path, "--output_dir", tmp_path / "runs")
+    assert line == f"error: --train_file {tmp_path} is a folder: name a file, or the folder by --dataset"
 
 
 @pytest.mark.parametrize("script", [*TRAINING, "llama2_baseline_inference.py"])
@@ -199,6 +208,7 @@ def test_a_test_class_that_training_never_saw_stops_inference_and_names_the_row(
             ["--test_fraction", "0.1"],
             "--test_fraction takes a share of train, --test_file names another split",
         ),
+        (["--delimiter", "||"], "--delimiter: '||' is not one character, or tab"),
         (["--epochs", "0"], "--epochs: 0 is not 1 or more"),
         (["--lora-r", "2.5"], "--lora_r: invalid positive_int value: '2.5'"),
         (["--learning_rate", "inf"], "--learning_rate: inf is not above 0"),

@@ -301,6 +301,44 @@ def test_a_parquet_file_may_hold_texts_as_dictionaries_and_classes_as_integers(t
     assert (split.examples, split.numbers) == ([("t", "1"), ("t", "3")], [1, 3])
 
 
+# Delimiters
+
+
+def parted(mark: str, rows: list[dict] = ROWS) -> bytes:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0].keys(), delimiter=mark)
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue().encode()
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.csv.gz", "t.tsv.gz"])
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_the_delimiter_is_recognised_from_the_header(tmp_path, name, mark):
+    rows = [{"id": i, "a,b;c\td": "x;,\ty", **row} for i, row in enumerate(ROWS)]
+    content = parted(mark, rows)
+    content = gzip.compress(content) if name.endswith(".gz") else content
+    assert load_file(tmp_path / name, content).examples == EXAMPLES
+
+
+@pytest.mark.parametrize(("mark", "word"), [("|", "|"), (";", ";"), ("\t", "tab"), ("\t", "\\t")])
+def test_the_delimiter_may_be_given(tmp_path, mark, word):
+    (tmp_path / "t.csv").write_bytes(parted(mark))
+    args = flags("--train_file", tmp_path / "t.csv", "--delimiter", word)
+    assert data.load(args, ["train"])["train"].examples == EXAMPLES
+
+
+def test_a_folder_s_tsv_files_are_its_splits(tmp_path):
+    for name in ("train.tsv", "test.tsv"):
+        (tmp_path / name).write_bytes(parted("\t"))
+    assert data.load(flags("--dataset", tmp_path), ["train", "test"])["test"].examples == EXAMPLES
+
+
+def test_columns_that_a_file_with_another_delimiter_lacks_are_named_apart(tmp_path):
+    with pytest.raises(UserError, match='has no column "text" but body, topic, id: name it by'):
+        load_file(tmp_path / "t.csv", "body;topic;id\na, b;c;1\n")
+
+
 # JSON of every form
 
 

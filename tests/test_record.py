@@ -160,6 +160,7 @@ SPEED = [  # every flag that changes its speed, its score or its place only
     "--attn_implementation eager",
     "--report_to tensorboard",
     "--split validation",
+    "--delimiter ;",
     "--unseen_labels drop",
     "--eval_batch_size 3",
     "--merge on",

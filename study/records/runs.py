@@ -224,7 +224,13 @@ def learned_with(trained: dict) -> list[str]:
 
 def with_settings_of(trained: dict, args: argparse.Namespace) -> argparse.Namespace:
     """The flags of an evaluation: those given, and of the others the settings of the training `trained`."""
-    settings = {*METHODS[trained["method"]].settings, "test_file", "validation_file", "unseen_labels"}
+    settings = {
+        *METHODS[trained["method"]].settings,
+        "test_file",
+        "validation_file",
+        "unseen_labels",
+        "delimiter",
+    }
     if not has_other_price(trained, args):
         settings |= {"price_per_hour", "gpu_name"}
     if f"{args.split}_file" in args.given:  # instead of what the training held out
