@@ -155,7 +155,13 @@ def add_data_flags(parser: argparse.ArgumentParser, task: str | None, kind: str)
             metavar="F",
             help=f"the share of each class of train that becomes a {split} split where there is none{more}",
         )
-    add("--text_column", default="text", help="column of the texts to classify (%(default)s)")
+    add(
+        "--text_column",
+        nargs="+",
+        default="text",
+        metavar="COLUMN",
+        help='column of the texts to classify, or several: a line "COLUMN: ..." of each (%(default)s)',
+    )
     add("--label_column", default="label", help="column of their classes (%(default)s)")
     add(
         "--merge_labels",
@@ -363,6 +369,9 @@ def parse_args(
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     args.given = sorted(vars(parser.parse_args(words)))
+    if isinstance(args.text_column, list):
+        columns = [*dict.fromkeys(args.text_column)]
+        args.text_column = columns if len(columns) > 1 else columns[0]  # one names the run as it always did
     args.task = task or args.task_type
     args.kind = kind or ("causal" if task else "prompt")
     for name, value in open_defaults(args).items():

@@ -205,7 +205,7 @@ def clean(source: str, rows: Iterator[Row], columns: Columns, task: str, unlabel
     reason."""
     split = Split(source, [], [])
     for place, (number, row) in enumerate(rows):
-        text, answer = (cell(row, flag, columns, f"{source} row {number}") for flag in columns)
+        text, answer = (read_text(row, flag, columns, f"{source} row {number}") for flag in columns)
         if task == "classification":  # its Unicode forms look the same; one that shows nothing is none
             answer = unicodedata.normalize("NFC", answer) if looks(answer) else ""
         reason = reason_to_drop((text, answer), columns, unlabelled)
@@ -228,13 +228,21 @@ def clean(source: str, rows: Iterator[Row], columns: Columns, task: str, unlabel
 def reason_to_drop(pair: tuple[str, str], columns: Columns, unlabelled: str | None) -> str | None:
     for value, column in zip(pair, columns.values(), strict=True):
         if not value:
-            return f"empty {column}"
+            return f"empty {column if isinstance(column, str) else ' and '.join(column)}"
     return f'class "{unlabelled}"' if pair[1] == unlabelled else None
 
 
-def cell(row: dict, flag: str, columns: Columns, where: str) -> str:
-    """The text in the column that `flag` names, trimmed; "" for none. A class may be an integer."""
-    column = columns[flag]
+def read_text(row: dict, flag: str, columns: Columns, where: str) -> str:
+    """What stands in the column that `flag` names, or of several a line "Column: ..." for each that holds
+    anything."""
+    if isinstance(columns[flag], str):
+        return cell(row, flag, columns[flag], columns, where)
+    cells = {column: cell(row, flag, column, columns, where) for column in columns[flag]}
+    return "\n".join(f"{column}: {text}" for column, text in cells.items() if text)
+
+
+def cell(row: dict, flag: str, column: str, columns: Columns, where: str) -> str:
+    """The text in a column that `flag` names, trimmed; "" for none. A class may be an integer."""
     if column not in row:
         raise no_column(column, row, columns, where)
     value = row[column]

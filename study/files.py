@@ -2,6 +2,7 @@
 text written whole or not at all.
 
 `columns` here names the needed ones, {flag: column}: {"--text_column": "text", "--label_column": "label"}.
+The texts may stand in several, which then are a list.
 """
 
 import csv
@@ -13,6 +14,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from study.errors import UserError
@@ -21,7 +23,7 @@ FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 DELIMITERS = {".csv": ",;\t", ".tsv": "\t;,"}  # in the order in which they are tried
 SPACE = re.compile(r"[ \t\n\r]*")  # between JSON values
 NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
-Columns = dict[str, str]
+Columns = dict[str, str | list[str]]
 Row = tuple[int, dict]  # number in its file (line or row, from 1), columns
 
 
@@ -81,10 +83,16 @@ def read_content(path: Path, where: str) -> bytes:
         raise UserError(f"{where} can't be read: {error.strerror}") from None
 
 
+def named(columns: Columns) -> list[str]:
+    """The needed columns, each once."""
+    lists = (column if isinstance(column, list) else [column] for column in columns.values())
+    return list(dict.fromkeys(chain.from_iterable(lists)))
+
+
 def check_columns(names: Sequence[str], columns: Columns, where: str) -> None:
     """Raise UserError unless each needed column is among `names`, and once."""
     counts = Counter(names)
-    for column in columns.values():
+    for column in named(columns):
         if column not in counts:
             raise no_column(column, names, columns, where)
         if counts[column] > 1:
@@ -105,11 +113,11 @@ def read_json(text: str, where: str, columns: Columns) -> Iterator[Row]:
         place = f"{where} {kind} {number}"
         if not isinstance(row, dict):
             raise UserError(f'{place} is not a JSON object such as {{"text": ..., "label": ...}}')
-        twice = [column for column in columns.values() if column in getattr(row, "twice", ())]
+        twice = [column for column in named(columns) if column in getattr(row, "twice", ())]
         if twice:
             raise UserError(f'{place} has the key "{twice[0]}" twice: leave one of them')
         held = [f'{count:,} under "{key}"' for key, count in held_rows(row)] if len(values) == 1 else []
-        if held and not all(column in row for column in columns.values()):
+        if held and not all(column in row for column in named(columns)):
             raise UserError(
                 f"{where} is one JSON object that holds rows, {', '.join(held)}: save the rows alone, as an "
                 "array or one a line"
@@ -178,7 +186,7 @@ def delimiter_of(text: str, candidates: str, columns: Columns) -> str:
 
     def fits(delimiter: str) -> tuple[bool, int]:
         header = next(csv.reader(io.StringIO(text[:65536], newline=""), delimiter=delimiter), [])
-        return {*columns.values()} <= {*header}, len(header)
+        return {*named(columns)} <= {*header}, len(header)
 
     return max(candidates, key=fits)
 
@@ -209,7 +217,7 @@ def read_parquet(content: bytes, where: str, columns: Columns) -> Iterator[Row]:
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
         check_columns(file.schema_arrow.names, columns, where)
-        names = list(dict.fromkeys(columns.values()))
+        names = named(columns)
         table = file.read(columns=names).select(names)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{where} is not a Parquet file: {str(error).splitlines()[0]}") from None
@@ -253,7 +261,7 @@ def read_hub(name: str, split: str, columns: Columns | None = None) -> Iterator[
         ) from None
     if columns:
         check_columns(rows.column_names, columns, f"--dataset {name}")
-        rows = rows.select_columns(list(dict.fromkeys(columns.values())))
+        rows = rows.select_columns(named(columns))
     for column, feature in rows.features.items():
         if isinstance(feature, datasets.ClassLabel):
             names = [named_label(feature.names, number) for number in rows[column]]

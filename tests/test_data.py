@@ -209,6 +209,35 @@ def test_a_column_that_a_hub_data_set_lacks_is_named(hub_rows):
 
 # Columns
 
+MAILS = [
+    {"Subject": " Hi", "Body": "a\nb", "id": "x", "label": "x"},
+    {"Subject": "", "Body": "c", "id": "x", "label": "y"},
+    {"Subject": " ", "Body": None, "id": "x", "label": "y"},
+]
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_several_text_columns_are_a_line_each(tmp_path, suffix):
+    (tmp_path / f"t{suffix}").write_bytes(WRITERS[suffix](MAILS))
+    args = flags("--train_file", tmp_path / f"t{suffix}", "--text_column", "Subject", "Body")
+    split = data.load(args, ["train"])["train"]
+    assert split.examples == [("Subject: Hi\nBody: a\nb", "x"), ("Body: c", "y")]
+    assert split.dropped == {"empty Subject and Body": 1}
+    args.text_column = ["Body", "Subject"]
+    assert data.load(args, ["train"])["train"].examples[0] == ("Body: a\nb\nSubject: Hi", "x")
+
+
+def test_one_of_several_text_columns_that_is_not_there_is_named(tmp_path):
+    for path in (
+        write_rows(tmp_path / "t.jsonl", MAILS),
+        parquet({"Subject": ["a"], "label": ["b"]}, tmp_path / "t.parquet"),
+    ):
+        args = flags("--train_file", path, "--text_column", "Subject", "Text")
+        with pytest.raises(
+            UserError, match=r'has no column "Text" but Subject, .*: name it by --text_column'
+        ):
+            data.load(args, ["train"])
+
 
 def load_file(path: Path, content: str | bytes) -> data.Split:
     path.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -135,6 +135,8 @@ SETTINGS = [  # every flag that changes what a training learns
     "--dataset other",
     "--train_file t.jsonl",
     "--text_column body",
+    "--text_column subject body",
+    "--text_column body subject",
     "--label_column class",
     "--dialogue_column chat",
     "--summary_column short",
@@ -189,6 +191,15 @@ def test_every_flag_is_known_to_change_the_result_or_not():
     known = named - {"--task"} | {words.split()[0] for words in SETTINGS + SPEED}
     parser = cli.build_parser("classification", "")
     assert {action.option_strings[-1] for action in parser._actions} == known
+
+
+def test_one_text_column_names_a_run_as_a_flag_of_one_word_does():
+    assert flags("--text_column", "body").text_column == "body"
+    assert flags("--text_column", "body", "body").text_column == "body"
+    assert run_name("--text_column", "text") == CLASSIFICATION
+    assert flags("--text_column", "subject", "body").text_column == ["subject", "body"]
+    content = {"config": vars(flags("--text_column", "a b", "c")), "task": "classification", "script": "s.py"}
+    assert runs.command(content) == "python s.py --text_column 'a b' c"
 
 
 def test_the_same_flags_make_the_same_name_however_they_are_written():
