@@ -9,9 +9,11 @@ import argparse
 import atexit
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from study.device import Process, launched
@@ -57,11 +59,20 @@ CHEAP = {  # by task; the first is the default
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """One that names the flag that a mistyped one is most like."""
+
+    def error(self, message: str) -> None:
+        found = re.fullmatch(r"unrecognized arguments: (--\w+).*", message, re.DOTALL)
+        like = get_close_matches(found[1], self._option_string_actions, n=1) if found else []
+        super().error(f"{message} (did you mean {like[0]}?)" if like else message)
+
+
 def build_parser(task: str | None, description: str, kind: str | None = None) -> argparse.ArgumentParser:
     """Every flag of a `kind` of script (CHECKPOINTS): by default "causal", which fine-tunes for a task, or
     with `task=None`, where a flag says the task, "prompt"."""
     kind = kind or ("causal" if task else "prompt")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="%(prog)s [flags] (--help lists them)",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -468,6 +479,15 @@ def script_name(path: Path) -> str:
     return path.name if path.resolve().parent.name != "competitors" else f"competitors/{path.name}"
 
 
+def flush_stdout() -> None:
+    """Write what is left; where nobody reads on, the interpreter's own try at its end fails no more."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_script(main: Callable[[Process], None], distributed: bool = False) -> None:
     """Run `main` and exit: 0 done; 1 with one line on stderr for a UserError; 130 interrupted (Ctrl-C or
     SIGTERM).
@@ -490,12 +510,14 @@ def run_script(main: Callable[[Process], None], distributed: bool = False) -> No
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # of `| head`: whoever read has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass
     except KeyboardInterrupt:
         forced = "--force" in sys.argv
         then = "started again with --force it begins anew" if forced else "start it again and it goes on"
         print(f"interrupted: {then}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        flush_stdout()
     if launched() > 1:
         atexit._run_exitfuncs()
         sys.stdout.flush()

@@ -5,12 +5,16 @@ text written whole or not at all.
 The texts may stand in several, which then are a list.
 """
 
+import contextlib
 import csv
+import functools
 import gzip
 import io
 import json
 import os
 import re
+import sys
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -243,9 +247,35 @@ def check_type(field, where: str) -> None:
         )
 
 
+@functools.cache
+def hub_answers(seconds: float = 3) -> bool:
+    """Whether the hub can be asked. Where it does not answer in so many seconds, HF_HUB_OFFLINE is set for
+    this process: the hub's libraries would try again for minutes."""
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return False
+    import httpx
+
+    answered = threading.Event()
+
+    def ask() -> None:
+        with contextlib.suppress(httpx.HTTPError, httpx.InvalidURL, OSError):
+            httpx.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds)
+            answered.set()
+
+    thread = threading.Thread(target=ask, daemon=True)  # no timeout holds for looking up a name
+    thread.start()
+    thread.join(seconds)
+    if not answered.is_set():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        if "huggingface_hub" in sys.modules:
+            sys.modules["huggingface_hub"].constants.HF_HUB_OFFLINE = True
+    return answered.is_set()
+
+
 def read_hub(name: str, split: str, columns: Columns | None = None) -> Iterator[Row]:
     """The rows of a hub data set, from its cache where the hub can't be reached; class numbers become class
     names."""
+    hub_answers()
     import datasets
     import httpx
 

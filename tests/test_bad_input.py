@@ -4,8 +4,10 @@ import fcntl
 import gzip
 import importlib.util
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -215,7 +217,8 @@ def test_a_test_class_that_training_never_saw_stops_inference_and_names_the_row(
         (["--seed", "-1"], "--seed: -1 is not in [0, 4294967296)"),
         (["--gradient_checkpointing", "maybe"], "--gradient_checkpointing: invalid choice: 'maybe'"),
         (["--no_such_flag", "1"], "unrecognized arguments: --no_such_flag 1"),
-        (["--epoch", "1"], "unrecognized arguments: --epoch 1"),
+        (["--epoch", "1"], "unrecognized arguments: --epoch 1 (did you mean --epochs?)"),
+        (["--learning-rat=1"], "unrecognized arguments: --learning_rat=1 (did you mean --learning_rate?)"),
         (["stray"], "unrecognized arguments: stray"),
     ],
 )
@@ -273,6 +276,40 @@ def test_an_interrupted_script_says_so_with_status_130(name):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "interrupted: start it again and it goes on\n")
+
+
+@pytest.mark.parametrize(("flag", "status"), [("--help", 0), ("-h", 0), ("--hlep", 2)])
+def test_the_demo_says_what_it_does_and_stops(tmp_path, flag, status):
+    env = {"PATH": "/usr/bin:/bin"}  # without a Python it could do nothing else
+    done = subprocess.run(
+        [ROOT / "demo.sh", flag], cwd=tmp_path, capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == status
+    assert done.stdout.startswith("One command on a fresh machine: set up .venv, then score") == (not status)
+    assert done.stderr == ("error: --hlep: the demo takes no flags but --help\n" if status else "")
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["-m", "study.report", "results/demo"], 0),
+        (["-m", "study.report", "--help"], 0),
+        (["llama2_classification.py", "--dry_run"], 0),
+        (["llama2_classification.py", "--dry_run", "--train_file", "no.jsonl"], 1),
+    ],
+)
+def test_a_reader_that_has_enough_is_no_error(buffered, words, status):
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
+    command = [sys.executable, *words]
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, env=env, check=False
+    )
+    os.close(writer)
+    assert done.returncode == status
+    assert done.stderr.count("\n") == status
 
 
 @pytest.mark.parametrize("script", INFERENCE)
@@ -436,6 +473,26 @@ def test_a_hub_checkpoint_while_offline_is_named(tmp_path, files):
     line = refusal("llama2_classification.py", *flags)
     assert record.status(tmp_path / "run" / "train.json") == "failed"
     assert line.startswith("error: --pretrained_ckpt nobody/no-such-model can't be loaded (offline?")
+
+
+@pytest.fixture
+def silent_hub():
+    """Environment with a hub that takes a call and says nothing, as behind many a firewall."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield {"HF_HUB_OFFLINE": "", "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
+
+
+@pytest.mark.parametrize("named", ["--pretrained_ckpt", "--dataset"])
+def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path, files, silent_hub, named):
+    flags = (
+        named,
+        "nobody/no-such",
+        *(files if named == "--pretrained_ckpt" else ()),
+        "--output_dir",
+        tmp_path,
+    )
+    done = run_script("llama2_classification.py", *flags, env=silent_hub, timeout=20)  # 4 s; it took minutes
+    assert error_line(done).startswith(f"error: {named} nobody/no-such")
 
 
 def test_a_hub_data_set_while_offline_is_named(tmp_path):

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from study.cli import run_script, underscored
+from study.cli import Parser, run_script, underscored
 from study.errors import UserError
 from study.files import write_text
 from study.records import cost, record, runs
@@ -97,9 +97,7 @@ def several_prices(found: Sequence[Run], prices: list[dict]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folders", nargs="*", type=Path, metavar="FOLDER", help="runs, or what holds them (experiments)")
     add("--output_dir", type=Path, metavar="DIR", help="write report.md, and each table and plot as a file")
