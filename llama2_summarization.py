@@ -9,7 +9,7 @@ llama2_summarization_inference.py and the same flags.
 """
 
 from prompts import prompt_sha256
-from study import checkpoint, cli, data, device
+from study import also, checkpoint, cli, data, device
 from study.records import cost, estimate, record, runs, summary
 
 TASK, METHOD = "summarization", "qlora"
@@ -17,16 +17,18 @@ TASK, METHOD = "summarization", "qlora"
 
 def main(process: device.Process) -> None:
     args = cli.parse_args(TASK, __doc__)
-    folder = runs.folder_of(args, METHOD)
-    path = folder / "train.json"
     if args.dry_run:
-        return estimate.say_dry_run(path, args, METHOD, process)
+        args = also.what_is_missing(args, METHOD)
+        return estimate.say_dry_run(runs.folder_of(args, METHOD) / "train.json", args, METHOD, process)
 
     estimate.check_gpu_name(args)
     splits = data.load(args, ["train"], optional=["test"])
     train = data.sample_train(splits["train"], args)
     described = {"train": train.describe()}
-    with record.locked(folder, process):
+    args = also.what_is_missing(args, METHOD, described)
+    folder = runs.folder_of(args, METHOD)
+    path = folder / "train.json"
+    with record.locked(folder, process), also.beside(args, METHOD, process) as earlier:
         content = runs.find_finished(path, args, METHOD, described)
         if content:
             return print(f"finished   {path}\n{summary.result_block(content)}")
@@ -93,8 +95,9 @@ def main(process: device.Process) -> None:
             model.check_length(base, tokenizer, args)
             known = ("method", "config", "data", "prompt_sha256", "checkpoint")
             run = {name: content[name] for name in known}
+            earlier.content = content
             content["train"] = training.train(
-                base, tokenizer, lora, schedule, examples, args, folder, run, process
+                base, tokenizer, lora, schedule, examples, args, folder, run, process, earlier
             )
             spent, gpus = content["train"]["wall_seconds"], cost.gpus_of(content["train"])
             content["cost"] = cost.of_run(args, device.name(), spent, gpus)

@@ -4,7 +4,7 @@
 #   ./run_lora.sh [flags of the training script]
 #   RANKS="8 64" EPOCHS="1 5" DROPOUTS=0.1 SEEDS="1 2 3" TASK=classification ./run_lora.sh --dry_run
 set -euo pipefail
-owns="lora_r:RANKS epochs:EPOCHS dropout:DROPOUTS seed:SEEDS" # read by loop.sh
+owns="lora_r:RANKS epochs:EPOCHS also_epochs:EPOCHS dropout:DROPOUTS seed:SEEDS" # read by loop.sh
 # shellcheck source=study/loop.sh
 source "$(dirname "${BASH_SOURCE[0]}")/study/loop.sh"
 task=${TASK:-summarization}
@@ -13,12 +13,16 @@ task=${TASK:-summarization}
   exit 2
 }
 
+epochs=${EPOCHS:-2 5 10 20 30 50}
+scripts=("$root/llama2_$task.py" "$root/llama2_${task}_inference.py")
 for rank in ${RANKS:-2 4 8 16}; do
-  for epochs in ${EPOCHS:-2 5 10 20 30 50}; do
-    for dropout in ${DROPOUTS:-0.1 0.2 0.5}; do
-      for seed in ${SEEDS:-42}; do
-        cell "$root/llama2_$task.py" "$root/llama2_${task}_inference.py" -- \
-          --lora_r "$rank" --epochs "$epochs" --dropout "$dropout" --seed "$seed" "$@"
+  for dropout in ${DROPOUTS:-0.1 0.2 0.5}; do
+    for seed in ${SEEDS:-42}; do
+      flags=(--dropout "$dropout" --seed "$seed" "$@")
+      # A run of 2 epochs is the beginning of one of 50.
+      train_row "$epochs" "${scripts[@]}" -- --lora_r "$rank" "${flags[@]}"
+      for epoch in $epochs; do
+        cell "${scripts[@]}" -- --lora_r "$rank" --epochs "$epoch" "${flags[@]}"
       done
     done
   done

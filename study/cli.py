@@ -267,6 +267,15 @@ def add_training_flags(parser: argparse.ArgumentParser, task: str | None, kind: 
         help="passes over the examples "
         + ("(%(default)s)" if task else "({classification[epochs]}, {summarization[epochs]})".format(**T5)),
     )
+    if kind == "causal":
+        add(
+            "--also_epochs",
+            type=positive_int,
+            nargs="+",
+            default=[],
+            metavar="N",
+            help="leave the runs of these fewer epochs, too, each in its own folder as if trained by itself",
+        )
     add_share(add)
     add("--learning_rate", type=positive_float, default=RATES[kind][0], metavar="LR", help=RATES[kind][1])
     add(
@@ -354,6 +363,11 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="redo a finished run, from the start")
     add("--dry_run", action="store_true", help="print the run's folder and whether it is finished, and stop")
     add(
+        "--show_repeated",
+        action="store_true",
+        help="with --dry_run: list train texts that occur more than once, those with different classes first",
+    )
+    add(
         "--price_per_hour",
         type=positive_float,
         metavar="USD",
@@ -392,22 +406,41 @@ def parse_args(
         args.method = args.method or CHEAP[args.task][0]
         if args.method not in CHEAP[args.task]:
             parser.error(f"--method {args.method}: for {args.task} it is {' or '.join(CHEAP[args.task])}")
-    for split in ("test", "validation"):
-        if getattr(args, f"{split}_file") and getattr(args, f"{split}_fraction"):
-            parser.error(
-                f"--{split}_fraction takes a share of train, --{split}_file names another split: give one"
-            )
+    check_fractions(parser, args)
     lora = sorted({"lora_r", "lora_alpha", "dropout"} & {*args.given})
     if args.kind == "t5" and args.tuning == "full" and lora:
         parser.error(f"--{lora[0]} goes with --tuning lora")
     if args.kind == "prompt" and (args.prompt_type == "zero-shot" or args.shots == SHOTS[args.task]):
         args.shots = None  # names no other run
+    check_also_epochs(parser, args)
     targets = getattr(args, "target_modules", [])
     if "all-linear" in targets and len(targets) > 1:
         parser.error("--target_modules all-linear stands alone")
     if args.task == "summarization" and getattr(args, "decoding", "free") == "constrained":
         parser.error("--decoding constrained chooses among classes: it goes with classification")
+    if args.show_repeated and not (args.dry_run and args.task == "classification"):
+        parser.error("--show_repeated goes with --dry_run, and with classification")
     return args
+
+
+def check_fractions(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for split in ("test", "validation"):
+        if getattr(args, f"{split}_file") and getattr(args, f"{split}_fraction"):
+            parser.error(
+                f"--{split}_fraction takes a share of train, --{split}_file names another split: give one"
+            )
+
+
+def check_also_epochs(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    also = getattr(args, "also_epochs", [])
+    for epochs in also:
+        if epochs >= args.epochs or also.count(epochs) > 1:
+            why = "twice" if epochs < args.epochs else f"not below --epochs {args.epochs}"
+            parser.error(f"--also_epochs {epochs}: it is {why}")
+    if also and args.experiment_dir:
+        parser.error(
+            "--also_epochs leaves runs in folders of their own: give --output_dir, not --experiment_dir"
+        )
 
 
 def open_defaults(args: argparse.Namespace) -> dict:

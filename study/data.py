@@ -32,9 +32,11 @@ HOLDABLE = ("test", "validation")  # by --test_fraction and --validation_fractio
 class Split:
     """The examples of one split. `numbers` are their rows in the source as errors name them, from 1 (lines of
     JSON lines), `places` the same from 0 without counting blank lines; `available` counts what a sample was
-    taken from; `overlap` counts the train texts that also occur in test; `merged` the rows whose class was
-    spelled otherwise, by class and spelling. `fraction` is the share of train that became this split, `alone`
-    how many classes of one row stayed there, and `held_out` what became of a train split in that way."""
+    taken from; `overlap` counts the train texts that also occur in test; `repeated` are those of a
+    classification that occur more than once, with how often each class stands beside them; `merged` the rows
+    whose class was spelled otherwise, by class and spelling. `fraction` is the share of train that became
+    this split, `alone` how many classes of one row stayed there, and `held_out` what became of a train split
+    in that way."""
 
     source: str
     examples: list[tuple[str, str]]
@@ -42,6 +44,7 @@ class Split:
     places: list[int] = field(default_factory=list)
     dropped: Counter = field(default_factory=Counter)
     overlap: int | None = None
+    repeated: dict[str, Counter] | None = None
     available: int | None = None
     merged: dict[str, dict[str, int]] = field(default_factory=dict)
     fraction: float | None = None
@@ -59,6 +62,7 @@ class Split:
             "available": self.available or len(self.examples),
             "dropped": dict(self.dropped),
             **({} if self.overlap is None else {"also_in_test": self.overlap}),
+            **({} if self.repeated is None else self.count_repeated()),
             **({"merged": self.merged} if self.merged else {}),
             **({} if self.fraction is None else {"fraction": self.fraction}),
             **({"held_out": self.held_out} if self.held_out else {}),
@@ -68,6 +72,11 @@ class Split:
     def sha256(self) -> str:
         rows = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in self.examples)
         return hashlib.sha256(rows.encode("utf-8", "surrogatepass")).hexdigest()
+
+    def count_repeated(self) -> dict[str, int]:
+        """How many texts occur more than once, and how many of these with different classes."""
+        different = sum(len(counts) > 1 for counts in self.repeated.values())
+        return {"repeated": len(self.repeated), "contradicting": different}
 
     def keep(self, indices: Sequence[int]) -> "Split":
         columns = {name: getattr(self, name) for name in ("examples", "numbers", "places")}
@@ -109,6 +118,8 @@ def load(
         labels = trained["labels"] if trained else labels_of(splits["train"])
         for name in splits.keys() - {"train"}:
             splits[name] = classes.fit(splits[name], labels, args.merge_labels, args.unseen_labels)
+        if "train" in splits:
+            splits["train"].repeated = find_repeated(splits["train"].examples)
     return splits
 
 
@@ -342,6 +353,24 @@ def check_held_out(split: Split, name: str, trained: dict) -> None:
         )
 
 
+def find_repeated(examples: Sequence[tuple[str, str]]) -> dict[str, Counter]:
+    """The texts that occur more than once, but for white space, with how often each class stands beside them;
+    those with the most rows of other than their usual class first, then the most frequent."""
+    # A second copy of a million texts would be large, hashes are small: only texts that share one are kept.
+    hashes = [hash(" ".join(text.split())) for text, _ in examples]
+    several = {number for number, count in Counter(hashes).items() if count > 1}
+    found: dict[str, Counter] = {}
+    for (text, label), number in zip(examples, hashes, strict=True):
+        if number in several:
+            found.setdefault(" ".join(text.split()), Counter())[label] += 1
+
+    def badness(item: tuple[str, Counter]) -> tuple[int, int]:
+        total = item[1].total()
+        return max(item[1].values()) - total, -total
+
+    return dict(sorted(((text, of) for text, of in found.items() if of.total() > 1), key=badness))
+
+
 def sample_train(split: Split, args: argparse.Namespace) -> Split:
     """--max_train_samples, then --train_sample_fraction of each class (of all, for summaries), by --seed.
 
@@ -407,7 +436,7 @@ def choose(count: int, limit: int | None, seed: int) -> list[int]:
 
 def say_split(name: str, split: Split, used: Split) -> str:
     """One line on a split: rows used, rows of its source, rows held out, dropped and why, and train texts
-    that occur in test."""
+    that occur in test, or more than once."""
     if split.fraction:
         alone = f"; classes of one row, which stay in train: {split.alone:,}" if split.alone else ""
         share = f"--{name}_fraction {split.fraction:g} of {split.source}, the same in every run{alone}"
@@ -417,6 +446,18 @@ def say_split(name: str, split: Split, used: Split) -> str:
     overlap = f", {split.overlap:,} texts occur in test too" if split.overlap else ""
     merged = sum(count for spellings in split.merged.values() for count in spellings.values())
     merged = f", {merged:,} with a class spelled otherwise" if merged else ""
+    repeated = f", {say_repeated(split, 0)}" if split.repeated else ""
     held = sum(part["rows"] for part in split.held_out.values())
     count = f"{len(used.examples):,} of {len(split.examples) + split.dropped.total() + held:,} rows"
-    return f"{name:<11}{count} of {split.source}{held_out}{dropped}{merged}{overlap}"
+    return f"{name:<11}{count} of {split.source}{held_out}{dropped}{merged}{overlap}{repeated}"
+
+
+def say_repeated(split: Split, most: int = 10) -> str:
+    """How many train texts occur more than once, and of each of the worst how often with which class."""
+    counts = split.count_repeated()
+    told = f"{counts['repeated']:,} texts occur more than once"
+    lines = [f"{told}, {counts['contradicting']:,} of them with different classes"]
+    for text, labels in list(split.repeated.items())[:most]:
+        named = ", ".join(f"{count:,} {label}" for label, count in labels.most_common())
+        lines.append(f"  {labels.total():,} times: {named}: {text:.60}")
+    return "\n".join(lines)

@@ -25,8 +25,6 @@ from study.errors import UserError
 from study.loop import Examples
 from study.training import save_whole
 
-WEIGHTS = "model.safetensors"
-FINGERPRINTS = {WEIGHTS: "model_sha256", "config.json": "model_config_sha256"}
 SCORED_TOKENS = {"cuda": 65_536, "cpu": 4_096}  # in a pass of scoring
 
 
@@ -125,17 +123,13 @@ def ready(encoder):
 def save(encoder, tokenizer, folder: Path) -> dict[str, str]:
     """Leave the model in `folder`/model, which loads in plain transformers. Returns its fingerprints."""
     final = save_whole(folder / "model", encoder.save_pretrained, tokenizer.save_pretrained)
-    return {name: model.fingerprint(final, file) for file, name in FINGERPRINTS.items()}
+    return model.fingerprints(final)
 
 
 def load_trained(folder: Path, trained: dict):
     """The model that a training has left in `folder`, for scoring. Raises UserError if it is another one than
     its record `trained` tells of."""
-    for file, name in FINGERPRINTS.items():
-        if not (folder / file).is_file() or model.fingerprint(folder, file) != trained[name]:
-            raise UserError(
-                f"{folder} is not the model that its train.json tells of: train it again with --force"
-            )
+    model.refuse_other_model(folder, trained)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()  # what training took
     options = {"dtype": torch.float32, "use_safetensors": True}

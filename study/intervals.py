@@ -168,6 +168,21 @@ def interval(
     return bent(parts.mean, squared)
 
 
+def within(hits: np.ndarray, members: np.ndarray) -> tuple[float, float] | None:
+    """Of the share R of `members` that are `hits`, both [seeds, examples] and counted over all seeds: of
+    precision, say, the right answers among those that name a class. None for less than two examples.
+
+    Of one seed it is Wilson's. Seeds may have other members, so an example adds
+    R + (hit - R member) / mean(member) (Cochran, 1977, chapter 6), over those that are members of any seed.
+    """
+    there = members.any(axis=0)
+    hits, members = hits[:, there].astype(float), members[:, there].astype(float)
+    if members.size == 0:
+        return None
+    share, usual = hits.sum() / members.sum(), members.mean()
+    return interval(share * (1 - members / usual) + hits / usual)
+
+
 def of_difference(ours: np.ndarray, theirs: np.ndarray) -> Parts:
     """Of ours - theirs, both [seeds, examples]. Shares get two examples more, of half a win and half a loss
     (Agresti and Min, 2005), lest a few that differ, or none, seem certain."""

@@ -15,12 +15,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from study import device, resuming
+from study import resuming
 from study.device import Process
 from study.errors import UserError, is_out_of_memory
 from study.fast.replay import Passes
 from study.packing import seed_of
-from study.training import check_finite, diverged, losses
+from study.training import check_finite, diverged, step_line, taken
 
 STATE = "state.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -164,8 +164,7 @@ class Training:
         return self.history[-1][1]
 
     def save(self, checkpoint: Path) -> None:
-        """Weights and moments, as safetensors."""
-        self.settle()
+        """Weights and moments, as safetensors; every loss is settled."""
         check_finite(self.model, self.args)
         tensors = {}
         for name, weight in self.trained.items():
@@ -224,11 +223,7 @@ def train(
         done = number + 1
         if done % max(1, len(steps) // 10) == 0 or done == len(steps):
             loss, speed = training.settle(), sum(tokens[first:done]) / (time.monotonic() - began)
-            print(
-                f"step {done:>6,}/{len(steps):,}  loss {loss:.4f}  {speed:,.0f} tokens/s  "
-                f"{device.peak_memory_gib():.1f} GiB  {sum(tokens[done:]) / speed:,.0f} s left",
-                flush=True,
-            )
+            print(step_line(done, tokens, loss, speed), flush=True)
         if time.monotonic() - saved > 20 * training.saving and done < len(steps):
             training.settle()  # waits for the device: what follows is the time of saving alone
             saved, checkpoint = time.monotonic(), folder / "checkpoints" / f"checkpoint-{done}"
@@ -239,13 +234,8 @@ def train(
     check_finite(training.model, training.args)
     took, fingerprints = seconds(), save()
     return {
-        **losses(training.history, len(steps) // training.args.epochs),
+        **taken(training.history, len(steps) // training.args.epochs, tokens, took, spent, process),
         "examples": count,
-        "steps": len(steps),
-        "tokens": sum(tokens),
-        **resuming.so_far(spent, took, process),
-        "earlier_seconds": spent["wall_seconds"],
-        "tokens_per_second": sum(tokens) / took,
         "trainable_parameters": sum(map(torch.numel, training.trained.values())),
         "batching": {
             "padding_share": training.padding(),

@@ -12,6 +12,8 @@ left=()
 count=0
 unknown=0
 total=(0 0) # estimated seconds and USD
+each=(0 0)  # those of all cells one by one
+row=        # how the training went that serves the cells that follow: trained, failed or empty for none
 budget=(inf inf)
 dry_run=
 price= # what a look-up said of a price that it could not tell
@@ -48,7 +50,7 @@ while (($#)); do
 done
 set -- "${flags[@]}"
 
-look_up() { # look_up SCRIPT FLAG...: sets state, folder, seconds and usd of the run that the flags name
+look_up() { # look_up SCRIPT FLAG...: sets state, folder, seconds, usd and those of its training of the run that the flags name
   local found about=$1 known=1
   if [[ $dry_run ]]; then # reads the data for the first cell of each script and task; else the scripts do so themselves
     [[ ! "$*" =~ --task_type\ [a-z]+ ]] || about+=" ${BASH_REMATCH[0]}"
@@ -60,7 +62,7 @@ look_up() { # look_up SCRIPT FLAG...: sets state, folder, seconds and usd of the
     price=$(grep '^price ' <<<"$found" || true)
     [[ ! $price ]] || echo "$price"
   fi
-  IFS=$'\t' read -r state folder seconds usd <<<"${found##*$'\n'}"
+  IFS=$'\t' read -r state folder seconds usd training_seconds training_usd <<<"${found##*$'\n'}"
 }
 
 fail() { # fail HOW SCRIPT FLAG...: name the failed cell, and leave a record of it where the script left none
@@ -125,8 +127,50 @@ calibrate() { # a short run of the cell's scripts in a hidden folder, so that th
   fi
 }
 
+add() { # add SUMS SECONDS USD [SECONDS USD]: to both sums, less the last two; a "?" makes the second unknown
+  local -n sums=$1
+  mapfile -t sums < <(awk -v a="${sums[0]}" -v b="${sums[1]}" -v s="$2" -v usd="$3" -v less="${4:-0}" -v less_usd="${5:-0}" \
+    'BEGIN { print a + s - less; print (b == "?" || usd == "?") ? "?" : b + usd - less_usd }')
+}
+
+within_budget() { # within_budget FLAG...: 0 where the run that look_up has found may be spent, 2 where it exceeds the budget
+  [[ "${budget[*]}" != "inf inf" && $state != finished ]] || return 0
+  [[ $seconds != '?' || ${left[*]} ]] || calibrate "$@" || return 1
+  if [[ ${budget[1]} != inf && $usd == '?' && $seconds != '?' ]]; then
+    echo "error: --budget_usd: this device has no known price, or several: give --price_per_hour or --gpu_name INSTANCE" >&2
+    exit 1
+  fi
+  if [[ ${left[*]} ]] || exceeds_budget; then return 2; fi
+}
+
+train_row() { # train_row "EPOCHS..." SCRIPT SCORER -- FLAG...: in one training all cells that differ in --epochs alone
+  local scripts=("$2" "$3") trainer=$2 state folder seconds usd training_seconds training_usd every flags
+  mapfile -t every < <(tr ' ' '\n' <<<"$1" | sort -nu)
+  shift 4
+  row=
+  ((${#every[@]} > 1)) || return 0
+  flags=(--epochs "${every[-1]}" --also_epochs "${every[@]::${#every[@]}-1}" "$@")
+  checked[$trainer]=1 # the first cell's look-up reads the data
+  look_up "$trainer" "${flags[@]}" || return 0 # the cells say why
+  [[ $state != finished ]] || return 0
+  row=trained
+  if [[ $dry_run ]]; then
+    [[ $seconds == '?' ]] || add total "$seconds" "$usd"
+    return
+  fi
+  within_budget --epochs "${every[-1]}" "$@" || {
+    (($? == 2)) && row= && return 0 # the cells say so, and the shortest may fit
+    row=failed
+    unset 'failed[-1]' # the cells are named
+    return 0
+  }
+  printf '\n[%d-%d] %s\n' $((count + 1)) $((count + ${#every[@]})) "${flags[*]}"
+  scripts=("$trainer")
+  run_scripts "${flags[@]}" || row=failed
+}
+
 cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last script is the one that scores
-  local scripts=() state folder seconds usd status
+  local scripts=() state folder seconds usd training_seconds training_usd status
   while [[ $1 != -- ]]; do
     scripts+=("$1")
     shift
@@ -148,23 +192,23 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
     if [[ $seconds == '?' ]]; then
       unknown=$((unknown + 1))
     else
-      mapfile -t total < <(awk -v a="${total[0]}" -v b="${total[1]}" -v s="$seconds" -v usd="$usd" \
-        'BEGIN { print a + s; print (b == "?" || usd == "?") ? "?" : b + usd }')
+      add each "$seconds" "$usd"
+      if [[ $row ]]; then add total "$seconds" "$usd" "$training_seconds" "$training_usd"; else add total "$seconds" "$usd"; fi
     fi
     return
   fi
-  if [[ "${budget[*]}" != "inf inf" && $state != finished ]]; then
-    [[ $seconds != '?' || ${left[*]} ]] || calibrate "$@" || return 0
-    if [[ ${budget[1]} != inf && $usd == '?' && $seconds != '?' ]]; then
-      echo "error: --budget_usd: this device has no known price, or several: give --price_per_hour or --gpu_name INSTANCE" >&2
-      exit 1
-    fi
-    if [[ ${left[*]} ]] || exceeds_budget; then
-      printf 'left for lack of budget: %s\n' "$(say_estimate "$seconds" "$usd")"
-      left+=("$folder")
-      return 0
-    fi
+  if [[ $row == failed && $state != finished && $state != trained ]]; then
+    fail "its training failed" "${scripts[-1]}" "$@"
+    return 0
   fi
+  within_budget "$@" || {
+    status=$?
+    ((status == 2)) || return 0
+    printf 'left for lack of budget: %s\n' "$(say_estimate "$seconds" "$usd")"
+    left+=("$folder")
+    return 0
+  }
+  [[ $row != trained ]] || scripts=("${scripts[-1]}")
   run_scripts "$@" || return 0
   [[ $state == finished ]] || check_finished "$@"
 }
@@ -176,8 +220,9 @@ finish() { # print the table of all cells and name those that failed or are left
     [[ ! -e $folder/train.json ]] && ! compgen -G "$folder/eval*.json" >/dev/null || recorded+=("$folder")
   done
   if [[ $dry_run ]]; then
-    ((unknown < count)) || total=('?' '?')
+    ((unknown < count)) || total=('?' '?') each=('?' '?')
     printf 'in all: %s, %d cells' "$(say_estimate "${total[@]}")" "$count"
+    [[ "${each[*]}" == "${total[*]}" ]] || printf ' (one by one: %s)' "$(say_estimate "${each[@]}")"
     ((unknown == 0)) || printf ', %d of them without an estimate: no earlier run of that model, task and device' "$unknown"
     printf '\n'
   elif ((${#recorded[@]})); then

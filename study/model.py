@@ -28,6 +28,8 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
 ADAPTER, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "model.safetensors"
+WHOLE = {WEIGHTS: "model_sha256", "config.json": "model_config_sha256"}
 
 
 def from_checkpoint(loader, checkpoint: str, **options):
@@ -219,6 +221,20 @@ def fingerprint(folder: Path, name: str = ADAPTER) -> str:
     """SHA-256 of an adapter's weights, or of another file of it."""
     with open(folder / name, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprints(folder: Path) -> dict[str, str]:
+    """Of a whole model that was trained, by their names in its train.json."""
+    return {name: fingerprint(folder, file) for file, name in WHOLE.items()}
+
+
+def refuse_other_model(folder: Path, trained: dict) -> None:
+    """Raise UserError unless `folder` holds the whole model that the `train` of a train.json tells of."""
+    told = {name: trained.get(name) for name in WHOLE.values()}
+    if not all((folder / file).is_file() for file in WHOLE) or fingerprints(folder) != told:
+        raise UserError(
+            f"{folder} is not the model that its train.json tells of: train it again with --force"
+        )
 
 
 def load_adapter(

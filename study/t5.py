@@ -34,11 +34,16 @@ from study import checks, device, encoding, generation
 from study.errors import UserError
 from study.fast import self_check
 from study.loop import Examples
-from study.model import CONFIG, fingerprint, from_checkpoint, load_adapter, place_of
+from study.model import (
+    CONFIG,
+    fingerprint,
+    fingerprints,
+    from_checkpoint,
+    load_adapter,
+    place_of,
+    refuse_other_model,
+)
 from study.training import save_adapter, save_whole
-
-WEIGHTS = "model.safetensors"
-FINGERPRINTS = {WEIGHTS: "model_sha256", "config.json": "model_config_sha256"}
 
 
 @dataclass
@@ -351,7 +356,7 @@ def save(model, checkpoint: str, tuning: str, tokenizer, folder: Path) -> dict[s
     config = functools.partial(shutil.copy, place_of(checkpoint)[0] / "config.json")
     whole = functools.partial(model.save_pretrained, max_shard_size="1TB")  # in one file
     final = save_whole(folder / "model", whole, tokenizer.save_pretrained, config)
-    return {name: fingerprint(final, file) for file, name in FINGERPRINTS.items()}
+    return fingerprints(final)
 
 
 def load_tuned(checkpoint: str, folder: Path, tuning: str, trained: dict):
@@ -362,11 +367,7 @@ def load_tuned(checkpoint: str, folder: Path, tuning: str, trained: dict):
         model = load_adapter(load(checkpoint), folder / "adapter", *hashes, dtype()).merge_and_unload()
     else:
         final = folder / "model"
-        for file, name in FINGERPRINTS.items():
-            if not (final / file).is_file() or fingerprint(final, file) != trained["train"].get(name):
-                raise UserError(
-                    f"{final} is not the model that its train.json tells of: train it again with --force"
-                )
+        refuse_other_model(final, trained["train"])
         model = load(str(final))
     return model.to(dtype()).eval()
 

@@ -111,9 +111,21 @@ class Reporter(TrainerCallback):
     """Print a line now and then; save checkpoints as often as costs a twentieth of the time, and mark the
     whole ones."""
 
-    def __init__(self, process: Process, path, run: dict, history: list, tokens: list[int], spent: dict):
+    def __init__(
+        self,
+        process: Process,
+        path,
+        run: dict,
+        history: list,
+        tokens: list[int],
+        spent: dict,
+        per_epoch: int,
+        leave: dict[int, Callable[[dict], None]],
+    ):
         self.process, self.path, self.run = process, path, run
         self.history, self.tokens, self.spent = history, tokens, spent
+        self.per_epoch = per_epoch  # steps
+        self.leave, self.aside = leave, 0.0  # by steps, who takes what a run of so many has; and its seconds
         self.saving = 0.1  # seconds that a checkpoint takes: a guess until one has been written
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -123,10 +135,23 @@ class Reporter(TrainerCallback):
     def seconds(self) -> float:
         return self.spent["seconds"] + time.monotonic() - self.began
 
+    def taken(self, steps: int) -> dict:
+        """What the record of a run that ends after so many `steps` says that it took."""
+        seconds = self.seconds() - self.aside
+        took = taken(
+            self.history[:steps], self.per_epoch, self.tokens[:steps], seconds, self.spent, self.process
+        )
+        return took | {"wall_seconds": took["wall_seconds"] - self.aside}
+
     def on_step_end(self, args, state, control, **kwargs):
         last = state.global_step == state.max_steps
         if state.global_step % max(1, state.max_steps // 10) == 0 or last:
             self.say(args, state)
+        if state.global_step in self.leave:
+            began = time.monotonic()
+            self.loss(args, state)
+            self.leave[state.global_step](self.taken(state.global_step))
+            self.aside += time.monotonic() - began
         due = time.monotonic() - self.saved > 20 * self.saving and not last
         if args.world_size > 1:  # saving takes all processes, so the first one's clock counts
             due = bool(broadcast(torch.tensor(due, device=args.device)))
@@ -145,11 +170,7 @@ class Reporter(TrainerCallback):
         return loss
 
     def say(self, args, state) -> None:
-        speed, left = self.speed(state), sum(self.tokens[state.global_step :])
-        tqdm.write(
-            f"step {state.global_step:>6,}/{state.max_steps:,}  loss {self.loss(args, state):.4f}  "
-            f"{speed:,.0f} tokens/s  {device.peak_memory_gib():.1f} GiB  {left / speed:,.0f} s left"
-        )
+        tqdm.write(step_line(state.global_step, self.tokens, self.loss(args, state), self.speed(state)))
 
     def on_save(self, args, state, control, **kwargs):
         check_finite(kwargs["model"], args)
@@ -211,9 +232,10 @@ def train(
     folder: Path,
     run: dict,
     process: Process,
+    earlier,
 ) -> dict:
-    """Train an adapter on `model` (4-bit, frozen) and leave it in `folder`/adapter. Returns the record's
-    `train`.
+    """Train an adapter on `model` (4-bit, frozen) and leave it in `folder`/adapter, and on the way those of
+    the runs that `earlier` (also.Also) lacks. Returns the record's `train`.
 
     `run` says what is being trained ({"method", "config", "data", "prompt_sha256", "checkpoint"}); a
     checkpoint of the same run is resumed, one of another refused."""
@@ -235,7 +257,34 @@ def train(
     training.max_steps = len(steps)
     training._n_gpu = min(training.n_gpu, 1)  # a process drives one GPU; more take `accelerate launch`
 
-    reporter = Reporter(process, path, run, history, tokens, spent)
+    per_epoch = len(steps) // args.epochs
+    if checkpoint:
+        earlier.refuse_passed(len(history) / per_epoch, checkpoint)
+
+    def described(took: dict) -> dict:
+        """The record's `train` but for the adapter's hashes, from what the Reporter says of it."""
+        return took | {
+            "examples": len(examples),
+            "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+            "batching": path.batching() | {"processes": training.world_size},
+            "without_adapter": checks.without_adapter(model)
+            if args.target_modules == ["all-linear"]
+            else None,
+            "schedule": run["schedule"],
+            "examples_sha256": run["examples_sha256"],
+        }
+
+    def save(into: Path) -> dict:
+        check_finite(model, args)
+        adapter = save_adapter(model, tokenizer, into) if process.main else None
+        config = adapter and fingerprint(into / "adapter", CONFIG)
+        return {"adapter_sha256": adapter, "adapter_config_sha256": config}
+
+    def leave(epochs: int) -> Callable[[dict], None]:
+        return lambda took: earlier.leave(epochs, described(took), save)
+
+    ends = {epochs * per_epoch: leave(epochs) for epochs in earlier.missing}
+    reporter = Reporter(process, path, run, history, tokens, spent, per_epoch, ends)
     trainer = PackedTrainer(
         model=model,
         args=training,
@@ -255,24 +304,37 @@ def train(
         flush=True,
     )
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    seconds = reporter.seconds()
-    check_finite(model, args)
-    adapter = save_adapter(model, tokenizer, folder) if process.main else None
+    took = reporter.taken(len(steps))
+    hashes = save(folder)
+    took["wall_seconds"] = spent["wall_seconds"] + process.seconds() - reporter.aside
+    return described(took) | hashes
+
+
+def step_line(done: int, tokens: Sequence[int], loss: float, speed: float) -> str:
+    """How a training stands after `done` of the steps that have so many `tokens`, at `speed` tokens/s."""
+    return (
+        f"step {done:>6,}/{len(tokens):,}  loss {loss:.4f}  {speed:,.0f} tokens/s  "
+        f"{device.peak_memory_gib():.1f} GiB  {sum(tokens[done:]) / speed:,.0f} s left"
+    )
+
+
+def taken(
+    history: Sequence[Sequence],
+    per_epoch: int,
+    tokens: Sequence[int],
+    seconds: float,
+    spent: dict,
+    process: Process,
+) -> dict:
+    """What the record says that these steps took, each of so many `tokens`: `seconds` of training, and what
+    the attempts before have `spent`."""
     return {
-        **losses(history, len(steps) // args.epochs),
-        "examples": len(examples),
-        "steps": len(steps),
+        **losses(history, per_epoch),
+        "steps": len(tokens),
         "tokens": sum(tokens),
         **resuming.so_far(spent, seconds, process),
         "earlier_seconds": spent["wall_seconds"],
         "tokens_per_second": sum(tokens) / seconds,
-        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "batching": path.batching() | {"processes": training.world_size},
-        "without_adapter": checks.without_adapter(model) if args.target_modules == ["all-linear"] else None,
-        "schedule": run["schedule"],
-        "examples_sha256": run["examples_sha256"],
-        "adapter_sha256": adapter,
-        "adapter_config_sha256": adapter and fingerprint(folder / "adapter", CONFIG),
     }
 
 
@@ -304,6 +366,8 @@ def with_adapter(model, lora, args):
             f"PEFT can't put these adapters on {type(model).__name__} ({reason}): {mend}"
         ) from None
     check_targets(model, args.target_modules)
+    config = model.peft_config["default"]
+    config.target_modules = sorted(config.target_modules)  # a set's order would differ from run to run
     bare = checks.without_adapter(model) if args.target_modules == ["all-linear"] else None
     if bare:
         print(f"adapters   none on {bare}", flush=True)

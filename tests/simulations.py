@@ -18,6 +18,7 @@ from study import metrics
 from study.intervals import Parts, interval, of_difference, p_by_swapping
 from study.report.cells import Cell
 from study.report.choice import Best
+from study.report.classes import AS_SHOWN, Confusion, ends_within
 
 Generator = np.random.Generator
 HARD = 1.5  # how much examples differ in difficulty, in units of what else decides an answer
@@ -62,23 +63,36 @@ def sparse(generator: Generator, examples: int, zeros: float) -> tuple[np.ndarra
     return values, (1 - zeros) / 6
 
 
-def classified(generator: Generator, classes: int, examples: int, seeds: int = 1) -> tuple[list, float]:
-    """`per_example` of each seed of a classifier that is right on some 70 % of each class, and its macro F1
-    on all examples."""
+def classified(
+    generator: Generator, classes: int, examples: int, seeds: int = 1, spread: float = 0
+) -> tuple[list, np.ndarray]:
+    """`per_example` of each seed of a classifier that is right on some 70 % of each class, and how often it
+    gives which answer to each class, [references, answers], on all examples and seeds. A seed changes how
+    often it is right on a class by up to the share `spread` of what it can change by, up and down alike."""
     right = np.clip(generator.normal(0.7, 0.15, classes), 0.05, 0.98)
-    confused = generator.dirichlet(np.full(classes - 1, 0.3), classes) * (1 - right[:, None])
-    table = np.zeros((classes, classes))
-    table[~np.eye(classes, dtype=bool)] = confused.ravel()
-    table += np.diag(right)
-    hits, answered = np.diag(table), table.sum(axis=0)
+    confused = generator.dirichlet(np.full(classes - 1, 0.3), classes)
+
+    def table(right: np.ndarray) -> np.ndarray:
+        found = np.zeros((classes, classes))
+        found[~np.eye(classes, dtype=bool)] = (confused * (1 - right[:, None])).ravel()
+        return found + np.diag(right)
+
     references = generator.integers(0, classes, examples)
     names = [f"{i:02d}" for i in range(classes)]
     runs = []
     for _ in range(seeds):
-        named = (generator.random((examples, 1)) > table[references].cumsum(axis=1)).sum(axis=1)
+        shift = spread * generator.uniform(-1, 1, classes) if spread else 0
+        chances = table(right + shift * np.minimum(right, 1 - right))
+        named = (generator.random((examples, 1)) > chances[references].cumsum(axis=1)).sum(axis=1)
         named = np.minimum(named, classes - 1)
         runs.append({"classes": names, "references": references.tolist(), "answers": named.tolist()})
-    return runs, float((2 * hits / (1 + answered)).mean())
+    return runs, table(right)
+
+
+def shares_of_classes(table: np.ndarray) -> dict[str, np.ndarray]:
+    """Of such a classifier, on all examples, [classes]."""
+    hits, answered = np.diag(table), table.sum(axis=0)
+    return {"precision": hits / answered, "recall": hits, "F1": 2 * hits / (1 + answered)}
 
 
 def percentiles(statistic: Callable, examples: int, generator: Generator, resamples: int = 300) -> tuple:
@@ -146,10 +160,27 @@ def coverage_of_sparse(generator: Generator, examples: int, zeros: float) -> tup
 
 
 def coverage_of_macro_f1(generator: Generator, classes: int, examples: int, seeds: int = 1) -> tuple:
-    runs, truth = classified(generator, classes, examples, seeds)
+    runs, table = classified(generator, classes, examples, seeds)
+    truth = shares_of_classes(table)["F1"].mean()
     values = np.stack([metrics.examples_of(of).values()["macro_f1"] for of in runs])
     ours = metrics.interval_of("macro_f1", values)
     return held(usual_macro_f1(runs[0], generator), truth) if seeds == 1 else None, held(ours, 100 * truth)
+
+
+def coverage_of_class(
+    generator: Generator, classes: int, examples: int, what: str, seeds: int = 1, spread: float = 0
+) -> tuple:
+    """Precision, recall or F1 of the first class."""
+    runs, table = classified(generator, classes, examples, seeds, spread)
+    truth, of = shares_of_classes(table)[what][0], Confusion.of(runs)
+    hits, members = of.counted(0)[what]
+
+    def f1_or_share(indices: np.ndarray) -> np.ndarray:
+        share = metrics.ratio(hits[0][indices].sum(axis=1), members[0][indices].sum(axis=1))
+        return AS_SHOWN[what](share)
+
+    ends = percentiles(f1_or_share, examples, generator) if seeds == 1 else None
+    return held(ends, truth), held(ends_within(hits, members, what), 100 * truth)
 
 
 def false_difference(generator: Generator, seeds: int, examples: int, spread: float, kind=answers) -> tuple:
@@ -267,6 +298,12 @@ def cases() -> Iterator[tuple]:
     for classes, examples, seeds in ((20, 160, 1), (77, 256, 1), (20, 160, 3)):
         what = f"{classes} classes, {examples} examples, {seeds} seed{'s' * (seeds > 1)}"
         yield "interval, macro F1", what, coverage_of_macro_f1, 300, (classes, examples, seeds)
+    for what, examples, seeds, spread in (
+        *((what, 160, 1, 0) for what in AS_SHOWN),
+        *(("F1", 1600, 1, 0), ("F1", 160, 3, 0.5), ("precision", 1600, 3, 0.5), ("F1", 1600, 3, 0.5)),
+    ):
+        of = f"20 classes, {examples:,} examples, {seeds} seed{'s' * (seeds > 1)}"
+        yield f"interval, {what} of a class", of, coverage_of_class, 1000, (20, examples, what, seeds, spread)
     for examples, won, lost in ((160, 0.02, 0.0), (819, 0.01, 0.005)):
         what = f"{examples} examples, {won:.1%} won, {lost:.1%} lost"
         yield (

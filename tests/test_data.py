@@ -6,12 +6,13 @@ import gzip
 import io
 import itertools
 import json
+import time
 import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from conftest import write_rows
+from conftest import run_script, write_rows
 
 from study import cli, data
 from study.errors import UserError
@@ -783,6 +784,87 @@ def test_texts_that_differ_in_white_space_only_overlap(tmp_path):
     assert splits["train"].overlap == 1
 
 
+CONTRADICTING = [  # text, class: three texts occur more than once, two of them with two classes
+    *(("same", "a"), ("same\n", "a"), ("odd", "a"), ("odd", "b"), (" odd", "b"), ("x  y", "a"), ("x y", "c")),
+    *(("one", "b"), ("two", "c")),
+]
+
+
+def contradicting(folder: Path, name: str = "train.jsonl") -> Path:
+    return write_rows(folder / name, [{"text": text, "label": label} for text, label in CONTRADICTING])
+
+
+def test_train_texts_that_occur_again_and_with_other_classes_are_counted(tmp_path):
+    train = data.load(flags("--train_file", contradicting(tmp_path)), ["train"])["train"]
+    described = train.describe()
+    assert (described["repeated"], described["contradicting"]) == (3, 2)
+    line = data.say_split("train", train, train)
+    assert "3 texts occur more than once, 2 of them with different classes" in line
+    sampled = data.sample_train(train, flags("--train_sample_fraction", 0.5))
+    assert sampled.describe()["repeated"] == 3  # of the split, like the texts that occur in test
+
+
+def test_nothing_is_said_of_a_split_without_repeated_texts(tmp_path):
+    train = data.load(flags("--train_file", write_rows(tmp_path / "t.jsonl", ROWS)), ["train"])["train"]
+    assert (train.describe()["repeated"], train.describe()["contradicting"]) == (0, 0)
+    assert "more than once" not in data.say_split("train", train, train)
+
+
+def test_texts_that_were_dropped_do_not_count_as_repeated(tmp_path):
+    test = write_rows(tmp_path / "test.jsonl", [{"text": "odd", "label": "a"}])
+    words = "--train_file", contradicting(tmp_path), "--test_file", test, "--drop_overlap"
+    described = data.load(flags(*words), ["train", "test"])["train"].describe()
+    assert (described["repeated"], described["contradicting"]) == (2, 1)
+
+
+def test_test_splits_and_summaries_are_not_searched_for_repeated_texts(tmp_path):
+    splits = data.load(
+        flags("--train_file", contradicting(tmp_path), "--test_file", tmp_path / "train.jsonl"),
+        ["train", "test"],
+    )
+    assert "repeated" not in splits["test"].describe()
+    rows = write_rows(tmp_path / "s.jsonl", 2 * [{"dialogue": "a: hi", "summary": "a greets"}])
+    assert (
+        "repeated"
+        not in data.load(flags("--train_file", rows, task="summarization"), ["train"])["train"].describe()
+    )
+
+
+def test_the_worst_of_the_repeated_texts_are_listed_with_their_classes(tmp_path):
+    train = data.load(flags("--train_file", contradicting(tmp_path)), ["train"])["train"]
+    assert data.say_repeated(train).splitlines() == [
+        "3 texts occur more than once, 2 of them with different classes",
+        "  3 times: 2 b, 1 a: odd",
+        "  2 times: 1 a, 1 c: x y",
+        "  2 times: 2 a: same",
+    ]
+    assert len(data.say_repeated(train, most=1).splitlines()) == 2
+
+
+def test_a_dry_run_lists_the_repeated_texts_on_request_before_its_line_for_programs(tmp_path):
+    words = "--train_file", contradicting(tmp_path), "--output_dir", tmp_path, "--dry_run", "--show_repeated"
+    done = run_script("llama2_classification.py", *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    head, *listed, _, last = done.stdout.splitlines()
+    assert head == "train: 3 texts occur more than once, 2 of them with different classes"
+    assert listed[0] == "  3 times: 2 b, 1 a: odd"
+    assert last.startswith("not started\t")
+
+
+@pytest.mark.parametrize(("task", "words"), [("classification", ()), ("summarization", ("--dry_run",))])
+def test_repeated_texts_are_listed_by_a_dry_run_of_a_classification_only(task, words, capsys):
+    with pytest.raises(SystemExit):
+        flags("--show_repeated", *words, task=task)
+    assert "--show_repeated goes with --dry_run" in capsys.readouterr().err
+
+
+def test_a_million_rows_are_searched_for_repeated_texts_in_seconds():
+    examples = [(f"text {i % 900_000} of some words", "ab"[i % 2]) for i in range(1_000_000)]
+    began = time.perf_counter()
+    assert len(data.find_repeated(examples)) == 100_000
+    assert time.perf_counter() - began < 20
+
+
 def test_drop_overlap_without_a_test_split_is_refused(overlapping):
     with pytest.raises(UserError, match="--drop_overlap: there is no test split"):
         data.load(flags(*overlapping[:2], "--drop_overlap"), ["train"], optional=["test"])
@@ -1049,6 +1131,11 @@ def test_real_newsgroups_load_whole(newsgroups):
     assert {name: len(split.examples) for name, split in splits.items()} == {"train": 11014, "test": 7317}
     assert {name: split.dropped for name, split in splits.items()} == {"train": {}, "test": {}}
     assert len(data.labels_of(splits["train"])) == 20
+
+
+def test_real_newsgroups_have_posts_that_stand_in_two_groups(newsgroups):
+    described = data.load(flags(*newsgroups), ["train"])["train"].describe()
+    assert (described["repeated"], described["contradicting"]) == (42, 8)
 
 
 def test_real_newsgroups_lose_every_post_that_stands_in_test_too(newsgroups):

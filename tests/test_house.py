@@ -20,7 +20,7 @@ FLOORS = (
     "study.checks study.model study.packing",
     "study.fast",
     "study.paths study.resuming",
-    "study.training study.generation",
+    "study.training study.generation study.also",
     "study.loop",
     "study.encoder study.t5",
     "llama2_classification llama2_classification_inference llama2_summarization",

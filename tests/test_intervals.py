@@ -11,6 +11,7 @@ from simulations import (
     best_is_marked,
     best_of_many,
     coverage_of_adapter,
+    coverage_of_class,
     coverage_of_difference,
     coverage_of_macro_f1,
     coverage_of_setting,
@@ -24,7 +25,7 @@ from simulations import (
     worse_is_left_out,
 )
 
-from study.intervals import interval, of_difference, p_by_swapping, parts_of, wilson
+from study.intervals import interval, of_difference, p_by_swapping, parts_of, wilson, within
 
 # Four standard errors of a rate of 0.95 in 400 repetitions are 0.044, of 0.05 likewise.
 
@@ -69,6 +70,14 @@ def test_the_interval_of_macro_f1_holds_that_on_all_examples(classes, examples, 
     assert ours > 0.87  # four standard errors in 100
     if classes == 77:
         assert usual < 0.6  # the percentile bootstrap of so few examples a class
+
+
+@pytest.mark.parametrize("what", ["precision", "recall", "F1"])
+@pytest.mark.parametrize(
+    ("examples", "seeds", "spread"), [(160, 1, 0), (1600, 1, 0), (160, 3, 0.5), (1600, 3, 0.5)]
+)
+def test_the_interval_of_a_class_holds_its_score_on_all_examples(examples, seeds, spread, what):
+    assert rates(coverage_of_class, 400, 20, examples, what, seeds, spread)[1] > 0.91
 
 
 @pytest.mark.parametrize(("examples", "won", "lost"), [(160, 0.02, 0), (40, 0.1, 0.05), (819, 0.01, 0.005)])
@@ -174,6 +183,18 @@ def test_seeds_that_differ_by_exactly_as_much_do_not_hide_a_difference():
     parts = parts_of(values)
     assert parts.of_seeds == 0
     assert parts.p() < 0.001
+
+
+def test_a_share_of_some_examples_is_wilsons_of_one_seed_and_of_several_adds_them_up():
+    hits, members = np.zeros((2, 3, 50), dtype=bool)
+    members[0, :20] = members[1, 10:40] = members[2, :30] = True
+    hits[:, 10:18] = True
+    assert within(hits[:1], members[:1]) == pytest.approx(wilson(8 / 20, 20))
+    # Of seed i v = R + (hit - R member) / (80 / 120), over the 40 examples that are of any seed, R = 24 / 80
+    values = 0.3 + (hits - 0.3 * members)[:, :40] * 1.5
+    assert within(hits, members) == pytest.approx(interval(values))
+    assert within(members, members) == pytest.approx(wilson(1, 40))
+    assert within(hits[:1], hits[:1] & False) is None
 
 
 def test_seeds_alike_are_one_seed():

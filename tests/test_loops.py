@@ -115,9 +115,9 @@ def leave_record(
 
 def test_run_lora_lists_exactly_the_72_published_cells(tmp_path):
     cells = itertools.product(
-        ["2", "4", "8", "16"], ["2", "5", "10", "20", "30", "50"], ["0.1", "0.2", "0.5"]
+        ["2", "4", "8", "16"], ["0.1", "0.2", "0.5"], ["2", "5", "10", "20", "30", "50"]
     )
-    names = [tuned(rank=rank, epochs=epochs, dropout=dropout) for rank, epochs, dropout in cells]
+    names = [tuned(rank=rank, epochs=epochs, dropout=dropout) for rank, dropout, epochs in cells]
     # 36 s an epoch and 100 s to load; 100 s to score, and 60 s to load for it.
     leave_record(tmp_path / "earlier" / "runs", "train", seconds=3.6, examples=100, loading=100)
     leave_record(tmp_path / "earlier" / "runs", "eval", seconds=5, examples=10, loading=60)
@@ -128,10 +128,11 @@ def test_run_lora_lists_exactly_the_72_published_cells(tmp_path):
     assert len(names) == 72
     assert [Path(folder).name for _, folder, _ in lines] == names
     assert {state for state, *_ in lines} == {"not started"}
-    assert [estimate for *_, estimate in lines[:4]] == ["5.5 min, $3.32"] * 3 + ["7.3 min, $4.40"]
+    assert [estimate for *_, estimate in lines[:2]] == ["5.5 min, $3.32", "7.3 min, $4.40"]
     assert lines[-1][-1] == "34.3 min, $20.60"
-    # 12 settings of 2 + 5 + 10 + 20 + 30 + 50 epochs, and 260 s for each of the 72 cells.
-    assert done.stdout.splitlines()[-1] == "in all: 19.2 h, $692.64, 72 cells"
+    # 12 trainings of 50 epochs and 100 s to load, 160 s to score each of the 72 cells; one by one 12 settings
+    # of 2 + 5 + 10 + 20 + 30 + 50 epochs, and 260 s for each cell.
+    assert done.stdout.splitlines()[-1] == "in all: 9.5 h, $343.20, 72 cells (one by one: 19.2 h, $692.64)"
 
 
 def test_run_lora_takes_lists_and_task_from_the_environment(tmp_path):
@@ -458,7 +459,8 @@ def estimate_of(folder: Path, state: str, *words: object, name: str = "eval.json
     words = (*PRICED, "--output_dir", folder, *words)
     args = cli.parse_args(task, "", list(map(str, words)))
     method = getattr(args, "prompt_type", "qlora")
-    return estimate.estimate(args, method, folder / "run" / name, state == "trained")
+    seconds, usd, *_ = estimate.estimate(args, method, folder / "run" / name, state == "trained")
+    return seconds, usd
 
 
 def leave_three(folder: Path, part: str) -> None:
@@ -514,11 +516,12 @@ def test_a_training_on_two_gpus_costs_twice_and_its_evaluation_once(tmp_path, mo
     path.write_text(json.dumps(content))
     leave_record(tmp_path, "eval", seconds=1, loading=3, gpu="NVIDIA A10G")
     words = ("--gpu_name", "g5.2xlarge", "--epochs", "1", "--output_dir", str(tmp_path))
-    seconds, usd = estimate.estimate(
+    seconds, usd, *training = estimate.estimate(
         cli.parse_args("summarization", "", words), "qlora", tmp_path / "eval.json", False
     )
     assert seconds == pytest.approx(107 + 23)
     assert usd == pytest.approx((2 * 107 + 23) * 1.212 / 3600)
+    assert training == pytest.approx([107, 2 * 107 * 1.212 / 3600])
 
 
 def test_a_baseline_is_estimated_by_those_of_its_prompt(tmp_path):
@@ -585,7 +588,7 @@ def test_a_device_with_several_prices_has_none_and_that_is_said(tmp_path, capsys
         args = cli.parse_args("summarization", "", [*words, *more])
         estimate.say_dry_run(tmp_path / "run" / "train.json", args, "qlora", PROCESS)
         *lines, last = capsys.readouterr().out.splitlines()
-        assert last == f"not started\t{tmp_path}/run\t107\t{usd}"
+        assert last == f"not started\t{tmp_path}/run\t107\t{usd}\t107\t{usd}"
         said = [line for line in lines if "$1.212 (g5.2xlarge) or $1.624 (g5.4xlarge)" in line]
         assert len(said) == (not more)
 
@@ -608,7 +611,7 @@ def test_an_unknown_price_leaves_the_seconds_and_no_dollars(tmp_path, capsys):
     estimate.say_dry_run(
         tmp_path / "run" / "train.json", cli.parse_args("summarization", "", words), "qlora", PROCESS
     )
-    assert capsys.readouterr().out.splitlines()[-1] == f"not started\t{tmp_path}/run\t101\t?"
+    assert capsys.readouterr().out.splitlines()[-1] == f"not started\t{tmp_path}/run\t101\t?\t101\t?"
 
 
 # Budgets
@@ -750,14 +753,40 @@ def test_a_cell_whose_short_run_fails_is_named_and_not_run(tmp_path):
     done = within(tmp_path, "--budget_hours", "9", body="exit 3", EPOCHS="1 2")
     assert done.returncode == 1
     assert "error: 2 of 2 cells failed:" in done.stderr
-    assert done.stderr.count("(exit 3)") == 2
-    assert [call[-8:] for call in calls(tmp_path)] == [FEW, FEW]
+    assert done.stderr.count("(its training failed)") == 2
+    assert "Traceback" not in done.stderr  # of a grid without a score
+    assert [call[-8:] for call in calls(tmp_path)] == [FEW]  # which serves both
 
 
 def test_a_cell_that_no_short_run_can_estimate_is_not_run_on_a_budget(tmp_path):
     done = within(tmp_path, "--budget_usd", "1", "--price_per_hour=36", EPOCHS="1")
     assert [call[-8:] for call in calls(tmp_path)] == [FEW, FEW]
     assert len(done.stderr.splitlines()) <= 2
+
+
+# One training for all epochs of a row
+
+
+def test_a_row_is_trained_once_and_each_of_its_cells_scored(tmp_path):
+    env = {"EPOCHS": "2 1 3", "RANKS": "4 8", "DROPOUTS": "0.1"} | launcher(tmp_path, "exit 0")
+    loop("run_lora.sh", "--output_dir", "runs", cwd=tmp_path, **env)
+    ran = [(call[0].rpartition("_")[2], *call[1:]) for call in calls(tmp_path)]
+    trained = [call[1:7] for call in ran if call[0] == "summarization.py"]
+    scored = [(call[2], call[4]) for call in ran if call[0] == "inference.py"]
+    assert trained == [("--epochs", "3", "--also_epochs", "1", "2", "--lora_r")] * 2
+    assert scored == [(rank, epochs) for rank in "48" for epochs in "213"]
+
+
+def test_where_the_training_of_a_row_fails_its_cells_have_failed_and_the_others_go_on(tmp_path):
+    body = '[[ " $* " == *inference* || " $* " != *"--lora_r 4"* ]]'
+    env = {"EPOCHS": "1 2", "RANKS": "4 8", "DROPOUTS": "0.1"} | launcher(tmp_path, body)
+    done = loop("run_lora.sh", "--output_dir", "runs", cwd=tmp_path, **env)
+    assert done.returncode == 1
+    assert done.stderr.count("(its training failed)") == 2
+    assert [(call[2], call[4]) for call in calls(tmp_path) if "inference" in call[0]] == [
+        ("8", "1"),
+        ("8", "2"),
+    ]
 
 
 # compare_models.sh

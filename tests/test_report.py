@@ -6,17 +6,21 @@ import re
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import PROCESS, ROOT, error_line, write_rows
 from matplotlib.text import Text
+from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from study import cli, metrics
 from study.errors import UserError
 from study.records import record, runs, schema
 from study.report import plots
+from study.report.cells import Table
+from study.report.classes import Confusion
 from study.report.collect import comparable, find_runs
 from study.report.compare import compare
 from study.report.published import FIGURES
@@ -25,6 +29,8 @@ from study.report.tables import all_tables
 
 GPU = "NVIDIA A10G"
 TABLE_1 = "Table 1: classification: accuracy by training share"
+CLASSES = "Classes: classification: precision, recall and F1, the lowest F1 first"
+CONFUSIONS = "Confusions: classification: which class is taken for which, the most frequent first"
 TRAINING, SERVING = "Tables 4 and 5: time and cost to train", "Inference: speed and cost to serve"
 SERVED = "Inference, published: speed and cost to serve"
 COST = {"gpu": GPU, "price_per_hour": 3.6, "price_source": "x", "price_date": "2024"}  # $0.001 a s
@@ -175,6 +181,38 @@ GOLDEN = {
             )
         ),
     ],
+    CLASSES: [
+        ["model", "class", "test examples", "precision", "recall", "F1"],
+        *(
+            line.split(" | ")
+            for line in (
+                # 345 of 500 b are right, and 412 answers are b: Wilson of 345 / 412 and of 345 / 500. 567 are
+                # of either: of 345 / 567 it is 56.8 to 64.8 %, as F1 2 x 0.568 / 1.568 to 2 x 0.648 / 1.648.
+                "a/small | b | 500 | 83.74 [79.9, 87.0] (1)"
+                " | 69.00 [64.8, 72.9] (1) | 75.66 [72.4, 78.6] (1)",
+                "a/small | a | 500 | 82.18 [78.3, 85.5] (1)"
+                " | 71.00 [66.9, 74.8] (1) | 76.18 [73.0, 79.1] (1)",
+                "b/big | b | 500 | 91.08 [88.0, 93.4] (1) | 77.60 [73.7, 81.0] (1) | 83.80 [81.1, 86.2] (1)",
+                "b/big | a | 500 | 86.92 [83.6, 89.7] (1) | 82.40 [78.8, 85.5] (1) | 84.60 [82.0, 86.9] (1)",
+            )
+        ),
+    ],
+    CONFUSIONS: [
+        ["model", "reference", "answer", "count", "share of the reference"],
+        *(
+            line.split(" | ")
+            for line in (
+                "a/small | a | (invalid) | 78 | 15.6 %",
+                "a/small | b | (invalid) | 78 | 15.6 %",
+                "a/small | b | a | 77 | 15.4 %",
+                "a/small | a | b | 67 | 13.4 %",
+                "b/big | b | a | 62 | 12.4 %",
+                "b/big | a | (invalid) | 50 | 10.0 %",
+                "b/big | b | (invalid) | 50 | 10.0 %",
+                "b/big | a | b | 38 | 7.6 %",
+            )
+        ),
+    ],
     "LoRA ablation: classification: accuracy by rank, epochs and dropout, a/small, 100 % of the examples": [
         ["dropout", "rank", "5 epochs", "10 epochs"],
         ["0.1", "8", "70.00 [67.1, 72.8] (1)", "72.50 [69.7, 75.2] (1)"],
@@ -268,6 +306,37 @@ def test_every_table_has_the_cells_worked_out_by_hand(study):
     done = report(study)
     assert (done.returncode, done.stderr) == (0, "")
     assert printed(done.stdout) == GOLDEN
+
+
+def test_more_labels_are_forecast_from_four_shares_on_and_otherwise_a_line_says_why_not(tmp_path):
+    for share in (0.025, 0.05, 0.1, 0.25, 0.5, 1.0):
+        error = 8 + 37 * (40 * share) ** -0.45
+        several = {"a/small": error, "b/rising": 40 - error / 2, "c/few": error}
+        for name, value in list(several.items())[: 3 if share < 0.2 else 2]:
+            words = f"--pretrained_ckpt {name} --train_sample_fraction {share}"
+            more = {"train": {"examples": int(10000 * share)}, "eval": evaluation(100 - value, examples=5000)}
+            tuned(tmp_path / f"{name[0]} {share}", 0, words, **more)
+    shown = tables(tmp_path)
+    table = next(table for name, table in shown.items() if name.startswith("What more labels would bring"))
+    small, rising, few = ([cell.text for cell in row] for row in table.rows)
+    assert small[:3] == ["a/small", "6 shares, 250 to 10,000", "15.04 [14.1, 16.1] (1)"]
+    assert small[5].startswith("held, ")
+    for times, cell in zip((2, 10), table.rows[0][3:5], strict=True):
+        assert cell.value == pytest.approx(8 + 37 * (40 * times) ** -0.45, abs=0.1)
+        assert cell.ends[0] < cell.value < cell.ends[1]
+        assert len(cell.runs) == 6
+    assert rising[3:] == ["—", "—", "error rises beyond noise: 17.5 at 250, 22.5 at 500"]
+    assert few[3:] == ["—", "—", "3 training shares, 4 are needed"]
+    groups = comparable(find_runs([tmp_path])[0])
+    figure = next(plots.figures(groups, [], published=False))[2]
+    labels = [line.get_label() for line in figure.axes[0].get_lines()]
+    assert [label for label in labels if label.startswith("forecast")] == ["forecast, with its 95 % interval"]
+
+
+def test_of_two_shares_no_more_labels_are_forecast(study):
+    shown = tables(study)
+    assert not any(name.startswith("What more labels") for name in shown)
+    assert "What more labels would bring: that takes 4 training shares" in shown[TABLE_1].note
 
 
 def test_a_cell_of_a_grid_may_have_several_seeds_and_dropouts_make_rows(tmp_path):
@@ -496,6 +565,103 @@ LEAN = {
     **{"examples": 9, "seconds": 1.0, "wall_seconds": 2.0, "peak_memory_gib": 0.1},
     **{"tokens_per_second": None, "loss_history": []},
 }
+
+
+# Classes
+
+
+def answering(root: Path, *seeds: str, references: str = "aaaabbbbcc", model: str = "a/small") -> Path:
+    """Runs of a setting, one for each seed's answers: a letter for each example's class, "-" for none."""
+    for seed, letters in enumerate(seeds, 1):
+        rows = [
+            {"parsed": None if letter == "-" else letter, "reference": reference}
+            for letter, reference in zip(letters, references, strict=True)
+        ]
+        scores = metrics.summed_up("classification", rows) | {"metrics_version": "2, r"}
+        words = f"--seed {seed} --pretrained_ckpt {model}"
+        scored = {"eval": evaluation(0, examples=len(rows)) | scores}
+        tuned(root / f"{model} {seed}".replace("/", " "), 0, words, **scored)
+    return root
+
+
+def test_precision_recall_and_f1_of_each_class_are_scikit_learns_and_of_seeds_added_up(tmp_path):
+    generator = np.random.default_rng(0)
+    references = "".join(generator.choice(list("abcd"), 200))
+    seeds = [
+        "".join(of if generator.random() < 0.6 else generator.choice(list("abcd-")) for of in references)
+        for _ in range(3)
+    ]
+    found = tables(answering(tmp_path, *seeds, references=references))
+    truth = list(3 * references), list("".join(seeds))
+    expected = precision_recall_fscore_support(*truth, labels=list("abcd"))
+    shown = {row[1].text: row for row in found[CLASSES].rows}
+    for i, label in enumerate("abcd"):
+        assert [cell.value for cell in shown[label][3:]] == pytest.approx(
+            [100 * of[i] for of in expected[:3]]
+        )
+        assert shown[label][2].text == str(expected[3][i] // 3)
+        assert all(cell.ends[0] < cell.value < cell.ends[1] and cell.seeds == 3 for cell in shown[label][3:])
+    f1 = [row[5].value for row in found[CLASSES].rows]
+    assert f1 == sorted(f1)
+    matrix = confusion_matrix(*truth, labels=list("abcd-"))[:-1]
+    for _, reference, answer, count, share in found[CONFUSIONS].rows:
+        i, j = "abcd".index(reference.text), "abcd-".index(answer.text.replace("(invalid)", "-"))
+        assert count.value == matrix[i, j]
+        assert share.value == pytest.approx(100 * matrix[i, j] / matrix[i].sum())
+    assert "a/small: counts of 3 seeds, added up." in found[CONFUSIONS].note
+
+
+def test_of_two_seeds_both_scores_of_a_class_are_shown_and_where_none_can_be_a_dash(tmp_path):
+    rows = tables(answering(tmp_path, "aaaabbb-aa", "aaabbbb-dd"))[CLASSES].rows
+    assert [[cell.text for cell in row[1:]] for row in rows] == [
+        ["c", "2", "—", "0.00, 0.00 (2)", "0.00, 0.00 (2)"],
+        ["d", "0", "0.00, 0.00 (2)", "—", "0.00, 0.00 (2)"],
+        ["b", "4", "100.00, 75.00 (2)", "75.00, 75.00 (2)", "85.71, 75.00 (2)"],
+        ["a", "4", "66.67, 100.00 (2)", "100.00, 75.00 (2)", "80.00, 85.71 (2)"],
+    ]
+
+
+def test_of_each_model_the_worst_classes_are_shown_and_all_on_request(tmp_path):
+    answering(tmp_path, "bcdefgh" * 3, references="abcdefg" * 3)
+    answering(tmp_path, "abcdefg" * 3, references="abcdefg" * 3, model="b/big")
+    few, every = report(tmp_path).stdout, report(tmp_path, "--classes").stdout
+    rows = printed(few)[CLASSES][1:]
+    assert [row[0] for row in rows] == ["a/small"] * 5 + ["b/big"] * 5
+    assert "a/small: 5 of 8 classes; --classes shows all." in few
+    assert "a/small: 5 of 7 pairs of classes; --classes shows all." in few
+    assert len(printed(every)[CLASSES][1:]) == 8 + 7
+    assert len(printed(every)[CONFUSIONS][1:]) == 7  # b/big confuses none
+    assert "--classes" not in every
+
+
+def test_a_class_with_a_bar_in_its_name_stays_one_cell_of_markdown():
+    table = Table("Classes", "t", ["class", "F1"], 1)
+    table.add("a | b", "50.00")
+    assert "| a \\| b  | 50.00 |" in table.markdown()
+    assert table.csv_rows()[1] == ["a | b", "50.00"]
+
+
+def test_an_older_record_has_no_classes_and_summaries_have_none(tmp_path):
+    tuned(tmp_path / "summaries", 50, task="summarization")
+    tuned(tmp_path / "old", 60)
+    make_old(tmp_path / "old" / "eval.json")
+    assert not [name for name in tables(tmp_path) if name.startswith(("Classes", "Confusions"))]
+
+
+@pytest.mark.parametrize(("classes", "named", "numbers"), [(20, 20, True), (150, 50, False)])
+def test_a_confusion_matrix_of_many_classes_names_as_many_as_can_be_read(classes, named, numbers):
+    names = [f"$_{i}" for i in range(classes)]  # which TeX would not set
+    examples = list(range(classes)) * 2
+    per_example = {"classes": names, "references": examples, "answers": [0, *examples[:-1]]}
+    figure = plots.plot_confusion(Confusion.of([per_example]))
+    axes = figure.axes[0]
+    figure.canvas.draw()
+    assert len(axes.get_yticklabels()) == named
+    assert axes.get_xticklabels()[-1].get_text() == "(invalid)"
+    assert bool(axes.texts) == numbers
+    sizes = [label.get_window_extent() for label in axes.get_yticklabels()]
+    assert all(low.y1 <= high.y0 or low.y0 >= high.y1 for low, high in pairwise(sizes))  # none on another
+    plots.plt.close(figure)
 
 
 def test_a_new_method_is_shown_by_its_entry_alone(tmp_path, monkeypatch):
@@ -1343,7 +1509,7 @@ def test_a_report_is_written_with_each_table_as_csv(written):
     found = printed(text)
     assert found[TRAINING][1] == GOLDEN[TRAINING][1]
     files = sorted(written.glob("*.csv"))
-    assert len(files) == sum(bool(rows) for rows in found.values()) == 9
+    assert len(files) == sum(bool(rows) for rows in found.values()) == 11
     with open(files[0], newline="") as file:
         rows = list(csv.DictReader(file))
     assert (rows[2]["a/small"], rows[2]["training share"]) == ("62.0", "10 %")
@@ -1362,6 +1528,8 @@ PLOTS = {
         "Pareto front, found by 7 trainings for $9.60",
     ],
     "classification-lora-grid-a-small-100-of-the-examples": ["epochs", "LoRA rank", "dropout 0.1"],
+    "classification-confusion-matrix-a-small": ["reference", "answer", "a", "b", "(invalid)", "69", "16"],
+    "classification-confusion-matrix-b-big": ["reference", "answer", "a", "b", "(invalid)", "78", "10"],
     "classification-training-loss": ["optimizer step"],
     "summarization-score-by-number-of-training-examples": ["training examples", "ROUGE-1 (%)"],
     "summarization-score-by-training-cost": ["training cost (USD)", "ROUGE-1 (%)"],

@@ -16,16 +16,20 @@ from study.records.schema import HELD_OUT, METHODS, PARTS, lookup, part_of
 
 
 def say_dry_run(path: Path, args: argparse.Namespace, method: str, process: Process) -> None:
-    """What --dry_run prints: the record, then for programs "status<TAB>folder<TAB>seconds<TAB>USD" with an
-    estimate of what is left to spend, or "?". Raises UserError for data in files that can't be used.
+    """What --dry_run prints: the record, then for programs "status<TAB>folder<TAB>seconds<TAB>USD<TAB>
+    seconds<TAB>USD" with an estimate of what is left to spend, and of the training in it, or "?". Raises
+    UserError for data in files that can't be used.
 
     An evaluation that has not been made, or of another adapter, is "trained" where its training is finished,
-    and else says how that stands. With CELL_FAILED, in which a loop says how a script ended, it leaves the
-    record of that failure instead.
+    and else says how that stands. With --show_repeated the train texts that occur more than once come first.
+    With CELL_FAILED, in which a loop says how a script ended, it leaves the record of that failure instead.
     """
     if os.environ.get("CELL_FAILED"):
         return leave_failure(path, args, method, process, os.environ["CELL_FAILED"])
     check_gpu_name(args)
+    if args.show_repeated:
+        train = data.load(args, ["train"], optional=["test"] if args.drop_overlap else [])["train"]
+        print(f"train: {data.say_repeated(train)}")
     trained = path.parent / "train.json"
     state, training = stands(path, args.force), stands(trained, args.force)
     scores = path != trained
@@ -36,7 +40,7 @@ def say_dry_run(path: Path, args: argparse.Namespace, method: str, process: Proc
     if state != "finished" and not os.environ.get("DATA_CHECKED"):
         check_data(args, method, scores, read(trained) if training == "finished" else None)
     print(f"{args.task} with {METHODS[method].model or args.pretrained_ckpt} -> {path}")
-    left = (0, 0)
+    left = (0, 0, 0, 0)
     if state != "finished":
         cost.say_ambiguity(args, device.name())
         left = estimate(args, method, path, training == "finished")
@@ -88,27 +92,27 @@ def stands(path: Path, force: bool) -> str:
 
 def estimate(
     args: argparse.Namespace, method: str, path: Path, trained: bool
-) -> tuple[float | None, float | None]:
-    """Seconds and USD that the run of the record `path` takes; None where nothing tells.
-
-    An evaluation includes its training where that is not finished.
-    """
+) -> tuple[float | None, float | None, float | None, float | None]:
+    """Seconds and USD that the run of the record `path` takes, and those of the training in it, where that is
+    not finished; None where nothing tells."""
     here = device.name()
-    parts: list[tuple[float | None, int]] = []  # seconds, on so many GPUs
+    training, scoring = (0.0, 0.0), (0.0, 0.0)
     if METHODS[method].trains and not trained:
         before = earlier(args, here, "train", method)
         gpus = max((cost.gpus_of(run["train"]) for run in before), default=1)
-        parts.append((training_seconds(args, before), gpus))
+        training = priced(args, here, training_seconds(args, before), gpus)
     if part_of(path) == "eval":
-        parts.append((evaluation_seconds(args, earlier(args, here, "eval", method)), 1))
-    if any(seconds is None for seconds, _ in parts):
+        scoring = priced(args, here, evaluation_seconds(args, earlier(args, here, "eval", method)), 1)
+    whole = (None if None in parts else sum(parts) for parts in zip(training, scoring, strict=True))
+    return (*whole, *training)
+
+
+def priced(args: argparse.Namespace, here: str, seconds: float | None, gpus: int) -> tuple:
+    """Seconds on so many GPUs, and their USD."""
+    if seconds is None:
         return None, None
-    name = args.gpu_name or here
-    each = [
-        cost.usd(cost.price(name, args.price_per_hour, gpus=gpus)["price_per_hour"], seconds)
-        for seconds, gpus in parts
-    ]
-    return sum(seconds for seconds, _ in parts), None if None in each else sum(each)
+    price = cost.price(args.gpu_name or here, args.price_per_hour, gpus=gpus)["price_per_hour"]
+    return seconds, cost.usd(price, seconds)
 
 
 def earlier(args: argparse.Namespace, here: str, part: str, method: str) -> list[dict]:

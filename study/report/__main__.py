@@ -25,6 +25,7 @@ from study.errors import UserError
 from study.files import write_text
 from study.records import cost, record, runs
 from study.report.cells import Table
+from study.report.classes import MOST
 from study.report.collect import Run, comparable, find_runs
 from study.report.spent import spent_in_all
 from study.report.tables import all_tables
@@ -130,6 +131,7 @@ def main() -> None:
     add(
         "--spread", action="store_true", help="also where the intervals come from, and what would narrow them"
     )
+    add("--classes", action="store_true", help="every class and confusion, not the worst of each model only")
     add(
         "--rescore",
         action="store_true",
@@ -157,7 +159,8 @@ def main() -> None:
     for several in several_prices(found, prices):
         print(f"--prices {args.prices}: {several}, so its price is unknown: leave one entry", file=sys.stderr)
     groups = comparable(found)
-    tables = all_tables(groups, prices, args.reference, args.spread, spent_in_all(folders, prices))
+    spent, most = spent_in_all(folders, prices), None if args.classes else MOST
+    tables = all_tables(groups, prices, args.reference, args.spread, spent, most)
     columns = [column for table in tables for column in table.columns]
     if args.reference and not any(args.reference in column.partition(" - ")[2] for column in columns):
         raise UserError(f"--reference {args.reference}: no table has such a row or column with a score")

@@ -17,7 +17,7 @@ STATES = {"running": "running", "oom": "OOM", "failed": "failed", "interrupted":
 @dataclass(frozen=True)
 class Cell:
     """`value` and the ends of its 95 % interval as numbers and, with its unit, as text; over how many `seeds`
-    it is, and the runs behind it."""
+    it is (0 of what is no score), and the runs behind it."""
 
     text: str
     value: float | None = None
@@ -50,7 +50,7 @@ class Table:
     def markdown(self) -> str:
         from tabulate import tabulate
 
-        rows = [[cell.text for cell in row] for row in self.rows]
+        rows = [[cell.text.replace("|", r"\|") for cell in row] for row in self.rows]
         text = tabulate(rows, self.columns, tablefmt="github", disable_numparse=True)
         return f"## {self.name}: {self.title}\n\n{text}\n\n{self.note}".rstrip() + "\n"
 

@@ -91,6 +91,8 @@ class Best:
     def pool_seeds(self) -> intervals.Pool | None:
         """Over the cells that have the most usual seeds; None where that is one cell or one seed."""
         rows = [sorted((run.seed, run) for run in cell.runs if run.values) for cell in self.cells.values()]
+        if not rows:
+            return None
         usual, _ = max(Counter(tuple(seed for seed, _ in row) for row in rows).items(), key=itemgetter(1))
         same = [row for row in rows if tuple(seed for seed, _ in row) == usual]
         if len(same) < 2 or len(usual) < 2:

@@ -9,20 +9,24 @@ from pathlib import Path
 from statistics import mean, median
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, PowerNorm
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from study.records import cost
 from study.records.schema import METHODS, SCORES
 from study.report.cells import Cell, score_cell
 from study.report.choice import grids
+from study.report.classes import INVALID, Confusion, confusions_of
 from study.report.collect import Run
 from study.report.compare import difference
+from study.report.curve import FARTHEST
+from study.report.forecast import forecasts
 from study.report.published import FIGURES
-from study.report.selection import labels_of, models_of, on_everything, tuned, usual_runs
+from study.report.selection import by_examples, labels_of, models_of, on_everything, tuned, usual_runs
 from study.report.spent import training_usd
 
 STYLE = {
@@ -33,6 +37,8 @@ STYLE = {
     "grid.alpha": 0.3,
     "legend.frameon": False,
 }
+NUMBERED, NAMED = 25, 50  # classes of a confusion matrix that has numbers, and that are named at most
+TIMES_AHEAD = np.geomspace(1, FARTHEST, 25)
 LONGEST_NAME = 100  # of a file, without its ending
 MARKERS, DASHES, LEVELS = "osD^vP*X", ("-", "--", "-.", ":"), (":", "-.", "--")
 
@@ -60,6 +66,10 @@ def figures(groups: Sequence[tuple], prices: Sequence[dict], published: bool) ->
                 *(
                     ("LoRA grid, " + name, plot_grid(task, cells))
                     for name, cells in grids(task, group).items()
+                ),
+                *(
+                    ("confusion matrix, " + name, plot_confusion(found))
+                    for name, found in confusions_of(group).items()
                 ),
                 ("training loss", plot_loss(group)),
             ):
@@ -92,20 +102,19 @@ def scale(axes, task: str, xlabel: str, show) -> None:
 
 
 def plot_examples(task: str, group: Sequence[Run], published: bool):
-    """Score over the number of training examples, with intervals."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    """Score over the number of training examples, with intervals; dashed, in a grey band, what more of them
+    would bring."""
+    figure, axes = plt.subplots(figsize=(9 if published else 7, 4.5), layout="constrained")
     metric, styles = next(iter(SCORES[task])), zip(cycle(MARKERS), cycle(DASHES), strict=False)
     for model, (marker, dash) in zip(labels_of(tuned(group)), styles, strict=False):
-        points = {}
-        for run in usual_runs(group, model):
-            if run.scored and run.train:
-                points.setdefault(run.train["train"]["examples"], []).append(run)
-        cells = {count: score_cell(points[count], metric) for count in sorted(points)}
+        points = by_examples(usual_runs(group, model))
+        cells = {count: score_cell(of, metric) for count, of in points.items()}
         if cells:
             values, bars = bars_of(cells.values())
             axes.errorbar(
                 list(cells), values, bars, marker=marker, ls=dash, color="black", capsize=3, label=model
             )
+    draw_forecasts(axes, task, group)
     if published:
         table = FIGURES["tables"]["Table 1"]
         examples, *columns = list(zip(*table["rows"], strict=True))[1:]
@@ -119,6 +128,18 @@ def plot_examples(task: str, group: Sequence[Run], published: bool):
     scale(axes, task, "training examples", "{:,.0f}".format)
     figure.legend(loc="outside right center" if published else "outside lower center", fontsize=8)
     return figure
+
+
+def draw_forecasts(axes, task: str, group: Sequence[Run]) -> None:
+    """As far as they are of use: the scores dashed, their intervals as grey bands."""
+    label = "forecast, with its 95 % interval"
+    for each in forecasts(task, group).values():
+        ahead = {times * each.n[-1]: found for times in TIMES_AHEAD if (found := each.at(times))}
+        if ahead:
+            middle, low, high = 100 - 100 * np.array([*ahead.values()]).T
+            axes.plot([*ahead], middle, ls=(0, (2, 2)), lw=1, color="0.4", label=label)
+            axes.fill_between([*ahead], low, high, color="0.5", alpha=0.15, lw=0)
+            label = None
 
 
 def bars_of(cells: Iterable[Cell]) -> tuple[list[float], list[list[float]]]:
@@ -216,6 +237,31 @@ def plot_grid(task: str, cells: dict):
     bar = figure.colorbar(image, ax=all_axes[0])
     bar.set_ticks([high - i * width for i in range(5)], labels=[f"{high - i * width:.1f}" for i in range(5)])
     bar.set_label(f"{score_title(task)},\na tick for each width\nof an interval", fontsize=8)
+    return figure
+
+
+def plot_confusion(found: Confusion):
+    """A row for each reference class: of its examples the share that each answer got. Dark is much, in grey
+    too, and a root keeps small shares in sight. Few classes have numbers; of many, not all are named."""
+    counts = found.counts()  # [classes, classes + 1]
+    shares = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    size, step = len(shares), -(-len(shares) // NAMED)
+    side, seeds = min(8.5, 3.5 + size / 4), len(found.runs)
+    figure, axes = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    image = axes.imshow(shares, cmap="Blues", norm=PowerNorm(0.5, 0, 100), aspect="auto")
+    font = {"fontsize": min(9, 5 + 60 / size), "parse_math": False}
+    names = [name if len(name) < 28 else f"{name[:26]}…" for name in found.classes]
+    rows, columns = range(0, size, step), range(0, size - step + 1, step)
+    axes.set_yticks(rows, [names[i] for i in rows], **font)
+    axes.set_xticks([*columns, size], [*(names[i] for i in columns), INVALID], rotation=90, **font)
+    for y, x in zip(*np.nonzero(shares >= 0.5), strict=True) if size <= NUMBERED else ():
+        color = "white" if shares[y, x] > 40 else "black"
+        axes.text(x, y, f"{shares[y, x]:.0f}", ha="center", va="center", color=color, **font)
+    axes.axvline(size - 0.5, color="black", lw=0.8)
+    axes.grid(False)
+    axes.set(xlabel="answer", ylabel="reference")
+    bar = figure.colorbar(image, ax=axes, ticks=[0, 1, 5, 10, 25, 50, 100], fraction=0.03)
+    bar.set_label("% of the reference class" + (f", {seeds} seeds added up" if seeds > 1 else ""))
     return figure
 
 

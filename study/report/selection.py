@@ -67,6 +67,15 @@ def on_everything(group: Iterable[Run], label: str) -> list[Run]:
     return [run for run in ours if run.share == max(run.share for run in ours)]
 
 
+def by_examples(of: Iterable[Run]) -> dict[int, list[Run]]:
+    """Runs that were trained and scored by the number of their training examples, ascending."""
+    points = {}
+    for run in of:
+        if run.scored and run.train:
+            points.setdefault(run.train["train"]["examples"], []).append(run)
+    return {count: points[count] for count in sorted(points)}
+
+
 def settings_of(of: Sequence[Run]) -> str:
     """E.g. "rank 8, epochs 5, dropout 0.1"; "" for a method without knobs."""
     knobs = zip(of[0].method.knobs.values(), of[0].setting, strict=True)

@@ -173,12 +173,18 @@ def read_all(folders: Iterable[Path]) -> tuple[list[list[dict]], int]:
     for path in sorted({path.resolve() for folder in folders for path in records_in(folder)}):
         try:
             content = record.read(path)
-            if content:  # a run that goes on may have ended since
+            if content and not is_counted_elsewhere(content, path):  # a run that goes on may have ended since
                 schema.check(content, path)
                 histories.append(attempts.of_record(content))
         except UserError:
             unreadable += 1
     return histories, unreadable
+
+
+def is_counted_elsewhere(content: dict, path: Path) -> bool:
+    """Whether a run of more epochs, whose record there is, has left this one on its way."""
+    longer = content.get("left_by") and path.parent.with_name(content["left_by"]) / path.name
+    return bool(longer) and longer.is_file()
 
 
 def is_timed(attempt: dict) -> bool:

@@ -11,8 +11,10 @@ from study.records import cost
 from study.records.schema import FEW, METHODS, SCORES, lookup
 from study.report.cells import Cell, Table, duration, percent, score_cell
 from study.report.choice import lora_tables
+from study.report.classes import MOST, class_tables
 from study.report.collect import Run
 from study.report.compare import difference
+from study.report.forecast import forecast_table
 from study.report.selection import (
     labels_of,
     models_of,
@@ -184,9 +186,9 @@ def about_seeds(group: Sequence[Run]) -> str:
 def remarks(group: Sequence[Run], table: Table) -> str:
     """What is to be known of the scores in a table: how many seeds and classes they are over, and why an F1
     may exceed accuracy."""
-    cells = [cell for row in table.rows for cell in row if cell.value is not None and cell.runs]
+    cells = [cell for row in table.rows for cell in row if cell.seeds and cell.runs]
     scored = [[run for run in cell.runs if run.scored] for cell in cells]
-    told = "Score [95 % interval] (seeds)."
+    told = "Score [95 % interval] (seeds)." if cells else ""
     if any("(1)" in cell.text for cell in cells):
         told += " (1): one seed, whose interval is of test sampling only."
     if any("(2)" in cell.text for cell in cells):
@@ -251,15 +253,20 @@ def all_tables(
     named: str | None = None,
     spread: bool = False,
     spent: str = "",
+    most: int | None = MOST,
 ) -> list[Table]:
-    """Every table of the study, with differences to what is `named`, or to the cheapest. A group that stands
-    apart says so in its tables' titles. What was `spent` in all stands under Tables 4 and 5, or where nothing
-    was trained under the last one."""
+    """Every table of the study, with differences to what is `named`, or to the cheapest, and `most` classes
+    of each model, or all. A group that stands apart says so in its tables' titles. What was `spent` in all
+    stands under Tables 4 and 5, or where nothing was trained under the last one."""
     tables, reference = [], Reference(named, prices)
     for task, why, group in groups:
         ours = [share_table(task, group, reference)] if task == "classification" else []
         ours.append(method_table(task, group, reference))
         ours += [model_table(task, group, reference)] if task == "summarization" else []
+        ours += [table for table in class_tables(group, most) if table.rows]
+        forecast = forecast_table(task, group)
+        ours += [forecast] if forecast.rows else []
+        ours[0].note += forecast.note * (not forecast.rows)
         ours += lora_tables(task, group)
         ours += [spread_table(task, group, reference)] if spread else []
         counts = {f"{run.scored['examples']:,} {run.config['split']}" for run in group if run.scored}
