@@ -249,22 +249,32 @@ def check_type(field, where: str) -> None:
 
 @functools.cache
 def hub_answers(seconds: float = 3) -> bool:
-    """Whether the hub can be asked. Where it does not answer in so many seconds, HF_HUB_OFFLINE is set for
-    this process: the hub's libraries would try again for minutes."""
-    if os.environ.get("HF_HUB_OFFLINE"):
+    """Whether the hub can be asked. Where nothing takes the call in so many seconds, or does not answer in as
+    many as the hub's library waits for an answer, HF_HUB_OFFLINE is set for this process: the library would
+    try again for minutes."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
         return False
     import httpx
 
-    answered = threading.Event()
+    taken, answered = threading.Event(), threading.Event()
+    patience = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", "10"))
+
+    def hear(event: str, _: dict) -> None:
+        if event.endswith("connect_tcp.complete"):
+            taken.set()
 
     def ask() -> None:
         with contextlib.suppress(httpx.HTTPError, httpx.InvalidURL, OSError):
-            httpx.head(os.environ.get("HF_ENDPOINT", "https://huggingface.co"), timeout=seconds)
+            with httpx.Client(timeout=patience) as client:
+                address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+                client.head(address, extensions={"trace": hear})
             answered.set()
+        taken.set()  # or refused
 
     thread = threading.Thread(target=ask, daemon=True)  # no timeout holds for looking up a name
     thread.start()
-    thread.join(seconds)
+    if taken.wait(seconds):
+        thread.join(patience)
     if not answered.is_set():
         os.environ["HF_HUB_OFFLINE"] = "1"
         if "huggingface_hub" in sys.modules:

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from preloaded import run_preloaded
 from prompts import prompt_sha256
 from study import checkpoint, cli
 from study.errors import UserError
+from study.files import hub_answers as answers
 from study.records import record
 
 TRAINING = ["llama2_classification.py", "llama2_summarization.py"]
@@ -476,14 +478,22 @@ def test_a_hub_checkpoint_while_offline_is_named(tmp_path, files):
 
 
 @pytest.fixture
-def silent_hub():
-    """Environment with a hub that takes a call and says nothing, as behind many a firewall."""
+def hub(monkeypatch):
+    """A hub at a port of this machine, for this process and those that it starts; as it stands it takes a
+    call and says nothing, as behind many a firewall."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        yield {"HF_HUB_OFFLINE": "", "HF_ENDPOINT": f"http://127.0.0.1:{server.getsockname()[1]}"}
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
+        yield server
+
+
+def hub_answers(seconds: float) -> bool:
+    return answers.__wrapped__(seconds)
 
 
 @pytest.mark.parametrize("named", ["--pretrained_ckpt", "--dataset"])
-def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path, files, silent_hub, named):
+def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path, files, hub, named):
     flags = (
         named,
         "nobody/no-such",
@@ -491,8 +501,39 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path, files, silent_hu
         "--output_dir",
         tmp_path,
     )
-    done = run_script("llama2_classification.py", *flags, env=silent_hub, timeout=20)  # 4 s; it took minutes
+    done = run_script("llama2_classification.py", *flags, env={"HF_HUB_OFFLINE": ""}, timeout=20)
     assert error_line(done).startswith(f"error: {named} nobody/no-such")
+
+
+def test_a_hub_that_takes_a_call_may_take_longer_to_answer_than_to_be_reached(hub, monkeypatch):
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "30")
+
+    def answer_late() -> None:
+        with hub.accept()[0] as call:
+            threading.Event().wait(0.5)
+            call.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+
+    thread = threading.Thread(target=answer_late)
+    thread.start()
+    assert hub_answers(0.2)
+    thread.join()
+    assert "HF_HUB_OFFLINE" not in os.environ
+
+
+@pytest.mark.parametrize("at", ["", "http://no-such-hub.invalid", "no address"])
+def test_a_hub_that_refuses_or_has_no_address_is_given_up_at_once(hub, monkeypatch, at):
+    hub.close()
+    monkeypatch.setenv("HF_ENDPOINT", at or os.environ["HF_ENDPOINT"])
+    assert not hub_answers(10)
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(("word", "left"), [("true", "true"), ("0", "1"), ("", "1")])
+def test_offline_means_what_it_does_to_the_hubs_library(hub, monkeypatch, word, left):
+    hub.close()
+    monkeypatch.setenv("HF_HUB_OFFLINE", word)
+    assert not hub_answers(10)
+    assert os.environ["HF_HUB_OFFLINE"] == left  # 1 where it was asked
 
 
 def test_a_hub_data_set_while_offline_is_named(tmp_path):
