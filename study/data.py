@@ -94,7 +94,7 @@ def load(
     --validation_fraction hold out of train is what the record `trained` says, if that is given. Raises
     UserError for everything that is wrong with a file.
     """
-    shares = {name: share for name in HOLDABLE if (share := getattr(args, f"{name}_fraction"))}
+    shares = shares_for({*names, *optional}, args)
     splits: dict[str, Split] = {}
     for name in dict.fromkeys(["train"] * bool(shares) + [*names, *optional]):
         if name in shares:
@@ -105,7 +105,8 @@ def load(
             if name in names or name == "train":
                 raise
     for name, share in shares.items():
-        refuse_another(args, name)
+        if not trained or name in names:  # the training saw to the others
+            refuse_another(args, name)
         splits["train"], splits[name] = hold_out(splits["train"], name, share, args.task)
         if trained and name in names:
             check_held_out(splits[name], name, trained)
@@ -290,6 +291,15 @@ def drop_overlap(splits: dict[str, Split], drop: bool) -> None:
         splits["train"] = train.keep(apart)
         splits["train"].dropped["also in test"] += shared
     splits["train"].overlap = shared
+
+
+def shares_for(wanted: set[str], args: argparse.Namespace) -> dict[str, float]:
+    """The shares of train to hold out where the splits `wanted` are asked for: what the last of them is taken
+    from lacks those before it, and train lacks all."""
+    shares = {name: share for name in HOLDABLE if (share := getattr(args, f"{name}_fraction"))}
+    while shares and not wanted & {"train", [*shares][-1]}:
+        shares.popitem()
+    return shares
 
 
 def refuse_another(args: argparse.Namespace, name: str) -> None:

@@ -1029,6 +1029,28 @@ def test_a_share_that_is_not_what_a_training_held_out_is_refused(tmp_path):
         data.load(args, ["test"], trained=trained)
 
 
+def test_a_split_that_is_not_scored_may_have_a_file_beside_the_share_that_the_training_held_out(tmp_path):
+    words = ("--train_file", one_file(tmp_path, a=40, b=20), "--test_fraction", 0.1)
+    args = flags(*words, "--validation_fraction", 0.2)
+    splits = data.load(args, ["train", "validation"])
+    trained = {"data": {"train": splits["train"].describe()}, "labels": ["a", "b"]}
+    args.test_file = str(write_rows(tmp_path / "other.jsonl", ROWS))  # --split validation --test_file
+    assert data.load(args, ["validation"], trained=trained)["validation"].examples == (
+        splits["validation"].examples
+    )
+    with pytest.raises(UserError, match=r"--test_fraction 0.1: there is a test split already"):
+        data.load(args, ["train"])
+
+
+@pytest.mark.parametrize(("scored", "other"), [("test", "validation"), ("validation", "test")])
+def test_a_split_with_a_file_is_scored_without_reading_what_a_share_was_held_out_of(tmp_path, scored, other):
+    file = write_rows(tmp_path / "scored.jsonl", ROWS)
+    gone = ("--train_file", tmp_path / "gone.jsonl", f"--{other}_fraction", 0.1)
+    args = flags(*gone, f"--{scored}_file", file)
+    trained = {"data": {"train": {}}, "labels": sorted({row["label"] for row in ROWS})}
+    assert len(data.load(args, [scored], trained=trained)[scored].examples) == len(ROWS)
+
+
 # Samples
 
 
