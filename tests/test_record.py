@@ -1075,3 +1075,27 @@ def test_a_device_is_what_torch_computes_on_and_without_torch_what_the_driver_se
         assert device.name() == name  # a build of torch for no GPU computes on the processor
     monkeypatch.delitem(sys.modules, "torch")
     assert device.name() == "NVIDIA A10G"
+
+
+def invalid_lines(folder: Path, share: float, **config: object) -> list[str]:
+    """What the result block says of invalid answers."""
+    metric = {"value": share, "ci95": [0, 100]}
+    scored = {"commonest_invalid": [["It is b\nor a", 1200], ["", 3]]}
+    scored |= {"metrics": MEASURED["metrics"] | {"invalid_answers": metric}}
+    content = make_record(folder / "eval.json", eval=MEASURED | scored, cost={"gpu": "CPU", "usd": None})
+    content["config"] |= config
+    lines = summary.result_block(content).splitlines()
+    first = next((i for i, line in enumerate(lines) if line.startswith("invalid    ")), len(lines))
+    return [line.strip() for line in lines[first:] if not line.startswith(("scored", "spent"))]
+
+
+def test_where_many_answers_are_invalid_the_commonest_are_shown_with_the_flag_that_helps(tmp_path):
+    shown = [
+        "invalid    answers that name no class, the commonest:",
+        r'1,200 times "It is b\nor a"',
+        '3 times ""',
+    ]
+    mend = "--decoding constrained lets the model choose among the class names only"
+    assert invalid_lines(tmp_path, 10.1) == [*shown, mend]
+    assert invalid_lines(tmp_path, 10.0) == []
+    assert invalid_lines(tmp_path, 90.0, decoding=None) == shown  # of a T5, which has no such flag
