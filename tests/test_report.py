@@ -29,6 +29,7 @@ from study.report.tables import all_tables
 
 GPU = "NVIDIA A10G"
 TABLE_1 = "Table 1: classification: accuracy by training share"
+METHODS = "Table 2: classification: zero-shot, few-shot and fine-tuned"
 CLASSES = "Classes: classification: precision, recall and F1, the lowest F1 first"
 CONFUSIONS = "Confusions: classification: which class is taken for which, the most frequent first"
 TRAINING, SERVING = "Tables 4 and 5: time and cost to train", "Inference: speed and cost to serve"
@@ -154,17 +155,15 @@ SCORED = ("model", "method", "trained on")
 GOLDEN = {
     TABLE_1: [
         ["training share", "examples", "a/small", "b/big", "b/big - a/small"],
-        *([share, "—", "—", "—", "—"] for share in ("2.5 %", "5 %")),
         # 600 of 1000 are right with all seeds, 20 with two, 20 with one: MS_seed = 1000 (2 * 0.02^2) / 2,
         # MS_example = 0.6808, MS_rest = 0.0129, V = 0.000356 with 14.2 degrees of freedom: 0.0404.
         # By the seeds alone: 4.303 sqrt(0.4 / 3000) = 0.0497. Wilson bends 0.62 +- 0.0497.
         ["10 %", "48", "62.00 [56.9, 66.8] (3)", "—", "—"],
-        *([share, "—", "—", "—", "—"] for share in ("25 %", "50 %")),
         # Wilson of 700 of 1000: (0.7 + 0.00192) / 1.00384 +- sqrt(0.00384 (0.21 + 0.00096)) / 1.00384
         # 100 of 1000 won and none lost: 0.1 +- 1.962 sqrt((101 - 100^2 / 1002) / 1001 / 1002)
         ["100 %", "480", "70.00 [67.1, 72.8] (1)", "80.00 [77.4, 82.4] (1)", "+10.00 [+8.1, +11.9] (1)"],
     ],
-    "Table 2: classification: zero-shot, few-shot and fine-tuned": [
+    METHODS: [
         [*SCORED, "accuracy", "macro F1", "invalid answers", "accuracy - a/small, zero-shot"],
         *(
             line.split(" | ")
@@ -486,9 +485,14 @@ def test_the_share_says_how_many_examples_were_really_taken_and_which_texts_stan
     )
 
 
+def test_where_nothing_was_trained_no_table_is_by_training_share(tmp_path):
+    baseline(tmp_path, 20)
+    assert TABLE_1 not in tables(tmp_path)
+
+
 def test_few_test_examples_carry_a_warning_and_a_run_without_a_seed_no_number_of_seeds(tmp_path):
     baseline(tmp_path, 20, eval=evaluation(50, examples=20))
-    found = tables(tmp_path)["Table 2: classification: zero-shot, few-shot and fine-tuned"]
+    found = tables(tmp_path)[METHODS]
     assert found.rows[0][3].text == "50.00 [29.9, 70.1]"
     assert found.note.endswith("Fewer than 40 test examples: the intervals are rough.")
     assert "(1)" not in found.note
@@ -782,6 +786,33 @@ def test_settings_without_a_place_in_the_tables_make_models_of_their_own(tmp_pat
     assert [cell.value for cell in shares.rows[-1][2:5]] == [70, 50, 60]
 
 
+def test_a_setting_that_only_some_runs_have_is_not_named_of_the_others(tmp_path):
+    baseline(tmp_path / "one", 20, "--prompt_type few-shot")
+    baseline(tmp_path / "four", 30, "--prompt_type few-shot --shots 4")
+    baseline(tmp_path / "merged", 40, "--prompt_type few-shot --merge_labels")
+    names = [row[0].text for row in tables(tmp_path)[METHODS].rows if row[3].value]
+    assert names == ["a/small (merge_labels, shots 1)", "a/small (shots 1)", "a/small (shots 4)"]
+
+
+def test_a_look_at_a_few_examples_of_what_was_scored_in_whole_stays_out_of_the_tables(tmp_path):
+    def look(name: str, **more) -> None:
+        few = {"test": {"source": "t.jsonl", "rows": 20, "sha256": "2" * 64}}
+        words = f"--max_eval_samples 20 --seed {more.pop('seed', 42)}"
+        tuned(tmp_path / name, 50, words, eval=evaluation(50, examples=20), data=few)
+
+    tuned(tmp_path / "whole", 70)
+    look("look")
+    found, _ = find_runs([tmp_path])
+    groups = comparable(found)
+    assert [(why, [run.path.parent.name for run in group]) for _, why, group in groups] == [("", ["whole"])]
+    assert "Left out: 1 evaluation of fewer examples (--max_eval_samples) of what was scored in whole." in (
+        report(tmp_path).stdout
+    )
+    look("other", seed=1)  # which was scored in no other way
+    assert [len(group) for _, _, group in comparable(find_runs([tmp_path])[0])] == [2, 1]
+    assert "Left out" not in report(tmp_path).stdout
+
+
 def test_two_checkpoints_share_no_cell_though_their_folders_have_the_same_name(tmp_path):
     tuned(tmp_path / "one", 70, "--pretrained_ckpt v1/llama/7b")
     tuned(tmp_path / "two", 50, "--pretrained_ckpt v2/llama/7b")
@@ -816,8 +847,11 @@ def test_published_figures_leave_ours_as_they_are_and_are_marked(study):
     for title, (columns, *rows) in alone.items():
         theirs, *others = beside[title]
         assert theirs[: len(columns)] == columns
-        assert [row[: len(columns)] for row in others[: len(rows)]] == rows
-        if title != TABLE_1:
+        if title == TABLE_1:  # the published shares stand among ours
+            assert [row[0] for row in others] == ["2.5 %", "5 %", "10 %", "25 %", "50 %", "100 %"]
+            assert [row[: len(columns)] for row in others if row[0] in ("10 %", "100 %")] == rows
+        else:
+            assert [row[: len(columns)] for row in others[: len(rows)]] == rows
             assert all(row[0].endswith(" †") for row in others[len(rows) :])
     names = FIGURES["tables"]["Table 1"]["columns"][1:]
     assert beside[TABLE_1][0][5:] == [f"{name} †" for name in names]
@@ -1317,7 +1351,7 @@ def test_an_older_record_is_read_without_an_interval_and_made_anew_from_its_pred
     new = record.read(folder / "eval.json")
     make_old(folder / "eval.json")
     shown = report(tmp_path).stdout
-    assert printed(shown)["Table 2: classification: zero-shot, few-shot and fine-tuned"][3][3] == "75.00 (1)"
+    assert printed(shown)[METHODS][3][3] == "75.00 (1)"
     assert "Older records have no intervals: --rescore makes them anew." in shown
     done = report(tmp_path, "--rescore")
     assert (done.returncode, done.stderr) == (0, "")
@@ -1436,7 +1470,7 @@ def test_a_damaged_record_is_named_and_left_out(two_runs, part, damage):
     done = report(two_runs)
     assert str(path) in error_line(done)
     assert done.returncode == 1
-    assert [row[2] for row in printed(done.stdout)[TABLE_1][5:]] == ["—", "70.00 [67.1, 72.8] (1)"]
+    assert [row[2] for row in printed(done.stdout)[TABLE_1][1:]] == ["70.00 [67.1, 72.8] (1)"]
 
 
 @pytest.mark.parametrize(("part", "key", "value"), KEYS)
@@ -1451,7 +1485,7 @@ def test_a_record_that_lacks_a_key_or_has_an_odd_value_is_named_and_left_out(two
     record.write_json(path, content)
     found, problems = find_runs([two_runs])
     shares, *_ = all_tables(comparable(found), [])
-    assert [row[2].text for row in shares.rows[4:]] == ["—", "70.00 [67.1, 72.8] (1)"]
+    assert [row[2].text for row in shares.rows] == ["70.00 [67.1, 72.8] (1)"]
     assert [str(path) in problem for problem in problems] == [True]
 
 

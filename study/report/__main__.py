@@ -26,7 +26,7 @@ from study.files import write_text
 from study.records import cost, record, runs
 from study.report.cells import Table
 from study.report.classes import MOST
-from study.report.collect import Run, comparable, find_runs
+from study.report.collect import Run, comparable, find_runs, say_left_out
 from study.report.spent import spent_in_all
 from study.report.tables import all_tables
 
@@ -160,6 +160,7 @@ def main() -> None:
         print(f"--prices {args.prices}: {several}, so its price is unknown: leave one entry", file=sys.stderr)
     groups = comparable(found)
     spent, most = spent_in_all(folders, prices), None if args.classes else MOST
+    spent = f"{spent} {say_left_out(found, groups)}".strip()
     tables = all_tables(groups, prices, args.reference, args.spread, spent, most)
     columns = [column for table in tables for column in table.columns]
     if args.reference and not any(args.reference in column.partition(" - ")[2] for column in columns):

@@ -27,8 +27,6 @@ from study.report.selection import (
 )
 from study.report.spent import inference_table, total_usd, training_table, wall_seconds
 
-SHARES = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
-
 
 @dataclass(frozen=True)
 class Reference:
@@ -62,7 +60,7 @@ def share_table(task: str, group: Sequence[Run], reference: Reference) -> Table:
     kept = {label: usual_runs(group, label) for label in labels}
     table = Table("Table 1", f"{title} by training share", ["training share", "examples", *labels], 2)
     rows = {}
-    for share in sorted({*SHARES, *(run.share for run in tuned(group))}):
+    for share in sorted({run.share for run in tuned(group)}):
         row = {label: [run for run in kept[label] if run.share == share] for label in labels}
         rows[percent(share)] = row
         examples = trained_on((run for of in row.values() for run in of), share=True)
@@ -260,7 +258,8 @@ def all_tables(
     stands under Tables 4 and 5, or where nothing was trained under the last one."""
     tables, reference = [], Reference(named, prices)
     for task, why, group in groups:
-        ours = [share_table(task, group, reference)] if task == "classification" else []
+        by_share = task == "classification" and tuned(group)
+        ours = [share_table(task, group, reference)] if by_share else []
         ours.append(method_table(task, group, reference))
         ours += [model_table(task, group, reference)] if task == "summarization" else []
         ours += [table for table in class_tables(group, most) if table.rows]
