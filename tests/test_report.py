@@ -29,6 +29,7 @@ from study.report.tables import all_tables
 
 GPU = "NVIDIA A10G"
 TABLE_1 = "Table 1: classification: accuracy by training share"
+UNTRAINED = "zero-shot, free decoding"
 METHODS = "Table 2: classification: zero-shot, few-shot and fine-tuned"
 CLASSES = "Classes: classification: precision, recall and F1, the lowest F1 first"
 CONFUSIONS = "Confusions: classification: which class is taken for which, the most frequent first"
@@ -164,11 +165,11 @@ GOLDEN = {
         ["100 %", "480", "70.00 [67.1, 72.8] (1)", "80.00 [77.4, 82.4] (1)", "+10.00 [+8.1, +11.9] (1)"],
     ],
     METHODS: [
-        [*SCORED, "accuracy", "macro F1", "invalid answers", "accuracy - a/small, zero-shot"],
+        [*SCORED, "accuracy", "macro F1", "invalid answers", "accuracy - a/small, zero-shot, free decoding"],
         *(
             line.split(" | ")
             for line in (
-                "a/small | zero-shot | — | 20.00 [17.6, 22.6] | 25.04 [22.2, 28.1]"
+                "a/small | zero-shot, free decoding | — | 20.00 [17.6, 22.6] | 25.04 [22.2, 28.1]"
                 " | 40.50 [37.5, 43.6] | reference",
                 "a/small | few-shot | — | — | — | — | —",
                 "a/small | fine-tuned | 480 | 70.00 [67.1, 72.8] (1) | 75.92 [73.3, 78.4] (1)"
@@ -272,7 +273,13 @@ GOLDEN = {
             [*place, "1,000", speed, "100,000", "2,000", "5.0", GPU, *rates]
             for *place, speed, rates in (
                 ("a/small", "classification", "fine-tuned", "20.0", ["$0.050", "$0.00050", "$0.025"]),
-                ("a/small", "classification", "zero-shot", "50.0", ["$0.020", "$0.00020", "$0.010"]),
+                (
+                    "a/small",
+                    "classification",
+                    "zero-shot, free decoding",
+                    "50.0",
+                    ["$0.020", "$0.00020", "$0.010"],
+                ),
                 ("b/big", "classification", "fine-tuned", "20.0", ["$0.050", "$0.00050", "$0.025"]),
                 ("a/small", "summarization", "few-shot", "50.0", ["$0.020", "$0.00020", "$0.010"]),
                 ("a/small", "summarization", "fine-tuned", "20.0", ["$0.050", "$0.00050", "$0.025"]),
@@ -533,7 +540,7 @@ def test_the_spread_of_seeds_and_of_test_examples_stand_apart_on_request(study):
     # To zero-shot: 42 points apart, each seed alike
     assert float(seeds["smallest difference to show"]) > 0
     assert found["a/small, fine-tuned, 100 %, rank 8, epochs 5, dropout 0.1"]["sd between seeds"] == "—"
-    assert found["a/small, zero-shot"]["smallest difference to show"] == "—"
+    assert found["a/small, zero-shot, free decoding"]["smallest difference to show"] == "—"
 
 
 # Methods
@@ -784,6 +791,23 @@ def test_settings_without_a_place_in_the_tables_make_models_of_their_own(tmp_pat
     rates = (("0.0002", "answer"), ("0.001", "all"), ("0.001", "answer"))
     assert shares.columns[2:5] == [f"a/small (learning_rate {rate}, loss_on {on})" for rate, on in rates]
     assert [cell.value for cell in shares.rows[-1][2:5]] == [70, 50, 60]
+
+
+@pytest.mark.parametrize("decoding", ["free", "constrained"])
+def test_what_is_not_trained_names_the_decoding_of_its_classes(tmp_path, decoding):
+    baseline(tmp_path, 20, f"--decoding {decoding}")
+    [row] = [row for row in tables(tmp_path)[METHODS].rows if row[3].value]
+    assert [cell.text for cell in row[:2]] == ["a/small", f"zero-shot, {decoding} decoding"]
+
+
+def test_two_decodings_of_one_model_are_named_once(tmp_path):
+    for value, decoding in ((20, "free"), (40, "constrained")):
+        baseline(tmp_path / decoding, value, f"--decoding {decoding}")
+    rows = [row for row in tables(tmp_path)[METHODS].rows if row[3].value]
+    assert [(row[0].text, row[1].text) for row in rows] == [
+        ("a/small (decoding constrained)", "zero-shot"),
+        ("a/small (decoding free)", "zero-shot"),
+    ]
 
 
 def test_a_setting_that_only_some_runs_have_is_not_named_of_the_others(tmp_path):

@@ -35,6 +35,7 @@ class Run:
     state: str
     variant: str = ""
     name: str = ""  # of the model
+    way: str = ""  # the method and, of classes that a model was not trained to name, how they are decoded
     label: str = ""  # the model, and the method where others trained it too: a column of what was trained
     chosen_by: dict | None = None  # the metrics of the same training on the validation split
 
@@ -228,7 +229,7 @@ def say_left_out(found: Sequence[Run], groups: Sequence[tuple]) -> str:
 
 
 def name_runs(group: Sequence[Run]) -> None:
-    """Give each run of a group its `name`, `variant` and `label`: as much as tells it from the others."""
+    """Give each run of a group its `name`, `variant`, `way` and `label`: as much as tells it from others."""
     models = {run.content["model"] for run in group}
     for run in group:
         run.name = name_of(run.content["model"], models)
@@ -237,6 +238,10 @@ def name_runs(group: Sequence[Run]) -> None:
         if run in same and len({other.weights() for other in same}) > 1:
             told.append(f"weights {run.weights()}")
         run.variant = ", ".join(told)
+        run.way = run.method.title
+        decoding = run.task == "classification" and not run.method.trains and run.config.get("decoding")
+        if decoding and "decoding" not in varying(run, group):
+            run.way += f", {decoding} decoding"
     trained = {(run.name, run.method.title) for run in group if run.method.trains}
     several = {name for name, count in Counter(name for name, _ in trained).items() if count > 1}
     for run in group:

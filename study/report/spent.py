@@ -59,7 +59,7 @@ def training_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
 
 
 def served_as(run: Run) -> tuple[str, str, str]:
-    return run.model, run.method.title, cost.shown(run.content["cost"])
+    return run.model, run.way, cost.shown(run.content["cost"])
 
 
 def inference_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:

@@ -87,7 +87,7 @@ def cheapest_of_the_best(task: str, group: Sequence[Run], reference: Reference) 
     settings = {label: on_everything(group, label) for label in labels_of(tuned(group))}
     for run in group:
         if not run.method.trains:
-            settings.setdefault(f"{run.model}, {run.method.title}", []).append(run)
+            settings.setdefault(f"{run.model}, {run.way}", []).append(run)
     cells = {name: score_cell(of, metric) for name, of in settings.items()}
     cells = {name: cell for name, cell in cells.items() if cell.value is not None}
     if len(cells) < 2:
@@ -127,7 +127,7 @@ def method_table(task: str, group: Sequence[Run], reference: Reference) -> Table
                 if method.trains and of:
                     of = on_everything(of, of[0].label)
                     table.note += note_on({of[0].label: of})
-                rows[model, method.title, trained_on(of)] = of
+                rows[model, of[0].way if of else method.title, trained_on(of)] = of
     add_scores(table, rows, task, reference)
     table.note += about_seeds(group)
     return table
@@ -220,9 +220,9 @@ def spread_table(task: str, group: Sequence[Run], reference: Reference) -> Table
     columns += ["± in all", "± with one seed more", "smallest difference to show"]
     table = Table("Spread", f"where the interval of {title} comes from", columns, 1)
     settings = {}
-    for run in sorted(group, key=lambda run: (run.label, run.method.title, run.share or 0, run.setting)):
+    for run in sorted(group, key=lambda run: (run.label, run.way, run.share or 0, run.setting)):
         if run.values:
-            place = [run.label or run.model, run.method.title]
+            place = [run.label or run.model, run.way]
             place += [percent(run.share), settings_of([run])] if run.method.trains else []
             settings.setdefault(", ".join(dict.fromkeys(word for word in place if word)), []).append(run)
     base = reference.among(settings)
