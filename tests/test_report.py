@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PROCESS, ROOT, error_line, write_rows
+from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
@@ -701,7 +703,7 @@ def test_a_new_method_is_shown_by_its_entry_alone(tmp_path, monkeypatch):
     [row] = [row for row in found[TRAINING].rows if row[0].text.endswith("nearest example")]
     assert row[9].text == "unknown"  # it learns no tokens
     drawn = {name for name, _, _ in plots.figures(comparable(find_runs([tmp_path])[0]), [], published=False)}
-    assert "classification-score-by-number-of-training-examples" in drawn
+    assert "classification-accuracy-by-number-of-training-examples" in drawn
 
 
 TITLES = ("zero-shot", "few-shot", "fine-tuned")
@@ -1578,10 +1580,10 @@ def test_a_report_is_written_with_each_table_as_csv(written):
 
 
 PLOTS = {
-    "classification-score-by-number-of-training-examples": [
+    "classification-accuracy-by-number-of-training-examples": [
         *("training examples", "accuracy (%)", "b/big", "Llama2-7B (published)")
     ],
-    "classification-score-by-training-cost": [
+    "classification-accuracy-by-training-cost": [
         *("training cost (USD)", "accuracy (%)", "b/big, on the front or not told from it"),
         "Pareto front, found by 7 trainings for $9.60",
     ],
@@ -1589,8 +1591,8 @@ PLOTS = {
     "classification-confusion-matrix-a-small": ["reference", "answer", "a", "b", "(invalid)", "69", "16"],
     "classification-confusion-matrix-b-big": ["reference", "answer", "a", "b", "(invalid)", "78", "10"],
     "classification-training-loss": ["optimizer step"],
-    "summarization-score-by-number-of-training-examples": ["training examples", "ROUGE-1 (%)"],
-    "summarization-score-by-training-cost": ["training cost (USD)", "ROUGE-1 (%)"],
+    "summarization-rouge-1-by-number-of-training-examples": ["training examples", "ROUGE-1 (%)"],
+    "summarization-rouge-1-by-training-cost": ["training cost (USD)", "ROUGE-1 (%)"],
     "summarization-training-loss": ["optimizer step"],
 }
 
@@ -1608,6 +1610,50 @@ def test_every_plot_is_drawn_with_its_axes_named_and_shown_in_the_report(study, 
         assert (written / f"{name}.png").stat().st_size > 10_000
         assert texts[name] >= set(labels), name
         assert f"({name}.png)" in (written / "report.md").read_text()
+
+
+def test_colours_can_be_told_apart_in_grey_and_styles_do_not_recur_soon():
+    luma = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b in map(to_rgb, plots.COLORS)]  # of ITU-R BT.601
+    assert all(after - before > 0.06 for before, after in pairwise(luma))
+    assert luma[-1] < 0.75  # and from white
+    sizes = map(len, (plots.COLORS, plots.MARKERS, plots.DASHES))
+    assert math.lcm(*sizes) > 100
+
+
+def test_what_needs_no_training_is_a_level_in_the_plots_and_a_cheap_method_a_line(tmp_path):
+    baseline(tmp_path, 20)
+    for share, value in ((0.1, 50), (1.0, 70)):
+        words = f"--train_sample_fraction {share}"
+        tuned(tmp_path / f"{share}", value, words, train={"examples": round(480 * share)})
+        cheap = {"method": "tfidf-nb", "model": "TF-IDF + naive Bayes"}
+        folder = tuned(tmp_path / f"cheap {share}", value - 5, words, train={"examples": round(480 * share)})
+        for path in folder.glob("*.json"):
+            record.write_json(path, json.loads(path.read_text()) | cheap)
+    drawn = plots.figures(comparable(find_runs([tmp_path])[0]), [], published=False)
+    for (name, _, figure), _ in zip(drawn, range(2), strict=False):
+        lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+        level = lines["a/small, zero-shot, free decoding, no training"]
+        assert list(level.get_ydata()) == [20, 20], name
+    figure = next(plots.figures(comparable(find_runs([tmp_path])[0]), [], published=False))[2]
+    _, labels = figure.axes[0].get_legend_handles_labels()
+    assert {"a/small", "TF-IDF + naive Bayes"} <= {*labels}
+    looks = {(bars[0].get_color(), bars[0].get_linestyle()) for bars in figure.axes[0].containers}
+    assert len(looks) == 2
+
+
+def test_a_picture_of_what_stands_apart_is_named_after_that(tmp_path):
+    tuned(tmp_path / "one", 70)
+    tuned(tmp_path / "two", 72, "--seed 1")
+    other = {"test": {"source": "data/t.csv", "rows": 1000, "sha256": "9" * 64}}
+    tuned(tmp_path / "other", 90, "--seed 2", data=other)
+    tuned(tmp_path / "more", 90, "--seed 3", data={"test": other["test"] | {"sha256": "8" * 64}})
+    drawn = [name for name, *_ in plots.figures(comparable(find_runs([tmp_path])[0]), [], published=False)]
+    beside = "classification-training-loss-apart-1-000-test-examples-of-t"
+    assert [name for name in drawn if "loss" in name] == [
+        "classification-training-loss",
+        beside,
+        f"{beside}-too",
+    ]
 
 
 def test_plots_with_long_titles_have_files_of_their_own_and_no_loss_is_no_plot(tmp_path):
