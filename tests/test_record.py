@@ -929,6 +929,16 @@ def test_inference_takes_over_what_the_training_held_out_unless_a_file_is_given_
     assert settings_for(tmp_path, "--test_file", "c.jsonl").test_fraction is None
 
 
+@pytest.mark.parametrize(("split", "other"), [("test", "validation"), ("validation", "test")])
+def test_a_file_of_a_split_that_is_not_scored_makes_no_other_evaluation_of_a_share(tmp_path, split, other):
+    held_out = ("--test_fraction", 0.1, "--validation_fraction", 0.2)
+    trained = make_record(tmp_path / "train.json", *held_out)["config"]
+    words = ("--split", split)
+    plain, beside = settings_for(tmp_path, *words), settings_for(tmp_path, *words, f"--{other}_file", "c.csv")
+    assert runs.eval_name(plain, trained) == runs.eval_name(beside, trained)
+    assert (beside.test_fraction, beside.validation_fraction) == (0.1, 0.2)
+
+
 @pytest.mark.parametrize(
     ("words", "price"),
     [("", (2.5, "A10G")), ("--price_per_hour 3", (3.0, None)), ("--gpu_name H100", (None, "H100"))],
@@ -1090,11 +1100,7 @@ def invalid_lines(folder: Path, share: float, **config: object) -> list[str]:
 
 
 def test_where_many_answers_are_invalid_the_commonest_are_shown_with_the_flag_that_helps(tmp_path):
-    shown = [
-        "invalid    answers that name no class, the commonest:",
-        r'1,200 times "It is b\nor a"',
-        '3 times ""',
-    ]
+    shown = ["invalid    answers that name no class, the commonest:", r'1,200  "It is b\nor a"', '3  ""']
     mend = "--decoding constrained lets the model choose among the class names only"
     assert invalid_lines(tmp_path, 10.1) == [*shown, mend]
     assert invalid_lines(tmp_path, 10.0) == []

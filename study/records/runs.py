@@ -235,7 +235,11 @@ def with_settings_of(trained: dict, args: argparse.Namespace) -> argparse.Namesp
         settings |= {"price_per_hour", "gpu_name"}
     if f"{args.split}_file" in args.given:  # instead of what the training held out
         settings -= {f"{args.split}_fraction"}
-    taken = {name: trained["config"][name] for name in settings - {*args.given} if name in trained["config"]}
+    config, given = trained["config"], {*args.given}
+    for held_out in HELD_OUT:  # a file in the place of what is not scored changes nothing
+        other = held_out.removesuffix("_fraction")
+        given -= {f"{other}_file"} if config.get(held_out) and other != args.split else set()
+    taken = {name: config[name] for name in settings - given if name in config}
     return argparse.Namespace(**vars(args) | taken)
 
 

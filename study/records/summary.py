@@ -62,6 +62,6 @@ def invalid_answers(scored: dict, may_be_constrained: bool) -> list[str]:
     if share <= MANY or not common:
         return []
     lines = ["invalid    answers that name no class, the commonest:"]
-    lines += [f"{'':11}{count:,} times {json.dumps(text, ensure_ascii=False)}" for text, count in common]
+    lines += [f"{'':11}{count:>7,}  {json.dumps(text, ensure_ascii=False)}" for text, count in common]
     mend = f"{'':11}--decoding constrained lets the model choose among the class names only"
     return lines + [mend] * may_be_constrained
