@@ -212,6 +212,10 @@ def test_a_test_class_that_training_never_saw_stops_inference_and_names_the_row(
             ["--test_fraction", "0.1"],
             "--test_fraction takes a share of train, --test_file names another split",
         ),
+        (
+            ["--validation_fraction", "0.1", "--validation_file", "v.jsonl"],
+            "--validation_fraction takes a share of train, --validation_file names another split",
+        ),
         (["--delimiter", "||"], "--delimiter: '||' is not one character, or tab"),
         (["--epochs", "0"], "--epochs: 0 is not 1 or more"),
         (["--lora-r", "2.5"], "--lora_r: invalid positive_int value: '2.5'"),

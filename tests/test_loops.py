@@ -425,6 +425,15 @@ def test_a_dry_run_reads_the_data_once_and_says_what_is_wrong_with_them(tmp_path
     assert loop("sample_ablate.sh", *flags, cwd=tmp_path, FRACTIONS="0.5 1.0").returncode == 0
 
 
+def test_a_dry_run_of_rows_that_are_trained_at_once_says_what_is_wrong_with_the_data_once(tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", [{"text": "t", "label": label} for label in "aAb"])
+    flags = ("--train_file", train, "--test_file", train, "--output_dir", "runs", "--dry_run")
+    grid = {"RANKS": "8", "EPOCHS": "1 2", "DROPOUTS": "0.1 0.2"}
+    done = loop("run_lora.sh", *flags, cwd=tmp_path, TASK="classification", **grid)
+    assert (done.returncode, done.stderr.count("differ only in case")) == (1, 1)
+    assert "error: 1 of 4 cells failed:" in done.stderr
+
+
 def test_cells_that_all_fail_are_all_tried_and_named(tmp_path):
     flags = ("--train_file", "none.jsonl", "--output_dir", "runs")
     done = loop("sample_ablate.sh", *flags, cwd=tmp_path, FRACTIONS="0.5 1.0")
