@@ -6,7 +6,8 @@
 # DATA holds newsgroups_{train,test}.jsonl.gz and samsum_{train,test}.jsonl.gz. Checkpoints with random weights and
 # trained runs go to experiments/benchmarks/, results to benchmarks/results/. Steps, all by default:
 #   training training_13b training_samsum sizes exactness mutations curves
-#   inference inference_sizes inference_13b inference_samsum equality scripts
+#   inference inference_sizes inference_13b inference_samsum equality scripts competitors
+# The last takes BERT_TOKENIZER and T5_TOKENIZER, hub ids or folders, from the environment.
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
 data=$(realpath -s --relative-to="$root" "${1:?usage: benchmarks/all.sh DATA TOKENIZER [STEP...]}")
@@ -101,9 +102,23 @@ scripts() { # the whole test sets through the ordinary scripts
   python llama2_summarization_inference.py --experiment_dir "$(run_of samsum)" "${price[@]}" --force
   cp "$(run_of samsum)/eval.json" "$results/eval-samsum.json"
 }
+competitors() {
+  local name full=()
+  tokenizer=${BERT_TOKENIZER:-google-bert/bert-base-uncased} checkpoint bert-base
+  python competitors/encoder_classification.py --pretrained_ckpt "$model" "${posts[@]}" "${price[@]}" \
+    --experiment_dir "$(run_of bert)"
+  for name in base large; do
+    tokenizer=${T5_TOKENIZER:-google/flan-t5-base} checkpoint flan-t5-$name
+    [[ $name == large ]] && full=(--tuning lora) || full=(--epochs 1)
+    python competitors/flan_t5.py --task_type summarization --pretrained_ckpt "$model" "${dialogues[@]}" \
+      "${price[@]}" --learning_rate 1e-5 --max_eval_samples 64 "${full[@]}" --experiment_dir "$(run_of t5-$name)"
+  done
+  python -m benchmarks.competitors "$(run_of bert)" "$(run_of t5-base)" "$(run_of t5-large)" \
+    --output "$results/competitors.json"
+}
 
 steps=(training training_13b training_samsum sizes exactness mutations curves
-  inference inference_sizes inference_13b inference_samsum equality scripts)
+  inference inference_sizes inference_13b inference_samsum equality scripts competitors)
 (($#)) || set -- "${steps[@]}"
 for step in "$@"; do
   [[ " ${steps[*]} " == *" $step "* ]] || {

@@ -66,6 +66,7 @@ def main() -> None:
     )
 
     from benchmarks.workers import nf4
+    from study.model import use_plain_layers
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     config = AutoConfig.for_model(**MODELS[args.model])
@@ -74,6 +75,8 @@ def main() -> None:
     kind = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}.get(
         config.model_type, AutoModelForCausalLM
     )
+    if config.model_type == "falcon":
+        use_plain_layers()
     torch.manual_seed(0)
     causal = kind is AutoModelForCausalLM
     torch.set_default_dtype(torch.bfloat16 if causal else torch.float32)

@@ -118,7 +118,7 @@ def main() -> None:
     args = parser.parse_args()
     rows, about = [row_of(folder) for folder in args.runs], provenance()
     print(f"{headline(about)}\n\n{show(rows)}\n")
-    finish({"about": about, "rows": rows}, rows, args.output)
+    finish({**about, "rows": rows}, rows, args.output)
 
 
 if __name__ == "__main__":

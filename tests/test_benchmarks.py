@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from conftest import DEMO_DATA, DEMO_MODEL, ROOT
 
-from benchmarks import checkpoint, curves, inference, profiling, training, workers
+from benchmarks import checkpoint, competitors, curves, inference, profiling, training, workers
 from study import cli, data, encoding
 from study.errors import UserError
 
@@ -310,6 +310,25 @@ def test_curves_that_can_not_be_compared_are_refused(tmp_path):
             curves.read_curves([run, other])
 
 
+def test_the_ceiling_of_a_competitor_counts_the_tokens_that_a_layer_sees():
+    of = {
+        "encoder.block.0.layer.0.SelfAttention.q": 100,
+        "decoder.block.0.layer.1.EncDecAttention.k": 100,  # of what the encoder has read
+        "decoder.block.0.layer.1.EncDecAttention.q": 9,
+        "decoder.block.0.layer.2.DenseReluDense.wo": 9,
+        "lm_head": 9,
+        "bert.encoder.layer.0.output.dense": 100,
+        "bert.pooler.dense": 0,
+        "classifier": 0,
+    }
+    assert {name: competitors.tokens_seen(name, 100, 9) for name in of} == of
+
+
+def test_a_ceiling_is_of_a_finished_training(tmp_path):
+    with pytest.raises(UserError, match="holds no finished training: train there first"):
+        competitors.row_of(tmp_path)
+
+
 def test_where_nothing_was_measured_an_earlier_result_stays(tmp_path):
     output = tmp_path / "speed.json"
     output.write_text("{}")
@@ -342,6 +361,17 @@ def test_a_random_checkpoint_is_one_that_the_fast_paths_take(tmp_path, monkeypat
     assert why_not(base) is None
     with pytest.raises(UserError, match="exists"):
         checkpoint.main()
+
+
+def test_a_random_falcon_is_in_4_bits(tmp_path, monkeypatch):
+    from study import model
+
+    sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    monkeypatch.setattr(checkpoint, "MODELS", {"falcon-7b": checkpoint.FALCON | sizes})
+    words = ["checkpoint", "falcon-7b", str(tmp_path / "falcon"), "--tokenizer", str(DEMO_MODEL)]
+    monkeypatch.setattr("sys.argv", words)
+    checkpoint.main()
+    assert len(model.four_bit_layers(model.load_base(str(tmp_path / "falcon"), workers.nf4()))) == 2 * 4
 
 
 def test_every_result_names_the_commit_that_it_is_of():
