@@ -5,6 +5,17 @@
 # PRICE_PER_HOUR is what this machine costs, in USD.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
+case ${1:-} in
+  '') ;;
+  -h | --help) # the comment above
+    sed -n '2,/^set /s/^# \{0,1\}//p' demo.sh
+    exit 0
+    ;;
+  *)
+    echo "error: $1: the demo takes no flags but --help" >&2
+    exit 2
+    ;;
+esac
 # shellcheck source=study/setup.sh
 source study/setup.sh
 set_up requirements.txt

@@ -9,7 +9,7 @@ llama2_classification_inference.py and the same flags.
 """
 
 from prompts import prompt_sha256
-from study import also, checkpoint, cli, data, device
+from study import also, checkpoint, classes, cli, data, device
 from study.records import cost, estimate, record, runs, summary
 
 TASK, METHOD = "classification", "qlora"
@@ -37,8 +37,9 @@ def main(process: device.Process) -> None:
             f"run        {folder}\n"
             f"model      {args.pretrained_ckpt}, rank {args.lora_r}, {args.epochs} epochs"
         )
-        print(data.say_split("train", splits["train"], train), flush=True)
-        if "test" not in splits and not args.validation_file:
+        print(data.say_split("train", splits["train"], train))
+        print(classes.say(train, splits["train"]), flush=True)
+        if "test" not in splits and not (args.validation_file or args.validation_fraction):
             print("test       none named: scoring will need --test_file", flush=True)
         with record.recording(path, args, METHOD, process) as content:
             content |= {"data": described, "prompt_sha256": prompt_sha256(TASK, "instruction")}

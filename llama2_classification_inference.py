@@ -30,10 +30,9 @@ def score(args: argparse.Namespace, process: device.Process, bases: several.Base
     args = runs.with_settings_of(trained, args)
     estimate.check_gpu_name(args)
     path = folder / runs.eval_name(args, trained["config"])
-    splits = data.load(args, [args.split])
+    splits = data.load(args, [args.split], trained=trained)
     test = data.sample_eval(splits[args.split], args)
     described = {args.split: test.describe()}
-    data.check_labels(test, trained["labels"])
     with record.locked(folder, process):
         content = runs.find_finished(path, args, METHOD, described, trained)
         if content:

@@ -38,7 +38,7 @@ def main(process: device.Process) -> None:
             f"model      {args.pretrained_ckpt}, rank {args.lora_r}, {args.epochs} epochs"
         )
         print(data.say_split("train", splits["train"], train), flush=True)
-        if "test" not in splits and not args.validation_file:
+        if "test" not in splits and not (args.validation_file or args.validation_fraction):
             print("test       none named: scoring will need --test_file", flush=True)
         with record.recording(path, args, METHOD, process) as content:
             content |= {"data": described, "prompt_sha256": prompt_sha256(TASK, "instruction")}

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from study import cli, data, device
+from study import classes, cli, data, device
 from study.errors import UserError
 from study.records import cost, estimate, record, runs, summary
 from study.records.schema import METHODS
@@ -47,7 +47,8 @@ def main(process: device.Process) -> None:
         print(data.say_split(args.split, splits[args.split], test), flush=True)
         answer = taken_from(method)
         if train:
-            print(data.say_split("train", splits["train"], train), flush=True)
+            print(data.say_split("train", splits["train"], train))
+            print(classes.say(train, splits["train"]), flush=True)
         if trained:
             answer, _ = fit(method, train.examples)
         elif train:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from study import checkpoint, cli, data, device
+from study import checkpoint, classes, cli, data, device
 from study.records import cost, estimate, record, runs, summary
 
 TASK, METHOD = "classification", "encoder"
@@ -42,6 +42,7 @@ def main(process: device.Process) -> None:
 
         print(f"run        {folder}\nmodel      {args.pretrained_ckpt}, {args.epochs} epochs")
         print(data.say_split("train", splits["train"], train))
+        print(classes.say(train, splits["train"]))
         print(data.say_split(args.split, splits[args.split], test), flush=True)
         if not trained:
             trained = fine_tune(args, folder, train, labels, process)

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from prompts import prompt_sha256
-from study import checkpoint, cli, data, device
+from study import checkpoint, classes, cli, data, device
 from study.errors import UserError
 from study.records import cost, estimate, record, runs, summary
 
@@ -49,6 +49,8 @@ def main(process: device.Process) -> None:
         print(f"run        {folder}\nmodel      {args.pretrained_ckpt}, {args.tuning}, {args.epochs} epochs")
         if not trained:
             print(data.say_split("train", splits["train"], train), flush=True)
+            if task == "classification":
+                print(classes.say(train, splits["train"]), flush=True)
             with record.recording(trained_path, args, method, process) as content:
                 content |= {"data": described[0], "prompt_sha256": prompt}
                 checkpoint.refuse_other_kind(args.pretrained_ckpt, KIND)

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from study.errors import UserError
-from study.files import is_lfs_pointer, write_text
+from study.files import hub_answers, is_lfs_pointer, write_text
 
 PIECE = 2**25  # bytes that are hashed or looked through at once
 TOKENIZER = (
@@ -73,6 +73,7 @@ def fetched(name: str) -> Path:
 
 
 def snapshot(name: str, local_files_only: bool, files: Sequence[str] = HUB) -> Path:
+    local_files_only = local_files_only or not hub_answers()
     import huggingface_hub
 
     options = {"allow_patterns": files, "local_files_only": local_files_only}

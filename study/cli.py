@@ -9,9 +9,11 @@ import argparse
 import atexit
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from study.device import Process, launched
@@ -57,11 +59,20 @@ CHEAP = {  # by task; the first is the default
 }
 
 
+class Parser(argparse.ArgumentParser):
+    """One that names the flag that a mistyped one is most like."""
+
+    def error(self, message: str) -> None:
+        found = re.fullmatch(r"unrecognized arguments: (--\w+).*", message, re.DOTALL)
+        like = get_close_matches(found[1], self._option_string_actions, n=1) if found else []
+        super().error(f"{message} (did you mean {like[0]}?)" if like else message)
+
+
 def build_parser(task: str | None, description: str, kind: str | None = None) -> argparse.ArgumentParser:
     """Every flag of a `kind` of script (CHECKPOINTS): by default "causal", which fine-tunes for a task, or
     with `task=None`, where a flag says the task, "prompt"."""
     kind = kind or ("causal" if task else "prompt")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="%(prog)s [flags] (--help lists them)",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -140,10 +151,40 @@ def add_data_flags(parser: argparse.ArgumentParser, task: str | None, kind: str)
         add(
             f"--{split}_file",
             metavar="FILE",
-            help=f"the {split} split: .jsonl .json .csv or .parquet, plain or .gz (from --dataset)",
+            help=f"the {split} split: .jsonl .json .csv .tsv or .parquet, plain or .gz (from --dataset)",
         )
-    add("--text_column", default="text", help="column of the texts to classify (%(default)s)")
+    add(
+        "--delimiter",
+        type=delimiter,
+        metavar="CHAR",
+        help="what parts the columns of .csv and .tsv, a character or the word tab (the header's)",
+    )
+    for split, more in (("test", ", the same in every run"), ("validation", ", which no run trains on")):
+        add(
+            f"--{split}_fraction",
+            type=part,
+            metavar="F",
+            help=f"the share of each class of train that becomes a {split} split where there is none{more}",
+        )
+    add(
+        "--text_column",
+        nargs="+",
+        default="text",
+        metavar="COLUMN",
+        help='column of the texts to classify, or several: a line "COLUMN: ..." of each (%(default)s)',
+    )
     add("--label_column", default="label", help="column of their classes (%(default)s)")
+    add(
+        "--merge_labels",
+        action="store_true",
+        default=None,  # as in older records
+        help="take classes that differ only in case or white space as one, by its most frequent spelling",
+    )
+    add(
+        "--unseen_labels",
+        choices=("drop", "keep"),
+        help="rows to score whose class train lacks: leave them out, or count them as wrong (refused)",
+    )
     add("--dialogue_column", default="dialogue", help="column of the dialogues to summarize (%(default)s)")
     add("--summary_column", default="summary", help="column of their summaries (%(default)s)")
     add("--drop_overlap", action="store_true", help="drop the train texts that also occur in test")
@@ -355,6 +396,9 @@ def parse_args(
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     args.given = sorted(vars(parser.parse_args(words)))
+    if isinstance(args.text_column, list):
+        columns = [*dict.fromkeys(args.text_column)]
+        args.text_column = columns if len(columns) > 1 else columns[0]  # one names the run as it always did
     args.task = task or args.task_type
     args.kind = kind or ("causal" if task else "prompt")
     for name, value in open_defaults(args).items():
@@ -364,6 +408,7 @@ def parse_args(
         args.method = args.method or CHEAP[args.task][0]
         if args.method not in CHEAP[args.task]:
             parser.error(f"--method {args.method}: for {args.task} it is {' or '.join(CHEAP[args.task])}")
+    check_fractions(parser, args)
     lora = sorted({"lora_r", "lora_alpha", "dropout"} & {*args.given})
     if args.kind == "t5" and args.tuning == "full" and lora:
         parser.error(f"--{lora[0]} goes with --tuning lora")
@@ -378,6 +423,14 @@ def parse_args(
     if args.show_repeated and not (args.dry_run and args.task == "classification"):
         parser.error("--show_repeated goes with --dry_run, and with classification")
     return args
+
+
+def check_fractions(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for split in ("test", "validation"):
+        if getattr(args, f"{split}_file") and getattr(args, f"{split}_fraction"):
+            parser.error(
+                f"--{split}_fraction takes a share of train, --{split}_file names another split: give one"
+            )
 
 
 def check_folders(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -424,6 +477,13 @@ def seed(word: str) -> int:
     return number
 
 
+def delimiter(word: str) -> str:
+    mark = "\t" if word in ("tab", "\\t") else word
+    if len(mark) != 1 or mark in '"\r\n ':
+        raise argparse.ArgumentTypeError(f"{word!r} is not one character, or tab")
+    return mark
+
+
 def auto_int(word: str) -> int | str:
     return word if word == "auto" else positive_int(word)
 
@@ -442,6 +502,13 @@ def fraction(word: str) -> float:
     return number
 
 
+def part(word: str) -> float:
+    number = float(word)
+    if not 0 < number < 1:
+        raise argparse.ArgumentTypeError(f"{word} is not in (0, 1)")
+    return number
+
+
 def probability(word: str) -> float:
     number = float(word)
     if not 0 <= number < 1:
@@ -452,6 +519,15 @@ def probability(word: str) -> float:
 def script_name(path: Path) -> str:
     """As a record names it: its file, in the folder competitors with that."""
     return path.name if path.resolve().parent.name != "competitors" else f"competitors/{path.name}"
+
+
+def flush_stdout() -> None:
+    """Write what is left; where nobody reads on, the interpreter's own try at its end fails no more."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def run_script(main: Callable[[Process], None], distributed: bool = False) -> None:
@@ -476,12 +552,14 @@ def run_script(main: Callable[[Process], None], distributed: bool = False) -> No
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # of `| head`: whoever read has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        pass
     except KeyboardInterrupt:
         forced = "--force" in sys.argv
         then = "started again with --force it begins anew" if forced else "start it again and it goes on"
         print(f"interrupted: {then}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        flush_stdout()
     if launched() > 1:
         atexit._run_exitfuncs()
         sys.stdout.flush()

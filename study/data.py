@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from study import classes
+from study.classes import looks
 from study.cli import DEFAULTS
 from study.errors import UserError
 from study.files import FORMATS, Columns, NoSource, Row, bare_suffix, no_column, read_file, read_hub
@@ -23,15 +25,7 @@ COLUMNS = {
     "classification": ("text_column", "label_column"),
     "summarization": ("dialogue_column", "summary_column"),
 }
-# What changes how a label looks though it can't be seen alone: joiners between letters that they shape
-# (Arabic, Indic) or emoji, and the tags of a flag.
-SHAPING = re.compile(
-    "(?<=[^\u0000-\u05ff])[\u200c\u200d](?=[^\u0000-\u05ff\u2000-\u206f])|\U0001f3f4[\U000e0020-\U000e007f]+"
-)
-# Unicode's Default_Ignorable_Code_Point as far as they are letters or marks, and the blank of braille.
-IGNORABLE = re.compile(
-    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
-)
+HOLDABLE = ("test", "validation")  # by --test_fraction and --validation_fraction
 
 
 @dataclass
@@ -39,7 +33,10 @@ class Split:
     """The examples of one split. `numbers` are their rows in the source as errors name them, from 1 (lines of
     JSON lines), `places` the same from 0 without counting blank lines; `available` counts what a sample was
     taken from; `overlap` counts the train texts that also occur in test; `repeated` are those of a
-    classification that occur more than once, with how often each class stands beside them."""
+    classification that occur more than once, with how often each class stands beside them; `merged` the rows
+    whose class was spelled otherwise, by class and spelling. `fraction` is the share of train that became
+    this split, `alone` how many classes of one row stayed there, and `held_out` what became of a train split
+    in that way."""
 
     source: str
     examples: list[tuple[str, str]]
@@ -49,13 +46,16 @@ class Split:
     overlap: int | None = None
     repeated: dict[str, Counter] | None = None
     available: int | None = None
+    merged: dict[str, dict[str, int]] = field(default_factory=dict)
+    fraction: float | None = None
+    alone: int = 0
+    held_out: dict[str, dict] = field(default_factory=dict)
 
     def __post_init__(self):
         self.places = self.places or [number - 1 for number in self.numbers]
 
     def describe(self) -> dict:
         """What a record says of a split. `sha256` covers the examples as they are used."""
-        rows = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in self.examples)
         return {
             "source": self.source,
             "rows": len(self.examples),
@@ -63,12 +63,19 @@ class Split:
             "dropped": dict(self.dropped),
             **({} if self.overlap is None else {"also_in_test": self.overlap}),
             **({} if self.repeated is None else self.count_repeated()),
-            "sha256": hashlib.sha256(rows.encode("utf-8", "surrogatepass")).hexdigest(),
+            **({"merged": self.merged} if self.merged else {}),
+            **({} if self.fraction is None else {"fraction": self.fraction}),
+            **({"held_out": self.held_out} if self.held_out else {}),
+            "sha256": self.sha256(),
         }
+
+    def sha256(self) -> str:
+        rows = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in self.examples)
+        return hashlib.sha256(rows.encode("utf-8", "surrogatepass")).hexdigest()
 
     def count_repeated(self) -> dict[str, int]:
         """How many texts occur more than once, and how many of these with different classes."""
-        different = sum(len(classes) > 1 for classes in self.repeated.values())
+        different = sum(len(counts) > 1 for counts in self.repeated.values())
         return {"repeated": len(self.repeated), "contradicting": different}
 
     def keep(self, indices: Sequence[int]) -> "Split":
@@ -76,64 +83,103 @@ class Split:
         return replace(self, **{name: [column[i] for i in indices] for name, column in columns.items()})
 
 
-def load(args: argparse.Namespace, names: Sequence[str], optional: Sequence[str] = ()) -> dict[str, Split]:
+def load(
+    args: argparse.Namespace, names: Sequence[str], optional: Sequence[str] = (), trained: dict | None = None
+) -> dict[str, Split]:
     """The splits `names` of the data that the flags name, cleaned; sampling comes after (`sample_train`,
     `sample_eval`).
 
     A split of `optional` that the flags do not name is left out. With both train and test, texts of train
-    that also occur in test are counted, and dropped by --drop_overlap. Raises UserError for everything that
-    is wrong with a file.
+    that also occur in test are counted, and dropped by --drop_overlap. What --test_fraction and
+    --validation_fraction hold out of train is what the record `trained` says, if that is given. Raises
+    UserError for everything that is wrong with a file.
     """
-    columns = {f"--{flag}": getattr(args, flag) for flag in COLUMNS[args.task]}
+    shares = shares_for({*names, *optional}, args)
     splits: dict[str, Split] = {}
-    for name in (*names, *optional):
+    for name in dict.fromkeys(["train"] * bool(shares) + [*names, *optional]):
+        if name in shares:
+            continue
         try:
-            source, rows = source_of(args, name, columns)
-            splits[name] = clean(source, rows, columns, args.task, unlabelled(source))
+            splits[name] = read_split(args, name)
         except NoSource:
-            if name in names:
+            if name in names or name == "train":
                 raise
+    for name, share in shares.items():
+        if not trained or name in names:  # the training saw to the others
+            refuse_another(args, name)
+        splits["train"], splits[name] = hold_out(splits["train"], name, share, args.task)
+        if trained and name in names:
+            check_held_out(splits[name], name, trained)
+    splits = {name: split for name, split in splits.items() if name in (*names, *optional)}
     if {"train", "test"} <= splits.keys():
         drop_overlap(splits, args.drop_overlap)
     elif args.drop_overlap and "train" in splits:
         raise UserError("--drop_overlap: there is no test split to compare with: name it with --test_file")
-    if "train" in splits and args.task == "classification":
-        labels = labels_of(splits["train"])
-        check_looks(splits["train"])
-        splits["train"].repeated = find_repeated(splits["train"].examples)
-        for split in splits.values():
-            check_labels(split, labels)
+    if args.task == "classification" and (trained or "train" in splits):
+        labels = trained["labels"] if trained else labels_of(splits["train"])
+        for name in splits.keys() - {"train"}:
+            splits[name] = classes.fit(splits[name], labels, args.merge_labels, args.unseen_labels)
+        if "train" in splits:
+            splits["train"].repeated = find_repeated(splits["train"].examples)
     return splits
+
+
+def read_split(args: argparse.Namespace, name: str) -> Split:
+    columns = columns_of(args)
+    source, rows = source_of(args, name, columns)
+    split = clean(source, rows, columns, args.task, unlabelled(source))
+    train = name == "train" and args.task == "classification"
+    return classes.one_spelling(split, args.merge_labels) if train else split
+
+
+def columns_of(args: argparse.Namespace) -> Columns:
+    return {f"--{flag}": getattr(args, flag) for flag in COLUMNS[args.task]}
 
 
 def source_of(args: argparse.Namespace, split: str, columns: Columns) -> tuple[str, Iterator[Row]]:
     """Where a split lies, as a record names it, and its rows."""
     file = getattr(args, f"{split}_file")
     if file:
-        return file, read_file(Path(file), f"--{split}_file", columns)
+        return file, read_file(Path(file), f"--{split}_file", columns, args.delimiter)
     if args.dataset == DEFAULTS[args.task]["dataset"] and (
         args.train_file or args.test_file or args.validation_file
     ):
         raise NoSource(
-            f"--{split}_file is needed: the other split is a local file, and --dataset names no other source"
+            f"--{split}_file is needed{or_a_share(split)}: the other split is a local file, and --dataset "
+            "names no other source"
         )
     path = Path(args.dataset)
     if path.is_dir():
         file = find_in_folder(path, split)
-        return str(file), read_file(file, "--dataset", columns)
+        return str(file), read_file(file, "--dataset", columns, args.delimiter)
     if path.is_file():
         if split != "train":
             raise NoSource(
                 f"--dataset {path} is one file, the train split: name the {split} split with --{split}_file"
+                + or_a_share(split)
             )
-        return str(path), read_file(path, "--dataset", columns)
-    if (
-        args.dataset.startswith((".", "/", "~"))
-        or bare_suffix(path) in FORMATS
-        or args.dataset.count("/") > 1
-    ):
+        return str(path), read_file(path, "--dataset", columns, args.delimiter)
+    if is_path(args.dataset):
         raise UserError(f"--dataset {args.dataset}: there is no such file or folder")
     return f"{args.dataset} ({split})", read_hub(args.dataset, split, columns)
+
+
+def is_path(dataset: str) -> bool:
+    """Whether --dataset names a file or folder, there or not, rather than a data set of the hub."""
+    path = Path(dataset)
+    written = dataset.startswith((".", "/", "~")) or bare_suffix(path) in FORMATS or dataset.count("/") > 1
+    return written or path.exists()
+
+
+def is_local(args: argparse.Namespace) -> bool:
+    """Whether the data lie in files alone."""
+    if args.dataset != DEFAULTS[args.task]["dataset"]:
+        return is_path(args.dataset)
+    return any(getattr(args, f"{split}_file") for split in ("train", "test", "validation"))
+
+
+def or_a_share(split: str) -> str:
+    return f", or --{split}_fraction, which takes a share of train" if split in HOLDABLE else ""
 
 
 def unlabelled(source: str) -> str | None:
@@ -156,6 +202,7 @@ def find_in_folder(folder: Path, split: str) -> Path:
     if not found:
         raise NoSource(
             f"--dataset {folder} holds no {split} file ({split}.jsonl, say): name it with --{split}_file"
+            + or_a_share(split)
         )
     if len(found) > 1:
         names = ", ".join(file.name for file in found)
@@ -170,7 +217,7 @@ def clean(source: str, rows: Iterator[Row], columns: Columns, task: str, unlabel
     reason."""
     split = Split(source, [], [])
     for place, (number, row) in enumerate(rows):
-        text, answer = (cell(row, flag, columns, f"{source} row {number}") for flag in columns)
+        text, answer = (read_text(row, flag, columns, f"{source} row {number}") for flag in columns)
         if task == "classification":  # its Unicode forms look the same; one that shows nothing is none
             answer = unicodedata.normalize("NFC", answer) if looks(answer) else ""
         reason = reason_to_drop((text, answer), columns, unlabelled)
@@ -193,13 +240,21 @@ def clean(source: str, rows: Iterator[Row], columns: Columns, task: str, unlabel
 def reason_to_drop(pair: tuple[str, str], columns: Columns, unlabelled: str | None) -> str | None:
     for value, column in zip(pair, columns.values(), strict=True):
         if not value:
-            return f"empty {column}"
+            return f"empty {column if isinstance(column, str) else ' and '.join(column)}"
     return f'class "{unlabelled}"' if pair[1] == unlabelled else None
 
 
-def cell(row: dict, flag: str, columns: Columns, where: str) -> str:
-    """The text in the column that `flag` names, trimmed; "" for none. A class may be an integer."""
-    column = columns[flag]
+def read_text(row: dict, flag: str, columns: Columns, where: str) -> str:
+    """What stands in the column that `flag` names, or of several a line "Column: ..." for each that holds
+    anything."""
+    if isinstance(columns[flag], str):
+        return cell(row, flag, columns[flag], columns, where)
+    cells = {column: cell(row, flag, column, columns, where) for column in columns[flag]}
+    return "\n".join(f"{column}: {text}" for column, text in cells.items() if text)
+
+
+def cell(row: dict, flag: str, column: str, columns: Columns, where: str) -> str:
+    """The text in a column that `flag` names, trimmed; "" for none. A class may be an integer."""
     if column not in row:
         raise no_column(column, row, columns, where)
     value = row[column]
@@ -215,58 +270,11 @@ def cell(row: dict, flag: str, columns: Columns, where: str) -> str:
 
 
 def labels_of(split: Split) -> list[str]:
-    """The classes of the train split, sorted; every other split must keep to them."""
+    """The classes of the train split, sorted; every other split has to keep to them."""
     labels = sorted({label for _, label in split.examples})
     if len(labels) == 1:
         raise UserError(f'{split.source} has one class only, "{labels[0]}": classification needs two or more')
     return labels
-
-
-def check_labels(split: Split, labels: Sequence[str]) -> None:
-    """Raise UserError for a class that is none of `labels`."""
-    for (_, label), number in zip(split.examples, split.numbers, strict=True):
-        if label not in labels:
-            twin = next((name for name in labels if looks(name) == looks(label)), None)
-            but = f', but "{spelled(twin)}" does, which looks the same' if twin else ""
-            where = f"{split.source} row {number}"
-            raise UserError(f'{where}: class "{spelled(label)}" does not occur in the train split{but}')
-
-
-def check_looks(split: Split) -> None:
-    """Raise UserError for two classes that nobody can tell apart by looking at them."""
-    rows: dict[str, dict[str, list[int]]] = {}  # by what is seen, and then by class
-    for (_, label), number in zip(split.examples, split.numbers, strict=True):
-        rows.setdefault(looks(label), {}).setdefault(label, []).append(number)
-    for alike in rows.values():
-        if len(alike) > 1:
-            named = [
-                f'"{spelled(label)}" (row {", ".join(map(str, numbers[:3]))}{", ..." * (len(numbers) > 3)})'
-                for label, numbers in alike.items()
-            ]
-            raise UserError(
-                f"{split.source} has classes that differ only in characters that can't be seen: "
-                f"{' and '.join(named)}: spell them alike"
-            )
-
-
-def looks(label: str) -> str:
-    """A class as it looks: without the characters that can't be seen, all white space as one space."""
-    label = SHAPING.sub(lambda found: ascii(found.group()), label)
-    shown = "".join(" " if mark.isspace() else mark for mark in label if mark.isspace() or not unseen(mark))
-    return unicodedata.normalize("NFC", " ".join(shown.split()))
-
-
-def unseen(mark: str) -> bool:
-    """Control and format characters (zero-width, soft hyphen, byte order mark), variation selectors and the
-    other characters that Unicode lets a font leave out."""
-    return unicodedata.category(mark) in ("Cc", "Cf") or bool(IGNORABLE.match(mark))
-
-
-def spelled(label: str) -> str:
-    """A class with the code points of what can't be seen in it, e.g. "a<U+200B>"."""
-    return "".join(
-        f"<U+{ord(mark):04X}>" if unseen(mark) or (mark.isspace() and mark != " ") else mark for mark in label
-    )
 
 
 def drop_overlap(splits: dict[str, Split], drop: bool) -> None:
@@ -283,6 +291,76 @@ def drop_overlap(splits: dict[str, Split], drop: bool) -> None:
         splits["train"] = train.keep(apart)
         splits["train"].dropped["also in test"] += shared
     splits["train"].overlap = shared
+
+
+def shares_for(wanted: set[str], args: argparse.Namespace) -> dict[str, float]:
+    """The shares of train to hold out where the splits `wanted` are asked for: what the last of them is taken
+    from lacks those before it, and train lacks all."""
+    shares = {name: share for name in HOLDABLE if (share := getattr(args, f"{name}_fraction"))}
+    while shares and not wanted & {"train", [*shares][-1]}:
+        shares.popitem()
+    return shares
+
+
+def refuse_another(args: argparse.Namespace, name: str) -> None:
+    """Raise UserError where the flags name a split `name` beside the share of train that should become it."""
+    try:
+        source, rows = source_of(args, name, columns_of(args))
+        next(rows, None)
+    except NoSource:
+        return
+    flag = f"--{name}_fraction {getattr(args, f'{name}_fraction'):g}"
+    raise UserError(f"{flag}: there is a {name} split already, {source}: leave the flag out")
+
+
+def hold_out(train: Split, name: str, share: float, task: str) -> tuple[Split, Split]:
+    """What is left of `train`, and the `share` of each of its classes (of all, for summaries) that becomes
+    the split `name`: the texts with the smallest hashes, whatever the seed and the order of rows. Equal texts
+    of a class stay together.
+
+    A class of one row stays in train and is no part of a test split. Raises UserError for any other that
+    would be left without an example here or there.
+    """
+    strata: dict[str, list[tuple[str, int]]] = {}
+    for i, (text, label) in enumerate(train.examples):
+        order = hashlib.sha256(f"{name} {' '.join(text.split())}".encode()).hexdigest()
+        strata.setdefault(label if task == "classification" else "", []).append((order, i))
+    alone = [label for label, rows in strata.items() if len(rows) == 1 and name == "test"]
+    taken, lacking = [], {name: [], "train": []}
+    for label in strata.keys() - {*alone}:
+        rows = sorted(strata[label])
+        count = round_half_up(share * len(rows))
+        while 0 < count < len(rows) and rows[count][0] == rows[count - 1][0]:
+            count += 1
+        for side, left in ((name, count), ("train", len(rows) - count)):
+            if not left:
+                lacking[side].append(f'"{label}" ({len(rows):,})' if label else f"all {len(rows):,}")
+        taken += [i for _, i in rows[:count]]
+    for side, labels in lacking.items():
+        if labels:
+            raise UserError(
+                f"--{name}_fraction {share:g} of {train.source} leaves no {side} example of these classes "
+                f"(rows): {', '.join(sorted(labels))}: give a "
+                f"{'larger' if side == name else 'smaller'} share, or them more rows"
+            )
+    if not taken:
+        raise UserError(f"--{name}_fraction {share:g}: every class of {train.source} has one row only")
+    left = sorted({*range(len(train.examples))} - {*taken})
+    part = replace(
+        train.keep(sorted(taken)), dropped=Counter(), merged={}, held_out={}, fraction=share, alone=len(alone)
+    )
+    held_out = train.held_out | {name: {"rows": len(taken), "sha256": part.sha256()}}
+    return replace(train.keep(left), held_out=held_out), part
+
+
+def check_held_out(split: Split, name: str, trained: dict) -> None:
+    """Raise UserError unless the training of the record `trained` held out what is in `split` now."""
+    before = trained["data"]["train"].get("held_out", {}).get(name, {})
+    if before.get("sha256") != split.sha256():
+        raise UserError(
+            f"--{name}_fraction {split.fraction:g} of {split.source} are other rows than the training held "
+            "out: put back the file that it read, or train again with --force"
+        )
 
 
 def find_repeated(examples: Sequence[tuple[str, str]]) -> dict[str, Counter]:
@@ -367,13 +445,21 @@ def choose(count: int, limit: int | None, seed: int) -> list[int]:
 
 
 def say_split(name: str, split: Split, used: Split) -> str:
-    """One line on a split: rows used, rows of its source, rows dropped and why, and train texts that occur in
-    test, or more than once."""
+    """One line on a split: rows used, rows of its source, rows held out, dropped and why, and train texts
+    that occur in test, or more than once."""
+    if split.fraction:
+        alone = f"; classes of one row, which stay in train: {split.alone:,}" if split.alone else ""
+        share = f"--{name}_fraction {split.fraction:g} of {split.source}, the same in every run{alone}"
+        return f"{name:<11}{len(used.examples):,} of {len(split.examples):,} rows: {share}"
+    held_out = "".join(f", {part['rows']:,} held out for {other}" for other, part in split.held_out.items())
     dropped = "".join(f", {count:,} dropped: {reason}" for reason, count in split.dropped.items())
     overlap = f", {split.overlap:,} texts occur in test too" if split.overlap else ""
+    merged = sum(count for spellings in split.merged.values() for count in spellings.values())
+    merged = f", {merged:,} with a class spelled otherwise" if merged else ""
     repeated = f", {say_repeated(split, 0)}" if split.repeated else ""
-    count = f"{len(used.examples):,} of {len(split.examples) + split.dropped.total():,} rows"
-    return f"{name:<11}{count} of {split.source}{dropped}{overlap}{repeated}"
+    held = sum(part["rows"] for part in split.held_out.values())
+    count = f"{len(used.examples):,} of {len(split.examples) + split.dropped.total() + held:,} rows"
+    return f"{name:<11}{count} of {split.source}{held_out}{dropped}{merged}{overlap}{repeated}"
 
 
 def say_repeated(split: Split, most: int = 10) -> str:
@@ -381,7 +467,7 @@ def say_repeated(split: Split, most: int = 10) -> str:
     counts = split.count_repeated()
     told = f"{counts['repeated']:,} texts occur more than once"
     lines = [f"{told}, {counts['contradicting']:,} of them with different classes"]
-    for text, classes in list(split.repeated.items())[:most]:
-        named = ", ".join(f"{count:,} {label}" for label, count in classes.most_common())
-        lines.append(f"  {classes.total():,} times: {named}: {text:.60}")
+    for text, labels in list(split.repeated.items())[:most]:
+        named = ", ".join(f"{count:,} {label}" for label, count in labels.most_common())
+        lines.append(f"  {labels.total():,} times: {named}: {text:.60}")
     return "\n".join(lines)

@@ -2,24 +2,32 @@
 text written whole or not at all.
 
 `columns` here names the needed ones, {flag: column}: {"--text_column": "text", "--label_column": "label"}.
+The texts may stand in several, which then are a list.
 """
 
+import contextlib
 import csv
+import functools
 import gzip
 import io
 import json
 import os
 import re
+import sys
+import threading
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from study.errors import UserError
 
-FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+DELIMITERS = {".csv": ",;\t", ".tsv": "\t;,"}  # in the order in which they are tried
 SPACE = re.compile(r"[ \t\n\r]*")  # between JSON values
-Columns = dict[str, str]
+NAMES = {",": "commas", ";": "semicolons", "\t": "tabs"}
+Columns = dict[str, str | list[str]]
 Row = tuple[int, dict]  # number in its file (line or row, from 1), columns
 
 
@@ -43,8 +51,11 @@ def is_lfs_pointer(head: bytes) -> bool:
     return head.startswith(b"version https://git-lfs.github.com/spec/")
 
 
-def read_file(path: Path, flag: str, columns: Columns) -> Iterator[Row]:
-    """The rows of one local file. Raises UserError, naming the line where there is one."""
+def read_file(path: Path, flag: str, columns: Columns, delimiter: str | None = None) -> Iterator[Row]:
+    """The rows of one local file, of CSV with `delimiter` or the one that its header has. Raises UserError,
+    naming the line where there is one."""
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder: name a file, or the folder by --dataset")
     if not path.is_file():
         raise UserError(f"{flag} {path}: there is no such file")
     suffix, where = bare_suffix(path), f"{flag} {path}"
@@ -58,7 +69,9 @@ def read_file(path: Path, flag: str, columns: Columns) -> Iterator[Row]:
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"{where} line {line} is not UTF-8 text: save it as UTF-8") from None
-    return (read_csv if suffix == ".csv" else read_json)(text, where, columns)
+    if suffix not in DELIMITERS:
+        return read_json(text, where, columns)
+    return read_csv(text, where, columns, delimiter or DELIMITERS[suffix])
 
 
 def read_content(path: Path, where: str) -> bytes:
@@ -74,10 +87,16 @@ def read_content(path: Path, where: str) -> bytes:
         raise UserError(f"{where} can't be read: {error.strerror}") from None
 
 
+def named(columns: Columns) -> list[str]:
+    """The needed columns, each once."""
+    lists = (column if isinstance(column, list) else [column] for column in columns.values())
+    return list(dict.fromkeys(chain.from_iterable(lists)))
+
+
 def check_columns(names: Sequence[str], columns: Columns, where: str) -> None:
     """Raise UserError unless each needed column is among `names`, and once."""
     counts = Counter(names)
-    for column in columns.values():
+    for column in named(columns):
         if column not in counts:
             raise no_column(column, names, columns, where)
         if counts[column] > 1:
@@ -98,11 +117,11 @@ def read_json(text: str, where: str, columns: Columns) -> Iterator[Row]:
         place = f"{where} {kind} {number}"
         if not isinstance(row, dict):
             raise UserError(f'{place} is not a JSON object such as {{"text": ..., "label": ...}}')
-        twice = [column for column in columns.values() if column in getattr(row, "twice", ())]
+        twice = [column for column in named(columns) if column in getattr(row, "twice", ())]
         if twice:
             raise UserError(f'{place} has the key "{twice[0]}" twice: leave one of them')
         held = [f'{count:,} under "{key}"' for key, count in held_rows(row)] if len(values) == 1 else []
-        if held and not all(column in row for column in columns.values()):
+        if held and not all(column in row for column in named(columns)):
             raise UserError(
                 f"{where} is one JSON object that holds rows, {', '.join(held)}: save the rows alone, as an "
                 "array or one a line"
@@ -166,16 +185,28 @@ def held_rows(value: dict) -> Iterator[tuple[str, int]]:
             yield from ((f"{key}.{name}", count) for name, count in held_rows(inner))
 
 
-def read_csv(text: str, where: str, columns: Columns) -> Iterator[Row]:
+def delimiter_of(text: str, candidates: str, columns: Columns) -> str:
+    """The first of `candidates` by which the header holds the needed columns, or else the most columns."""
+
+    def fits(delimiter: str) -> tuple[bool, int]:
+        header = next(csv.reader(io.StringIO(text[:65536], newline=""), delimiter=delimiter), [])
+        return {*named(columns)} <= {*header}, len(header)
+
+    return max(candidates, key=fits)
+
+
+def read_csv(text: str, where: str, columns: Columns, delimiters: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     try:
-        rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+        mark = delimiter_of(text, delimiters, columns)
+        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
         if rows.fieldnames:
             check_columns(rows.fieldnames, columns, where)
         for number, row in enumerate(rows, 1):
             if None in row:
+                marks = NAMES.get(mark, mark)
                 raise UserError(
-                    f"{where} row {number} has more cells than the header: quote texts with commas"
+                    f"{where} row {number} has more cells than the header: quote texts with {marks}"
                 )
             yield number, row
     except csv.Error as error:
@@ -190,7 +221,7 @@ def read_parquet(content: bytes, where: str, columns: Columns) -> Iterator[Row]:
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
         check_columns(file.schema_arrow.names, columns, where)
-        names = list(dict.fromkeys(columns.values()))
+        names = named(columns)
         table = file.read(columns=names).select(names)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{where} is not a Parquet file: {str(error).splitlines()[0]}") from None
@@ -216,9 +247,45 @@ def check_type(field, where: str) -> None:
         )
 
 
+@functools.cache
+def hub_answers(seconds: float = 3) -> bool:
+    """Whether the hub can be asked. Where nothing takes the call in so many seconds, or does not answer in as
+    many as the hub's library waits for an answer, HF_HUB_OFFLINE is set for this process: the library would
+    try again for minutes."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        return False
+    import httpx
+
+    taken, answered = threading.Event(), threading.Event()
+    patience = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", "10"))
+
+    def hear(event: str, _: dict) -> None:
+        if event.endswith("connect_tcp.complete"):
+            taken.set()
+
+    def ask() -> None:
+        with contextlib.suppress(httpx.HTTPError, httpx.InvalidURL, OSError):
+            with httpx.Client(timeout=patience) as client:
+                address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+                client.head(address, extensions={"trace": hear})
+            answered.set()
+        taken.set()  # or refused
+
+    thread = threading.Thread(target=ask, daemon=True)  # no timeout holds for looking up a name
+    thread.start()
+    if taken.wait(seconds):
+        thread.join(patience)
+    if not answered.is_set():
+        os.environ["HF_HUB_OFFLINE"] = "1"
+        if "huggingface_hub" in sys.modules:
+            sys.modules["huggingface_hub"].constants.HF_HUB_OFFLINE = True
+    return answered.is_set()
+
+
 def read_hub(name: str, split: str, columns: Columns | None = None) -> Iterator[Row]:
     """The rows of a hub data set, from its cache where the hub can't be reached; class numbers become class
     names."""
+    hub_answers()
     import datasets
     import httpx
 
@@ -234,7 +301,7 @@ def read_hub(name: str, split: str, columns: Columns | None = None) -> Iterator[
         ) from None
     if columns:
         check_columns(rows.column_names, columns, f"--dataset {name}")
-        rows = rows.select_columns(list(dict.fromkeys(columns.values())))
+        rows = rows.select_columns(named(columns))
     for column, feature in rows.features.items():
         if isinstance(feature, datasets.ClassLabel):
             names = [named_label(feature.names, number) for number in rows[column]]

@@ -7,6 +7,7 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 LAUNCH=${LAUNCH:-python} # the command in front of each script, e.g. "accelerate launch"
 cells=()
+declare -A checked=()
 failed=()
 left=()
 count=0
@@ -57,8 +58,13 @@ done
 set -- "${flags[@]}"
 
 look_up() { # look_up SCRIPT FLAG...: sets state, folder, seconds, usd, those of its training and those that a loaded base saves
-  local found
-  found=$(PYTHONIOENCODING=utf-8 python "$@" --dry_run) || return
+  local found about=$1 known=1
+  if [[ $dry_run ]]; then # reads the data for the first cell of each script and task; else the scripts do so themselves
+    [[ ! "$*" =~ --task_type\ [a-z]+ ]] || about+=" ${BASH_REMATCH[0]}"
+    known=${checked[$about]:-}
+    checked[$about]=1
+  fi
+  found=$(PYTHONIOENCODING=utf-8 DATA_CHECKED=$known python "$@" --dry_run) || return
   if [[ ! $price ]]; then # once for all cells
     price=$(grep '^price ' <<<"$found" || true)
     [[ ! $price ]] || echo "$price"
@@ -173,6 +179,7 @@ train_row() { # train_row "EPOCHS..." SCRIPT SCORER -- FLAG...: in one training 
   row=
   ((${#every[@]} > 1)) || return 0
   flags=(--epochs "${every[-1]}" --also_epochs "${every[@]::${#every[@]}-1}" "$@")
+  checked[$trainer]=1 # the first cell's look-up reads the data
   look_up "$trainer" "${flags[@]}" || return 0 # the cells say why
   [[ $state != finished ]] || return 0
   row=trained

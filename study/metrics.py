@@ -1,6 +1,7 @@
 """Accuracy, F1 and ROUGE in percent, with 95 % intervals (intervals.py), from the answer to each example."""
 
 import importlib.metadata
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -166,7 +167,7 @@ def score(
             places, numbers, answers, parsed, references, scores, strict=True
         )
     ]
-    return summed_up(task, rows), rows
+    return summed_up(task, rows) | commonest_invalid(rows), rows
 
 
 def summed_up(task: str, rows: Sequence[dict]) -> dict:
@@ -186,6 +187,14 @@ def summed_up(task: str, rows: Sequence[dict]) -> dict:
         per_example = {name: [round(row[name], 4) for row in rows] for name in ROUGE}
     version = f"{VERSION[task]}, rouge-score {importlib.metadata.version('rouge-score')}"
     return {"metrics": metrics_of(per_example), "metrics_version": version, "per_example": per_example}
+
+
+def commonest_invalid(rows: Sequence[dict]) -> dict:
+    """What a record says of the invalid answers, if there are any: the five that most are, shortened, with
+    their counts."""
+    invalid = Counter(row["prediction"].strip() for row in rows if row["parsed"] is None)
+    common = [[answer[:80], count] for answer, count in invalid.most_common(5)]
+    return {"commonest_invalid": common} if common else {}
 
 
 def examples_of(per_example: dict) -> Answers | Summaries:

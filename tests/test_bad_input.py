@@ -4,10 +4,13 @@ import fcntl
 import gzip
 import importlib.util
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from preloaded import run_preloaded
 from prompts import prompt_sha256
 from study import checkpoint, cli
 from study.errors import UserError
+from study.files import hub_answers as answers
 from study.records import record
 
 TRAINING = ["llama2_classification.py", "llama2_summarization.py"]
@@ -78,7 +82,11 @@ BAD_FILES = {
     "open quote in CSV": ("t.csv", b'text,label\n"never closed,a\n', "is not CSV"),
     "garbage parquet": ("t.parquet", b"PAR1garbage", "is not a Parquet file"),
     "no UTF-8": ("t.jsonl", LINES + b'{"text": "\xff\xfe"}\n', "line 7 is not UTF-8"),
-    "unknown kind of file": ("t.xlsx", LINES, r"the name must end in \.jsonl, \.json, \.csv, \.parquet"),
+    "unknown kind of file": (
+        "t.xlsx",
+        LINES,
+        r"the name must end in \.jsonl, \.json, \.csv, \.tsv, \.parquet",
+    ),
     "empty file": ("t.jsonl", b"", "has no usable row: it is empty"),
     "empty gz": ("t.jsonl.gz", gzip.compress(b""), "has no usable row: it is empty"),
     "CSV of a header alone": ("t.csv", b"text,label\n", "has no usable row: it is empty"),
@@ -137,11 +145,27 @@ def test_a_training_without_a_test_file_says_so_at_once(tmp_path, files, named, 
     assert "has not a configuration" in error_line(done)
 
 
+def test_a_folder_in_place_of_a_file_is_said(tmp_path, files):
+    line = refusal("llama2_classification.py", "--train_file", tmp_path, "--output_dir", tmp_path / "runs")
+    assert line == f"error: --train_file {tmp_path} is a folder: name a file, or the folder by --dataset"
+
+
 @pytest.mark.parametrize("script", [*TRAINING, "llama2_baseline_inference.py"])
 def test_a_missing_file_is_named_with_its_flag(tmp_path, script):
     missing = tmp_path / "no.jsonl"
     flags = ("--train_file", missing, "--test_file", missing, "--output_dir", tmp_path / "runs")
     assert f"_file {missing}: there is no such file" in refusal(script, *flags)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_dry_run_checks_the_files_unless_the_run_is_finished(tmp_path, files, script):
+    if "summar" in script:
+        files = tuple(f"--{name}_file={DEMO_DATA}/dialogues_{name}.jsonl" for name in ("train", "test"))
+    flags = ("--output_dir", tmp_path / "runs", "--dry_run")
+    assert run_script(script, *files, *flags).stdout.splitlines()[-1].startswith("not started\t")
+    missing = tmp_path / "no.jsonl"
+    assert "no such file" in refusal(script, *files[:2], "--test_file", missing, *flags)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_missing_summary_column_is_named_with_its_flag(tmp_path, files):
@@ -183,13 +207,24 @@ def test_a_test_class_that_training_never_saw_stops_inference_and_names_the_row(
         (["--train_sample_fraction", "nan"], "--train_sample_fraction: nan is not in (0, 1]"),
         (["--train_sample_fraction", "half"], "--train_sample_fraction: invalid fraction value: 'half'"),
         (["--dropout", "1"], "--dropout: 1 is not in [0, 1)"),
+        (["--test_fraction", "1"], "--test_fraction: 1 is not in (0, 1)"),
+        (
+            ["--test_fraction", "0.1"],
+            "--test_fraction takes a share of train, --test_file names another split",
+        ),
+        (
+            ["--validation_fraction", "0.1", "--validation_file", "v.jsonl"],
+            "--validation_fraction takes a share of train, --validation_file names another split",
+        ),
+        (["--delimiter", "||"], "--delimiter: '||' is not one character, or tab"),
         (["--epochs", "0"], "--epochs: 0 is not 1 or more"),
         (["--lora-r", "2.5"], "--lora_r: invalid positive_int value: '2.5'"),
         (["--learning_rate", "inf"], "--learning_rate: inf is not above 0"),
         (["--seed", "-1"], "--seed: -1 is not in [0, 4294967296)"),
         (["--gradient_checkpointing", "maybe"], "--gradient_checkpointing: invalid choice: 'maybe'"),
         (["--no_such_flag", "1"], "unrecognized arguments: --no_such_flag 1"),
-        (["--epoch", "1"], "unrecognized arguments: --epoch 1"),
+        (["--epoch", "1"], "unrecognized arguments: --epoch 1 (did you mean --epochs?)"),
+        (["--learning-rat=1"], "unrecognized arguments: --learning_rat=1 (did you mean --learning_rate?)"),
         (["stray"], "unrecognized arguments: stray"),
     ],
 )
@@ -254,6 +289,40 @@ def test_an_interrupted_script_says_so_with_status_130(name):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "interrupted: start it again and it goes on\n")
+
+
+@pytest.mark.parametrize(("flag", "status"), [("--help", 0), ("-h", 0), ("--hlep", 2)])
+def test_the_demo_says_what_it_does_and_stops(tmp_path, flag, status):
+    env = {"PATH": "/usr/bin:/bin"}  # without a Python it could do nothing else
+    done = subprocess.run(
+        [ROOT / "demo.sh", flag], cwd=tmp_path, capture_output=True, text=True, env=env, check=False
+    )
+    assert done.returncode == status
+    assert done.stdout.startswith("One command on a fresh machine: set up .venv, then score") == (not status)
+    assert done.stderr == ("error: --hlep: the demo takes no flags but --help\n" if status else "")
+
+
+@pytest.mark.parametrize("buffered", [True, False])
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["-m", "study.report", "results/demo"], 0),
+        (["-m", "study.report", "--help"], 0),
+        (["llama2_classification.py", "--dry_run"], 0),
+        (["llama2_classification.py", "--dry_run", "--train_file", "no.jsonl"], 1),
+    ],
+)
+def test_a_reader_that_has_enough_is_no_error(buffered, words, status):
+    reader, writer = os.pipe()
+    os.close(reader)
+    env = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
+    command = [sys.executable, *words]
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, env=env, check=False
+    )
+    os.close(writer)
+    assert done.returncode == status
+    assert done.stderr.count("\n") == status
 
 
 @pytest.mark.parametrize("script", INFERENCE)
@@ -417,6 +486,65 @@ def test_a_hub_checkpoint_while_offline_is_named(tmp_path, files):
     line = refusal("llama2_classification.py", *flags)
     assert record.status(tmp_path / "run" / "train.json") == "failed"
     assert line.startswith("error: --pretrained_ckpt nobody/no-such-model can't be loaded (offline?")
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A hub at a port of this machine, for this process and those that it starts; as it stands it takes a
+    call and says nothing, as behind many a firewall."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
+        monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "1")
+        yield server
+
+
+def hub_answers(seconds: float) -> bool:
+    return answers.__wrapped__(seconds)
+
+
+@pytest.mark.parametrize("named", ["--pretrained_ckpt", "--dataset"])
+def test_a_hub_that_does_not_answer_is_not_waited_for(tmp_path, files, hub, named):
+    flags = (
+        named,
+        "nobody/no-such",
+        *(files if named == "--pretrained_ckpt" else ()),
+        "--output_dir",
+        tmp_path,
+    )
+    done = run_script("llama2_classification.py", *flags, env={"HF_HUB_OFFLINE": ""}, timeout=20)
+    assert error_line(done).startswith(f"error: {named} nobody/no-such")
+
+
+def test_a_hub_that_takes_a_call_may_take_longer_to_answer_than_to_be_reached(hub, monkeypatch):
+    monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", "30")
+
+    def answer_late() -> None:
+        with hub.accept()[0] as call:
+            threading.Event().wait(0.5)
+            call.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+
+    thread = threading.Thread(target=answer_late)
+    thread.start()
+    assert hub_answers(0.2)
+    thread.join()
+    assert "HF_HUB_OFFLINE" not in os.environ
+
+
+@pytest.mark.parametrize("at", ["", "http://no-such-hub.invalid", "no address"])
+def test_a_hub_that_refuses_or_has_no_address_is_given_up_at_once(hub, monkeypatch, at):
+    hub.close()
+    monkeypatch.setenv("HF_ENDPOINT", at or os.environ["HF_ENDPOINT"])
+    assert not hub_answers(10)
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+@pytest.mark.parametrize(("word", "left"), [("true", "true"), ("0", "1"), ("", "1")])
+def test_offline_means_what_it_does_to_the_hubs_library(hub, monkeypatch, word, left):
+    hub.close()
+    monkeypatch.setenv("HF_HUB_OFFLINE", word)
+    assert not hub_answers(10)
+    assert os.environ["HF_HUB_OFFLINE"] == left  # 1 where it was asked
 
 
 def test_a_hub_data_set_while_offline_is_named(tmp_path):

@@ -210,6 +210,35 @@ def test_a_column_that_a_hub_data_set_lacks_is_named(hub_rows):
 
 # Columns
 
+MAILS = [
+    {"Subject": " Hi", "Body": "a\nb", "id": "x", "label": "x"},
+    {"Subject": "", "Body": "c", "id": "x", "label": "y"},
+    {"Subject": " ", "Body": None, "id": "x", "label": "y"},
+]
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_several_text_columns_are_a_line_each(tmp_path, suffix):
+    (tmp_path / f"t{suffix}").write_bytes(WRITERS[suffix](MAILS))
+    args = flags("--train_file", tmp_path / f"t{suffix}", "--text_column", "Subject", "Body")
+    split = data.load(args, ["train"])["train"]
+    assert split.examples == [("Subject: Hi\nBody: a\nb", "x"), ("Body: c", "y")]
+    assert split.dropped == {"empty Subject and Body": 1}
+    args.text_column = ["Body", "Subject"]
+    assert data.load(args, ["train"])["train"].examples[0] == ("Body: a\nb\nSubject: Hi", "x")
+
+
+def test_one_of_several_text_columns_that_is_not_there_is_named(tmp_path):
+    for path in (
+        write_rows(tmp_path / "t.jsonl", MAILS),
+        parquet({"Subject": ["a"], "label": ["b"]}, tmp_path / "t.parquet"),
+    ):
+        args = flags("--train_file", path, "--text_column", "Subject", "Text")
+        with pytest.raises(
+            UserError, match=r'has no column "Text" but Subject, .*: name it by --text_column'
+        ):
+            data.load(args, ["train"])
+
 
 def load_file(path: Path, content: str | bytes) -> data.Split:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -300,6 +329,44 @@ def test_a_parquet_file_may_hold_texts_as_dictionaries_and_classes_as_integers(t
     path = parquet({"text": texts, "label": [1, None, 3]}, tmp_path / "t.parquet")
     split = data.load(flags("--train_file", path), ["train"])["train"]
     assert (split.examples, split.numbers) == ([("t", "1"), ("t", "3")], [1, 3])
+
+
+# Delimiters
+
+
+def parted(mark: str, rows: list[dict] = ROWS) -> bytes:
+    file = io.StringIO()
+    writer = csv.DictWriter(file, rows[0].keys(), delimiter=mark)
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue().encode()
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv", "t.csv.gz", "t.tsv.gz"])
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_the_delimiter_is_recognised_from_the_header(tmp_path, name, mark):
+    rows = [{"id": i, "a,b;c\td": "x;,\ty", **row} for i, row in enumerate(ROWS)]
+    content = parted(mark, rows)
+    content = gzip.compress(content) if name.endswith(".gz") else content
+    assert load_file(tmp_path / name, content).examples == EXAMPLES
+
+
+@pytest.mark.parametrize(("mark", "word"), [("|", "|"), (";", ";"), ("\t", "tab"), ("\t", "\\t")])
+def test_the_delimiter_may_be_given(tmp_path, mark, word):
+    (tmp_path / "t.csv").write_bytes(parted(mark))
+    args = flags("--train_file", tmp_path / "t.csv", "--delimiter", word)
+    assert data.load(args, ["train"])["train"].examples == EXAMPLES
+
+
+def test_a_folder_s_tsv_files_are_its_splits(tmp_path):
+    for name in ("train.tsv", "test.tsv"):
+        (tmp_path / name).write_bytes(parted("\t"))
+    assert data.load(flags("--dataset", tmp_path), ["train", "test"])["test"].examples == EXAMPLES
+
+
+def test_columns_that_a_file_with_another_delimiter_lacks_are_named_apart(tmp_path):
+    with pytest.raises(UserError, match='has no column "text" but body, topic, id: name it by'):
+        load_file(tmp_path / "t.csv", "body;topic;id\na, b;c;1\n")
 
 
 # JSON of every form
@@ -455,7 +522,7 @@ def test_a_class_that_shows_nothing_is_none(tmp_path):
 
 
 def test_classes_that_can_be_told_apart_are_accepted(tmp_path):
-    labels = {"a b", "ab", "a-b", "A b", "\u0430 b", "a\u2011b", "a_b", "a\u0301 b", "\u00c5", "\uff41 b"}
+    labels = {"a b", "ab", "a-b", "A-c", "\u0430 b", "a\u2011b", "a_b", "a\u0301 b", "\u00c5", "\uff41 b"}
     assert set(data.labels_of(labelled(tmp_path, *labels))) == {
         unicodedata.normalize("NFC", x) for x in labels
     }
@@ -486,6 +553,136 @@ def test_a_test_class_that_looks_like_one_of_train_is_spelled(tmp_path):
     test = write_rows(tmp_path / "test.jsonl", [{"text": "t", "label": "a\u200b"}])
     with pytest.raises(UserError, match=r'row 1: class "a<U\+200B>" does not occur .* "a" does, which looks'):
         data.load(flags("--train_file", train, "--test_file", test), ["train", "test"])
+
+
+TWINS = ("Billing", "Billing", "billing", "Card  lost", "Card lost", "card lost", "Card lost", "Other")
+
+
+def test_classes_equal_but_for_case_and_white_space_are_refused_all_at_once(tmp_path):
+    with pytest.raises(UserError) as error:
+        labelled(tmp_path, *TWINS)
+    line = str(error.value)
+    assert (
+        '"Billing" (row 1, 2) and "billing" (row 3); "Card  lost" (row 4) and "Card lost" (row 5, 7)' in line
+    )
+    assert line.endswith("spell them alike, or take each group as one by --merge_labels")
+    assert "\n" not in line
+
+
+def test_merge_labels_takes_the_most_frequent_spelling_of_train_everywhere(tmp_path):
+    rows = [{"text": f"text {i}", "label": label} for i, label in enumerate(TWINS)]
+    train = write_rows(tmp_path / "train.jsonl", rows)
+    test = write_rows(
+        tmp_path / "test.jsonl", [{"text": "t", "label": label} for label in ("BILLING", "other")]
+    )
+    args = flags("--train_file", train, "--test_file", test, "--merge_labels")
+    splits = data.load(args, ["train", "test"])
+    assert data.labels_of(splits["train"]) == ["Billing", "Card lost", "Other"]
+    merged = {"Billing": {"billing": 1}, "Card lost": {"Card  lost": 1, "card lost": 1}}
+    assert splits["train"].describe()["merged"] == merged
+    assert [label for _, label in splits["test"].examples] == ["Billing", "Other"]
+    assert "3 with a class spelled otherwise" in data.say_split("train", splits["train"], splits["train"])
+    trained = {"labels": ["Card lost", "billing", "other"], "data": {"train": {}}}  # of another train file
+    assert data.load(args, ["test"], trained=trained)["test"].examples == [("t", "billing"), ("t", "other")]
+
+
+def test_classes_are_merged_before_a_share_of_each_is_held_out(tmp_path):
+    path = write_rows(
+        tmp_path / "t.jsonl", [{"text": f"t {i}", "label": ("a", "A", "b", "b")[i % 4]} for i in range(40)]
+    )
+    splits = data.load(
+        flags("--train_file", path, "--merge_labels", "--test_fraction", 0.1), ["train", "test"]
+    )
+    assert Counter(label for _, label in splits["test"].examples) == {"a": 2, "b": 2}
+
+
+@pytest.fixture
+def unseen(tmp_path) -> tuple:
+    labels = ("a", "c", "a", "d", "c", "B")
+    rows = [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
+    train = write_rows(tmp_path / "train.jsonl", [{"text": "t", "label": label} for label in "ab"])
+    return "--train_file", train, "--test_file", write_rows(tmp_path / "test.jsonl", rows)
+
+
+def test_classes_that_train_lacks_are_named_all_at_once_with_their_rows(unseen):
+    with pytest.raises(UserError) as error:
+        data.load(flags(*unseen), ["train", "test"])
+    line = str(error.value)
+    assert (
+        'test.jsonl: 3 classes do not occur in the train split: "c" (2 rows, from row 2), "d" (1 row, '
+        in line
+    )
+    assert '"B" (1 row, from row 6, but "b" does, and --merge_labels takes them as one)' in line
+    assert line.endswith("--unseen_labels drop leaves such rows out, keep counts them as wrong")
+
+
+def test_unseen_labels_drop_leaves_them_out_and_counts_them(unseen):
+    split = data.load(flags(*unseen, "--unseen_labels", "drop"), ["train", "test"])["test"]
+    assert split.numbers == [1, 3]
+    assert split.dropped == {"class that train lacks": 4}
+
+
+def test_unseen_labels_keep_leaves_them_in_and_they_count_as_wrong(unseen):
+    from study import metrics
+
+    splits = data.load(flags(*unseen, "--unseen_labels", "keep"), ["train", "test"])
+    references, labels = [label for _, label in splits["test"].examples], data.labels_of(splits["train"])
+    assert (references, labels) == (["a", "c", "a", "d", "c", "B"], ["a", "b"])
+    scores, _ = metrics.score("classification", ["a", "c", "a", "d", "a", "B"], references, labels)
+    assert scores["metrics"]["accuracy"]["value"] == pytest.approx(100 / 3)
+
+
+def test_unseen_labels_drop_that_leaves_nothing_is_refused(tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", ROWS)
+    test = write_rows(tmp_path / "test.jsonl", [{"text": "t", "label": "z"}])
+    with pytest.raises(UserError, match=r"--unseen_labels drop leaves nothing of .*test\.jsonl"):
+        data.load(
+            flags("--train_file", train, "--test_file", test, "--unseen_labels", "drop"), ["train", "test"]
+        )
+
+
+def say(whole: data.Split, used: data.Split | None = None) -> list[str]:
+    return data.classes.say(used or whole, whole).splitlines()
+
+
+def test_classes_are_said_with_their_counts_in_few_lines():
+    few = say(classes(billing=3, other=12, x=1))
+    assert [line.split() for line in few[:4]] == [
+        ["classes", "3"],
+        ["12", "other"],
+        ["3", "billing"],
+        ["1", "x"],
+    ]
+    assert few[4:] == ['           one row only: "x"']
+    many = say(classes(**{f"class{i}": i + 2 for i in range(150)}))
+    assert (len(many), many[-1]) == (22, "           and 130 more, of 2 to 131 rows")
+
+
+def test_likely_misspellings_are_said():
+    counts = {"Refund request": 40, "Refund requst": 2, "Refnd requets": 1, "increase": 9, "decrease": 4}
+    counts |= {"label 10": 50, "label 11": 3, "cat": 9, "cot": 2, "accounting": 30, "acounting": 20}
+    lines = say(classes(**counts))
+    assert lines[-1] == '           likely a misspelling: "Refund requst" (2) of "Refund request" (40)'
+    few = classes(increase=2, decrease=2)
+    assert say(classes(**counts), few)[:3] == say(few)
+    assert say(classes(**counts), few)[-1] == lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "edits"),
+    [
+        ("kitten", "kitten", 0),
+        ("kitten", "kittn", 1),
+        ("kitten", "sittin", 2),
+        ("kitten", "sitting", 3),
+        ("", "ab", 2),
+    ],
+)
+def test_edits_are_those_of_levenshtein(one, other, edits):
+    found = [
+        data.classes.edits_at_most(most, *pair) for most in range(4) for pair in ((one, other), (other, one))
+    ]
+    assert found == [most >= edits for most in range(4) for _ in "12"]
 
 
 # Rows
@@ -688,6 +885,170 @@ def test_drop_overlap_that_would_leave_nothing_is_refused(tmp_path):
     path = write_rows(tmp_path / "same.jsonl", ROWS)
     with pytest.raises(UserError, match="--drop_overlap leaves no train example"):
         data.load(flags("--train_file", path, "--test_file", path, "--drop_overlap"), ["train", "test"])
+
+
+# Shares of train that become another split
+
+
+def one_file(folder: Path, **counts: int) -> Path:
+    return write_rows(
+        folder / "posts.jsonl",
+        [dict(zip(("text", "label"), pair, strict=True)) for pair in classes(**counts).examples],
+    )
+
+
+@pytest.mark.parametrize("name", ["test", "validation"])
+@pytest.mark.parametrize("by", ["--train_file", "--dataset"])
+def test_a_share_of_one_file_becomes_a_split_that_train_lacks(tmp_path, name, by):
+    path = one_file(tmp_path, a=40, b=100)
+    whole = data.load(flags(by, path), ["train"])["train"]
+    splits = data.load(flags(by, path, f"--{name}_fraction", 0.2), ["train", name])
+    assert Counter(label for _, label in splits[name].examples) == {"a": 8, "b": 20}
+    both = splits["train"].examples + splits[name].examples
+    assert sorted(both) == sorted(whole.examples)
+    assert splits[name].describe()["fraction"] == 0.2
+    held_out = {"rows": 28, "sha256": splits[name].describe()["sha256"]}
+    assert splits["train"].describe()["held_out"] == {name: held_out}
+    assert whole.describe().keys() & {"fraction", "held_out"} == set()
+
+
+def test_the_share_is_the_same_whatever_the_seed_the_samples_and_the_order_of_rows(tmp_path):
+    path = one_file(tmp_path, a=40, b=100)
+    words = ("--train_file", path, "--test_fraction", 0.25)
+    first = data.load(flags(*words), ["test"])["test"]
+    more = (
+        "--seed",
+        7,
+        "--train_sample_fraction",
+        0.5,
+        "--max_train_samples",
+        50,
+        "--validation_fraction",
+        0.1,
+    )
+    assert data.load(flags(*words, *more), ["train", "test"])["test"].examples == first.examples
+    path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    assert data.load(flags(*words), ["test"])["test"].examples == first.examples[::-1]
+
+
+def test_two_shares_and_train_have_no_example_in_common(tmp_path):
+    words = (
+        "--train_file",
+        one_file(tmp_path, a=40, b=100),
+        "--test_fraction",
+        0.2,
+        "--validation_fraction",
+        0.25,
+    )
+    splits = data.load(flags(*words), ["train", "test", "validation"])
+    assert {name: len(split.examples) for name, split in splits.items()} == {
+        "train": 84,
+        "test": 28,
+        "validation": 28,
+    }
+    assert len({pair for split in splits.values() for pair in split.examples}) == 140
+    assert set(splits["train"].describe()["held_out"]) == {"test", "validation"}
+    assert list(data.load(flags(*words), ["train"], optional=["test"])) == ["train", "test"]
+
+
+def test_equal_texts_are_not_torn_apart(tmp_path):
+    rows = [{"text": f"{' ' * (i % 2)}text  {i // 4}", "label": "ab"[i // 4 % 2]} for i in range(80)]
+    args = flags("--train_file", write_rows(tmp_path / "t.jsonl", rows), "--test_fraction", 0.3)
+    splits = data.load(args, ["train", "test"])
+    assert splits["train"].overlap == 0
+    assert len(splits["test"].examples) == 24
+
+
+def test_summaries_are_held_out_as_one_class(tmp_path):
+    rows = [{"dialogue": f"A: {i}", "summary": f"s {i}"} for i in range(10)]
+    args = flags(
+        "--train_file",
+        write_rows(tmp_path / "d.jsonl", rows),
+        "--validation_fraction",
+        0.3,
+        task="summarization",
+    )
+    assert len(data.load(args, ["validation"])["validation"].examples) == 3
+
+
+@pytest.mark.parametrize("name", ["test", "validation"])
+def test_a_share_beside_a_split_of_that_name_is_refused(tmp_path, name):
+    for split in ("train", name):
+        write_rows(tmp_path / f"{split}.jsonl", ROWS)
+    with pytest.raises(
+        UserError, match=rf"--{name}_fraction 0.5: there is a {name} split already, .*{name}.jsonl"
+    ):
+        data.load(flags("--dataset", tmp_path, f"--{name}_fraction", 0.5), ["train"])
+
+
+def test_a_share_beside_a_split_of_the_hub_is_refused(monkeypatch):
+    monkeypatch.setattr(data, "read_hub", lambda name, split, columns: enumerate(ROWS, 1))
+    with pytest.raises(
+        UserError, match=r"--test_fraction 0.5: there is a test split already, somebody/posts \(test"
+    ):
+        data.load(flags("--dataset", "somebody/posts", "--test_fraction", 0.5), ["train"])
+
+
+@pytest.mark.parametrize(
+    ("share", "counts", "message"),
+    [
+        (
+            0.1,
+            {"a": 40, "b": 3, "c": 1},
+            r'no validation example .*: "b" \(3\), "c" \(1\): give a larger share',
+        ),
+        (0.9, {"a": 40, "b": 3, "c": 1}, r'no train example .*: "b" \(3\), "c" \(1\): give a smaller share'),
+    ],
+)
+def test_a_share_that_would_leave_a_class_empty_is_refused_with_all_such_classes(
+    tmp_path, share, counts, message
+):
+    args = flags("--train_file", one_file(tmp_path, **counts), "--validation_fraction", share)
+    with pytest.raises(UserError, match=message):
+        data.load(args, ["train"])
+
+
+def test_a_class_of_one_row_stays_in_train_and_is_said(tmp_path):
+    splits = data.load(
+        flags("--train_file", one_file(tmp_path, a=40, b=20, c=1), "--test_fraction", 0.1), ["train", "test"]
+    )
+    assert data.labels_of(splits["train"]) == ["a", "b", "c"]
+    line = data.say_split("test", splits["test"], splits["test"])
+    assert line.startswith("test       6 of 6 rows: --test_fraction 0.1 of ")
+    assert line.endswith("posts.jsonl, the same in every run; classes of one row, which stay in train: 1")
+    assert ", 6 held out for test" in data.say_split("train", splits["train"], splits["train"])
+
+
+def test_a_share_that_is_not_what_a_training_held_out_is_refused(tmp_path):
+    path = one_file(tmp_path, a=40, b=20)
+    args = flags("--train_file", path, "--test_fraction", 0.1)
+    trained = {"data": {"train": data.load(args, ["train"])["train"].describe()}, "labels": ["a", "b"]}
+    assert len(data.load(args, ["test"], trained=trained)["test"].examples) == 6
+    path.write_text(path.read_text().replace("a 1", "changed 1"))
+    with pytest.raises(UserError, match="other rows than the training held out"):
+        data.load(args, ["test"], trained=trained)
+
+
+def test_a_split_that_is_not_scored_may_have_a_file_beside_the_share_that_the_training_held_out(tmp_path):
+    words = ("--train_file", one_file(tmp_path, a=40, b=20), "--test_fraction", 0.1)
+    args = flags(*words, "--validation_fraction", 0.2)
+    splits = data.load(args, ["train", "validation"])
+    trained = {"data": {"train": splits["train"].describe()}, "labels": ["a", "b"]}
+    args.test_file = str(write_rows(tmp_path / "other.jsonl", ROWS))  # --split validation --test_file
+    assert data.load(args, ["validation"], trained=trained)["validation"].examples == (
+        splits["validation"].examples
+    )
+    with pytest.raises(UserError, match=r"--test_fraction 0.1: there is a test split already"):
+        data.load(args, ["train"])
+
+
+@pytest.mark.parametrize(("scored", "other"), [("test", "validation"), ("validation", "test")])
+def test_a_split_with_a_file_is_scored_without_reading_what_a_share_was_held_out_of(tmp_path, scored, other):
+    file = write_rows(tmp_path / "scored.jsonl", ROWS)
+    gone = ("--train_file", tmp_path / "gone.jsonl", f"--{other}_fraction", 0.1)
+    args = flags(*gone, f"--{scored}_file", file)
+    trained = {"data": {"train": {}}, "labels": sorted({row["label"] for row in ROWS})}
+    assert len(data.load(args, [scored], trained=trained)[scored].examples) == len(ROWS)
 
 
 # Samples

@@ -352,8 +352,8 @@ def test_a_baseline_that_failed_before_it_started_is_failed_in_the_table(tmp_pat
     lines = [
         [cell.strip() for cell in line.split("|")] for line in done.stdout.splitlines() if "shot" in line
     ]
-    states = {line[2]: line[4] for line in lines if len(line) > 4 and line[2].endswith("-shot")}
-    assert states == {"zero-shot": "failed", "few-shot": "failed"}
+    states = {line[2]: line[4] for line in lines if len(line) > 4 and "-shot, " in line[2]}
+    assert states == dict.fromkeys(("zero-shot, free decoding", "few-shot, free decoding"), "failed")
 
 
 def test_a_scoring_that_failed_before_it_started_is_failed_in_the_table(tmp_path, files):
@@ -422,6 +422,28 @@ def test_a_dry_run_says_which_cells_are_finished_and_runs_none(tmp_path, files):
     ]
     assert done.stdout.splitlines()[-1] == "in all: 0.1 min, $1.00, 2 cells"
     assert not (tmp_path / "calls").exists()
+
+
+def test_a_dry_run_reads_the_data_once_and_says_what_is_wrong_with_them(tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", [{"text": "t", "label": label} for label in "aAb"])
+    flags = ("--train_file", train, "--test_file", train, "--output_dir", "runs", "--dry_run")
+    done = loop("sample_ablate.sh", *flags, cwd=tmp_path, FRACTIONS="0.5 0.7 1.0")
+    assert done.returncode == 1
+    assert done.stderr.count("differ only in case") == 1
+    title, cell = done.stderr.splitlines()[1:]
+    assert (title, "--train_sample_fraction 0.5" in cell) == ("error: 1 of 3 cells failed:", True)
+    assert done.stdout.count("not started  runs/") == 2
+    write_rows(train, [{"text": "t", "label": label} for label in "ab"])
+    assert loop("sample_ablate.sh", *flags, cwd=tmp_path, FRACTIONS="0.5 1.0").returncode == 0
+
+
+def test_a_dry_run_of_rows_that_are_trained_at_once_says_what_is_wrong_with_the_data_once(tmp_path):
+    train = write_rows(tmp_path / "train.jsonl", [{"text": "t", "label": label} for label in "aAb"])
+    flags = ("--train_file", train, "--test_file", train, "--output_dir", "runs", "--dry_run")
+    grid = {"RANKS": "8", "EPOCHS": "1 2", "DROPOUTS": "0.1 0.2"}
+    done = loop("run_lora.sh", *flags, cwd=tmp_path, TASK="classification", **grid)
+    assert (done.returncode, done.stderr.count("differ only in case")) == (1, 1)
+    assert "error: 1 of 4 cells failed:" in done.stderr
 
 
 def test_cells_that_all_fail_are_all_tried_and_named(tmp_path):

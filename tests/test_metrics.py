@@ -93,6 +93,15 @@ def test_an_answer_outside_the_label_set_is_wrong_and_listed_as_invalid():
     }
 
 
+def test_the_five_commonest_invalid_answers_are_kept_with_their_counts():
+    answers = ["a", *["z" * 200] * 3, *["It is b\n"] * 4, "", "", "x", "y", "w"]
+    scores, _ = metrics.score("classification", answers, ["a"] * 13, ["a", "b"])
+    common = [["It is b", 4], ["z" * 80, 3], ["", 2], ["x", 1], ["y", 1]]
+    assert scores["commonest_invalid"] == common
+    assert "commonest_invalid" not in metrics.score("classification", ["a"], ["b"], ["a", "b"])[0]
+    assert "commonest_invalid" not in metrics.score("summarization", ["a"], ["b"])[0]
+
+
 @pytest.mark.parametrize(("task", "labels"), [("classification", ["a", "b"]), ("summarization", [])])
 def test_a_prediction_names_the_row_of_its_example_in_the_source(task, labels):
     _, rows = metrics.score(task, ["a", "b"], ["a", "a"], labels, numbers=[2, 7])

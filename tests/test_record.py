@@ -1,5 +1,6 @@
 """Run names, records and what they survive: full disks, kills, failures, other settings."""
 
+import argparse
 import contextlib
 import errno
 import fcntl
@@ -26,7 +27,7 @@ from study.device import Process
 from study.errors import UserError
 from study.files import write_text
 from study.records import cost, estimate, record, runs, summary
-from study.records.schema import METHODS
+from study.records.schema import LATER, METHODS, settings_of
 
 CLASSIFICATION = "experiments/classification-sampleFraction-1.0_epochs-5_rank-8_dropout-0.1_seed-42"
 SUMMARIZATION = "experiments/summarization-sampleFraction-1.0_epochs-1_rank-64_dropout-0.1_seed-42"
@@ -134,10 +135,15 @@ SETTINGS = [  # every flag that changes what a training learns
     "--dataset other",
     "--train_file t.jsonl",
     "--text_column body",
+    "--text_column subject body",
+    "--text_column body subject",
     "--label_column class",
     "--dialogue_column chat",
     "--summary_column short",
     "--drop_overlap",
+    "--test_fraction 0.2",
+    "--validation_fraction 0.2",
+    "--merge_labels",
     "--max_train_samples 9",
     "--max_seq_length 99",
     "--max_new_tokens 9",
@@ -157,6 +163,8 @@ SPEED = [  # every flag that changes its speed, its score or its place only
     "--attn_implementation eager",
     "--report_to tensorboard",
     "--split validation",
+    "--delimiter ;",
+    "--unseen_labels drop",
     "--eval_batch_size 3",
     "--merge on",
     "--decoding constrained",
@@ -187,6 +195,15 @@ def test_every_flag_is_known_to_change_the_result_or_not():
     assert {action.option_strings[-1] for action in parser._actions} == known
 
 
+def test_one_text_column_names_a_run_as_a_flag_of_one_word_does():
+    assert flags("--text_column", "body").text_column == "body"
+    assert flags("--text_column", "body", "body").text_column == "body"
+    assert run_name("--text_column", "text") == CLASSIFICATION
+    assert flags("--text_column", "subject", "body").text_column == ["subject", "body"]
+    content = {"config": vars(flags("--text_column", "a b", "c")), "task": "classification", "script": "s.py"}
+    assert runs.command(content) == "python s.py --text_column 'a b' c"
+
+
 def test_the_same_flags_make_the_same_name_however_they_are_written():
     names = {
         run_name("--batch_size", 4, "--lora_alpha", 32),
@@ -199,6 +216,17 @@ def test_the_same_flags_make_the_same_name_however_they_are_written():
 def test_the_test_file_counts_where_training_drops_its_overlap():
     names = [run_name("--drop_overlap", "--test_file", file) for file in ("a.jsonl", "b.jsonl")]
     assert names[0] != names[1]
+
+
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_flags_that_are_newer_than_a_record_leave_its_hash(part):
+    found = [record.read(path) for path in (ROOT / "results").rglob(f"{part}.json")]
+    for content in found:
+        args, settings = runs.flags_of(content), settings_of(content["method"], part)
+        assert record.hash_of_settings(args, settings) == content["config_hash"]
+        plain = vars(runs.flags_of(content)) | dict.fromkeys(LATER)
+        assert record.hash_of_settings(argparse.Namespace(**plain), settings) == content["config_hash"]
+    assert found
 
 
 # Files
@@ -894,6 +922,23 @@ def test_inference_takes_over_the_settings_of_the_training(tmp_path, trained):
     assert args.experiment_dir == str(tmp_path / "run")
 
 
+def test_inference_takes_over_what_the_training_held_out_unless_a_file_is_given_instead(tmp_path):
+    make_record(tmp_path / "train.json", "--test_fraction", 0.1, "--validation_fraction", 0.2)
+    args = settings_for(tmp_path)
+    assert (args.test_fraction, args.validation_fraction) == (0.1, 0.2)
+    assert settings_for(tmp_path, "--test_file", "c.jsonl").test_fraction is None
+
+
+@pytest.mark.parametrize(("split", "other"), [("test", "validation"), ("validation", "test")])
+def test_a_file_of_a_split_that_is_not_scored_makes_no_other_evaluation_of_a_share(tmp_path, split, other):
+    held_out = ("--test_fraction", 0.1, "--validation_fraction", 0.2)
+    trained = make_record(tmp_path / "train.json", *held_out)["config"]
+    words = ("--split", split)
+    plain, beside = settings_for(tmp_path, *words), settings_for(tmp_path, *words, f"--{other}_file", "c.csv")
+    assert runs.eval_name(plain, trained) == runs.eval_name(beside, trained)
+    assert (beside.test_fraction, beside.validation_fraction) == (0.1, 0.2)
+
+
 @pytest.mark.parametrize(
     ("words", "price"),
     [("", (2.5, "A10G")), ("--price_per_hour 3", (3.0, None)), ("--gpu_name H100", (None, "H100"))],
@@ -927,6 +972,8 @@ def test_inference_on_another_device_than_the_trainings_leaves_its_price_and_say
         "--learning_rate 1e-3",
         "--batch_size 4",
         "--loss_on all",
+        "--test_fraction 0.1",
+        "--validation_fraction 0.1",
     ],
 )
 def test_an_inference_flag_that_contradicts_the_training_is_refused_by_name(tmp_path, trained, words):
@@ -949,9 +996,15 @@ def test_a_plain_evaluation_is_eval_json_whatever_its_speed(trained):
 
 
 def test_an_evaluation_with_other_settings_has_a_name_and_predictions_of_its_own(trained):
-    words = ["--decoding constrained", "--split validation", "--max_eval_samples 9", "--test_file c.jsonl"]
+    words = [
+        "--unseen_labels keep",
+        "--decoding constrained",
+        "--split validation",
+        "--max_eval_samples 9",
+        "--test_file c.jsonl",
+    ]
     names = {eval_name(trained, *more.split()) for more in [*words, " ".join(words)]}
-    assert len(names) == 5
+    assert len(names) == 6
     for name in names:
         assert re.fullmatch(r"eval-[0-9a-f]{8}\.json", name)
         assert runs.predictions_beside(Path("eval", name)) == Path("eval", f"predictions{name[4:]}l")
@@ -1032,3 +1085,23 @@ def test_a_device_is_what_torch_computes_on_and_without_torch_what_the_driver_se
         assert device.name() == name  # a build of torch for no GPU computes on the processor
     monkeypatch.delitem(sys.modules, "torch")
     assert device.name() == "NVIDIA A10G"
+
+
+def invalid_lines(folder: Path, share: float, **config: object) -> list[str]:
+    """What the result block says of invalid answers."""
+    metric = {"value": share, "ci95": [0, 100]}
+    scored = {"commonest_invalid": [["It is b\nor a", 1200], ["", 3]]}
+    scored |= {"metrics": MEASURED["metrics"] | {"invalid_answers": metric}}
+    content = make_record(folder / "eval.json", eval=MEASURED | scored, cost={"gpu": "CPU", "usd": None})
+    content["config"] |= config
+    lines = summary.result_block(content).splitlines()
+    first = next((i for i, line in enumerate(lines) if line.startswith("invalid    ")), len(lines))
+    return [line.strip() for line in lines[first:] if not line.startswith(("scored", "spent"))]
+
+
+def test_where_many_answers_are_invalid_the_commonest_are_shown_with_the_flag_that_helps(tmp_path):
+    shown = ["invalid    answers that name no class, the commonest:", r'1,200  "It is b\nor a"', '3  ""']
+    mend = "--decoding constrained lets the model choose among the class names only"
+    assert invalid_lines(tmp_path, 10.1) == [*shown, mend]
+    assert invalid_lines(tmp_path, 10.0) == []
+    assert invalid_lines(tmp_path, 90.0, decoding=None) == shown  # of a T5, which has no such flag

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import PROCESS, ROOT, error_line, write_rows
+from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
@@ -29,6 +31,8 @@ from study.report.tables import all_tables
 
 GPU = "NVIDIA A10G"
 TABLE_1 = "Table 1: classification: accuracy by training share"
+UNTRAINED = "zero-shot, free decoding"
+METHODS = "Table 2: classification: zero-shot, few-shot and fine-tuned"
 CLASSES = "Classes: classification: precision, recall and F1, the lowest F1 first"
 CONFUSIONS = "Confusions: classification: which class is taken for which, the most frequent first"
 TRAINING, SERVING = "Tables 4 and 5: time and cost to train", "Inference: speed and cost to serve"
@@ -154,22 +158,20 @@ SCORED = ("model", "method", "trained on")
 GOLDEN = {
     TABLE_1: [
         ["training share", "examples", "a/small", "b/big", "b/big - a/small"],
-        *([share, "—", "—", "—", "—"] for share in ("2.5 %", "5 %")),
         # 600 of 1000 are right with all seeds, 20 with two, 20 with one: MS_seed = 1000 (2 * 0.02^2) / 2,
         # MS_example = 0.6808, MS_rest = 0.0129, V = 0.000356 with 14.2 degrees of freedom: 0.0404.
         # By the seeds alone: 4.303 sqrt(0.4 / 3000) = 0.0497. Wilson bends 0.62 +- 0.0497.
         ["10 %", "48", "62.00 [56.9, 66.8] (3)", "—", "—"],
-        *([share, "—", "—", "—", "—"] for share in ("25 %", "50 %")),
         # Wilson of 700 of 1000: (0.7 + 0.00192) / 1.00384 +- sqrt(0.00384 (0.21 + 0.00096)) / 1.00384
         # 100 of 1000 won and none lost: 0.1 +- 1.962 sqrt((101 - 100^2 / 1002) / 1001 / 1002)
         ["100 %", "480", "70.00 [67.1, 72.8] (1)", "80.00 [77.4, 82.4] (1)", "+10.00 [+8.1, +11.9] (1)"],
     ],
-    "Table 2: classification: zero-shot, few-shot and fine-tuned": [
-        [*SCORED, "accuracy", "macro F1", "invalid answers", "accuracy - a/small, zero-shot"],
+    METHODS: [
+        [*SCORED, "accuracy", "macro F1", "invalid answers", "accuracy - a/small, zero-shot, free decoding"],
         *(
             line.split(" | ")
             for line in (
-                "a/small | zero-shot | — | 20.00 [17.6, 22.6] | 25.04 [22.2, 28.1]"
+                "a/small | zero-shot, free decoding | — | 20.00 [17.6, 22.6] | 25.04 [22.2, 28.1]"
                 " | 40.50 [37.5, 43.6] | reference",
                 "a/small | few-shot | — | — | — | — | —",
                 "a/small | fine-tuned | 480 | 70.00 [67.1, 72.8] (1) | 75.92 [73.3, 78.4] (1)"
@@ -279,7 +281,13 @@ GOLDEN = {
             [*place, "1,000", speed, "100,000", "2,000", "5.0", GPU, *rates]
             for *place, speed, rates in (
                 ("a/small", "classification", "fine-tuned", "20.0", ["$0.050", "$0.00050", "$0.025"]),
-                ("a/small", "classification", "zero-shot", "50.0", ["$0.020", "$0.00020", "$0.010"]),
+                (
+                    "a/small",
+                    "classification",
+                    "zero-shot, free decoding",
+                    "50.0",
+                    ["$0.020", "$0.00020", "$0.010"],
+                ),
                 ("b/big", "classification", "fine-tuned", "20.0", ["$0.050", "$0.00050", "$0.025"]),
                 ("a/small", "summarization", "few-shot", "50.0", ["$0.020", "$0.00020", "$0.010"]),
                 ("a/small", "summarization", "fine-tuned", "20.0", ["$0.050", "$0.00050", "$0.025"]),
@@ -492,9 +500,14 @@ def test_the_share_says_how_many_examples_were_really_taken_and_which_texts_stan
     )
 
 
+def test_where_nothing_was_trained_no_table_is_by_training_share(tmp_path):
+    baseline(tmp_path, 20)
+    assert TABLE_1 not in tables(tmp_path)
+
+
 def test_few_test_examples_carry_a_warning_and_a_run_without_a_seed_no_number_of_seeds(tmp_path):
     baseline(tmp_path, 20, eval=evaluation(50, examples=20))
-    found = tables(tmp_path)["Table 2: classification: zero-shot, few-shot and fine-tuned"]
+    found = tables(tmp_path)[METHODS]
     assert found.rows[0][3].text == "50.00 [29.9, 70.1]"
     assert found.note.endswith("Fewer than 40 test examples: the intervals are rough.")
     assert "(1)" not in found.note
@@ -535,7 +548,7 @@ def test_the_spread_of_seeds_and_of_test_examples_stand_apart_on_request(study):
     # To zero-shot: 42 points apart, each seed alike
     assert float(seeds["smallest difference to show"]) > 0
     assert found["a/small, fine-tuned, 100 %, rank 8, epochs 5, dropout 0.1"]["sd between seeds"] == "—"
-    assert found["a/small, zero-shot"]["smallest difference to show"] == "—"
+    assert found["a/small, zero-shot, free decoding"]["smallest difference to show"] == "—"
 
 
 # Methods
@@ -696,7 +709,7 @@ def test_a_new_method_is_shown_by_its_entry_alone(tmp_path, monkeypatch):
     [row] = [row for row in found[TRAINING].rows if row[0].text.endswith("nearest example")]
     assert row[9].text == "unknown"  # it learns no tokens
     drawn = {name for name, _, _ in plots.figures(comparable(find_runs([tmp_path])[0]), [], published=False)}
-    assert "classification-score-by-number-of-training-examples" in drawn
+    assert "classification-accuracy-by-number-of-training-examples" in drawn
 
 
 TITLES = ("zero-shot", "few-shot", "fine-tuned")
@@ -788,6 +801,50 @@ def test_settings_without_a_place_in_the_tables_make_models_of_their_own(tmp_pat
     assert [cell.value for cell in shares.rows[-1][2:5]] == [70, 50, 60]
 
 
+@pytest.mark.parametrize("decoding", ["free", "constrained"])
+def test_what_is_not_trained_names_the_decoding_of_its_classes(tmp_path, decoding):
+    baseline(tmp_path, 20, f"--decoding {decoding}")
+    [row] = [row for row in tables(tmp_path)[METHODS].rows if row[3].value]
+    assert [cell.text for cell in row[:2]] == ["a/small", f"zero-shot, {decoding} decoding"]
+
+
+def test_two_decodings_of_one_model_are_named_once(tmp_path):
+    for value, decoding in ((20, "free"), (40, "constrained")):
+        baseline(tmp_path / decoding, value, f"--decoding {decoding}")
+    rows = [row for row in tables(tmp_path)[METHODS].rows if row[3].value]
+    assert [(row[0].text, row[1].text) for row in rows] == [
+        ("a/small (decoding constrained)", "zero-shot"),
+        ("a/small (decoding free)", "zero-shot"),
+    ]
+
+
+def test_a_setting_that_only_some_runs_have_is_not_named_of_the_others(tmp_path):
+    baseline(tmp_path / "one", 20, "--prompt_type few-shot")
+    baseline(tmp_path / "four", 30, "--prompt_type few-shot --shots 4")
+    baseline(tmp_path / "merged", 40, "--prompt_type few-shot --merge_labels")
+    names = [row[0].text for row in tables(tmp_path)[METHODS].rows if row[3].value]
+    assert names == ["a/small (merge_labels, shots 1)", "a/small (shots 1)", "a/small (shots 4)"]
+
+
+def test_a_look_at_a_few_examples_of_what_was_scored_in_whole_stays_out_of_the_tables(tmp_path):
+    def look(name: str, **more) -> None:
+        few = {"test": {"source": "t.jsonl", "rows": 20, "sha256": "2" * 64}}
+        words = f"--max_eval_samples 20 --seed {more.pop('seed', 42)}"
+        tuned(tmp_path / name, 50, words, eval=evaluation(50, examples=20), data=few)
+
+    tuned(tmp_path / "whole", 70)
+    look("look")
+    found, _ = find_runs([tmp_path])
+    groups = comparable(found)
+    assert [(why, [run.path.parent.name for run in group]) for _, why, group in groups] == [("", ["whole"])]
+    assert "Left out: 1 evaluation of fewer examples (--max_eval_samples) of what was scored in whole." in (
+        report(tmp_path).stdout
+    )
+    look("other", seed=1)  # which was scored in no other way
+    assert [len(group) for _, _, group in comparable(find_runs([tmp_path])[0])] == [2, 1]
+    assert "Left out" not in report(tmp_path).stdout
+
+
 def test_two_checkpoints_share_no_cell_though_their_folders_have_the_same_name(tmp_path):
     tuned(tmp_path / "one", 70, "--pretrained_ckpt v1/llama/7b")
     tuned(tmp_path / "two", 50, "--pretrained_ckpt v2/llama/7b")
@@ -822,8 +879,11 @@ def test_published_figures_leave_ours_as_they_are_and_are_marked(study):
     for title, (columns, *rows) in alone.items():
         theirs, *others = beside[title]
         assert theirs[: len(columns)] == columns
-        assert [row[: len(columns)] for row in others[: len(rows)]] == rows
-        if title != TABLE_1:
+        if title == TABLE_1:  # the published shares stand among ours
+            assert [row[0] for row in others] == ["2.5 %", "5 %", "10 %", "25 %", "50 %", "100 %"]
+            assert [row[: len(columns)] for row in others if row[0] in ("10 %", "100 %")] == rows
+        else:
+            assert [row[: len(columns)] for row in others[: len(rows)]] == rows
             assert all(row[0].endswith(" †") for row in others[len(rows) :])
     names = FIGURES["tables"]["Table 1"]["columns"][1:]
     assert beside[TABLE_1][0][5:] == [f"{name} †" for name in names]
@@ -1323,7 +1383,7 @@ def test_an_older_record_is_read_without_an_interval_and_made_anew_from_its_pred
     new = record.read(folder / "eval.json")
     make_old(folder / "eval.json")
     shown = report(tmp_path).stdout
-    assert printed(shown)["Table 2: classification: zero-shot, few-shot and fine-tuned"][3][3] == "75.00 (1)"
+    assert printed(shown)[METHODS][3][3] == "75.00 (1)"
     assert "Older records have no intervals: --rescore makes them anew." in shown
     done = report(tmp_path, "--rescore")
     assert (done.returncode, done.stderr) == (0, "")
@@ -1442,7 +1502,7 @@ def test_a_damaged_record_is_named_and_left_out(two_runs, part, damage):
     done = report(two_runs)
     assert str(path) in error_line(done)
     assert done.returncode == 1
-    assert [row[2] for row in printed(done.stdout)[TABLE_1][5:]] == ["—", "70.00 [67.1, 72.8] (1)"]
+    assert [row[2] for row in printed(done.stdout)[TABLE_1][1:]] == ["70.00 [67.1, 72.8] (1)"]
 
 
 @pytest.mark.parametrize(("part", "key", "value"), KEYS)
@@ -1457,7 +1517,7 @@ def test_a_record_that_lacks_a_key_or_has_an_odd_value_is_named_and_left_out(two
     record.write_json(path, content)
     found, problems = find_runs([two_runs])
     shares, *_ = all_tables(comparable(found), [])
-    assert [row[2].text for row in shares.rows[4:]] == ["—", "70.00 [67.1, 72.8] (1)"]
+    assert [row[2].text for row in shares.rows] == ["70.00 [67.1, 72.8] (1)"]
     assert [str(path) in problem for problem in problems] == [True]
 
 
@@ -1526,10 +1586,10 @@ def test_a_report_is_written_with_each_table_as_csv(written):
 
 
 PLOTS = {
-    "classification-score-by-number-of-training-examples": [
+    "classification-accuracy-by-number-of-training-examples": [
         *("training examples", "accuracy (%)", "b/big", "Llama2-7B (published)")
     ],
-    "classification-score-by-training-cost": [
+    "classification-accuracy-by-training-cost": [
         *("training cost (USD)", "accuracy (%)", "b/big, on the front or not told from it"),
         "Pareto front, found by 7 trainings for $9.60",
     ],
@@ -1538,8 +1598,8 @@ PLOTS = {
     "classification-confusion-matrix-a-small-zero-shot": ["reference", "answer", "a", "(invalid)", "42"],
     "classification-confusion-matrix-b-big": ["reference", "answer", "a", "b", "(invalid)", "78", "10"],
     "classification-training-loss": ["optimizer step"],
-    "summarization-score-by-number-of-training-examples": ["training examples", "ROUGE-1 (%)"],
-    "summarization-score-by-training-cost": ["training cost (USD)", "ROUGE-1 (%)"],
+    "summarization-rouge-1-by-number-of-training-examples": ["training examples", "ROUGE-1 (%)"],
+    "summarization-rouge-1-by-training-cost": ["training cost (USD)", "ROUGE-1 (%)"],
     "summarization-training-loss": ["optimizer step"],
 }
 
@@ -1557,6 +1617,50 @@ def test_every_plot_is_drawn_with_its_axes_named_and_shown_in_the_report(study, 
         assert (written / f"{name}.png").stat().st_size > 10_000
         assert texts[name] >= set(labels), name
         assert f"({name}.png)" in (written / "report.md").read_text()
+
+
+def test_colours_can_be_told_apart_in_grey_and_styles_do_not_recur_soon():
+    luma = [0.299 * r + 0.587 * g + 0.114 * b for r, g, b in map(to_rgb, plots.COLORS)]  # of ITU-R BT.601
+    assert all(after - before > 0.06 for before, after in pairwise(luma))
+    assert luma[-1] < 0.75  # and from white
+    sizes = map(len, (plots.COLORS, plots.MARKERS, plots.DASHES))
+    assert math.lcm(*sizes) > 100
+
+
+def test_what_needs_no_training_is_a_level_in_the_plots_and_a_cheap_method_a_line(tmp_path):
+    baseline(tmp_path, 20)
+    for share, value in ((0.1, 50), (1.0, 70)):
+        words = f"--train_sample_fraction {share}"
+        tuned(tmp_path / f"{share}", value, words, train={"examples": round(480 * share)})
+        cheap = {"method": "tfidf-nb", "model": "TF-IDF + naive Bayes"}
+        folder = tuned(tmp_path / f"cheap {share}", value - 5, words, train={"examples": round(480 * share)})
+        for path in folder.glob("*.json"):
+            record.write_json(path, json.loads(path.read_text()) | cheap)
+    drawn = plots.figures(comparable(find_runs([tmp_path])[0]), [], published=False)
+    for (name, _, figure), _ in zip(drawn, range(2), strict=False):
+        lines = {line.get_label(): line for line in figure.axes[0].get_lines()}
+        level = lines["a/small, zero-shot, free decoding, no training"]
+        assert list(level.get_ydata()) == [20, 20], name
+    figure = next(plots.figures(comparable(find_runs([tmp_path])[0]), [], published=False))[2]
+    _, labels = figure.axes[0].get_legend_handles_labels()
+    assert {"a/small", "TF-IDF + naive Bayes"} <= {*labels}
+    looks = {(bars[0].get_color(), bars[0].get_linestyle()) for bars in figure.axes[0].containers}
+    assert len(looks) == 2
+
+
+def test_a_picture_of_what_stands_apart_is_named_after_that(tmp_path):
+    tuned(tmp_path / "one", 70)
+    tuned(tmp_path / "two", 72, "--seed 1")
+    other = {"test": {"source": "data/t.csv", "rows": 1000, "sha256": "9" * 64}}
+    tuned(tmp_path / "other", 90, "--seed 2", data=other)
+    tuned(tmp_path / "more", 90, "--seed 3", data={"test": other["test"] | {"sha256": "8" * 64}})
+    drawn = [name for name, *_ in plots.figures(comparable(find_runs([tmp_path])[0]), [], published=False)]
+    beside = "classification-training-loss-apart-1-000-test-examples-of-t"
+    assert [name for name in drawn if "loss" in name] == [
+        "classification-training-loss",
+        beside,
+        f"{beside}-too",
+    ]
 
 
 def test_plots_with_long_titles_have_files_of_their_own_and_no_loss_is_no_plot(tmp_path):

@@ -12,13 +12,13 @@ from study.device import Process
 from study.errors import UserError
 from study.records import cost, runs
 from study.records.record import locked, read, read_whole, recording, status
-from study.records.schema import METHODS, PARTS, lookup, part_of
+from study.records.schema import HELD_OUT, METHODS, PARTS, lookup, part_of
 
 
 def say_dry_run(path: Path, args: argparse.Namespace, method: str, process: Process) -> None:
     """What --dry_run prints: the record, then for programs "status<TAB>folder" and three times "<TAB>
     seconds<TAB>USD", an estimate, or "?": of what is left to spend, of the training in it, and of what is
-    saved where the base is loaded already.
+    saved where the base is loaded already. Raises UserError for data in files that can't be used.
 
     An evaluation that has not been made, or of another adapter, is "trained" where its training is finished,
     and else says how that stands. With --show_repeated the train texts that occur more than once come first.
@@ -37,12 +37,31 @@ def say_dry_run(path: Path, args: argparse.Namespace, method: str, process: Proc
         state = "trained" if training == "finished" else training
     if scores and state == training == "finished" and not runs.has_scored(path, read(path), read(trained)):
         state = "trained"
+    if state != "finished" and not os.environ.get("DATA_CHECKED"):
+        check_data(args, method, scores, read(trained) if training == "finished" else None)
     print(f"{args.task} with {METHODS[method].model or args.pretrained_ckpt} -> {path}")
     left = (0,) * 6
     if state != "finished":
         cost.say_ambiguity(args, device.name())
         left = estimate(args, method, path, training == "finished")
     print(state, path.parent, *("?" if number is None else f"{number:.6g}" for number in left), sep="\t")
+
+
+def check_data(args: argparse.Namespace, method: str, scores: bool, trained: dict | None) -> None:
+    """Read the files of a run as it will, so that what is wrong with them is known before the first hour.
+
+    The hub's data are not fetched for it. Loops set DATA_CHECKED after a first cell: all have the same data.
+    """
+    if not data.is_local(args):
+        return
+    learns = METHODS[method].trains
+    reads_train = learns or args.task == "classification" or method == "few-shot"
+    names = ["train"] * (reads_train and not trained) + [args.split] * scores
+    splits = data.load(args, names, optional=[] if scores else ["test"], trained=trained)
+    if learns and "train" in splits:
+        data.sample_train(splits["train"], args)
+    if scores:
+        data.sample_eval(splits[args.split], args)
 
 
 def leave_failure(path: Path, args: argparse.Namespace, method: str, process: Process, how: str) -> None:
@@ -162,10 +181,12 @@ def median_of(records: Sequence[dict], measure: Callable[[dict], float]) -> floa
 
 def available(args: argparse.Namespace, records: Sequence[dict], split: str, flag: str) -> int | None:
     """How many examples the split has that the flags name, as a record of it says."""
-    source = getattr(args, flag), args.dataset
+    names = [flag, "dataset", *HELD_OUT]
+    if any(getattr(args, name) for name in HELD_OUT):
+        names.append("train_file")
     for content in records:
         rows = lookup(content, f"data.{split}.available")
-        if (content["config"].get(flag), content["config"].get("dataset")) == source and rows:
+        if rows and all(content["config"].get(name) == getattr(args, name) for name in names):
             return rows
     return None
 

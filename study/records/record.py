@@ -43,6 +43,12 @@ def short_hash(settings: dict) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
+def hash_of_settings(args: argparse.Namespace, settings: Iterable[str]) -> str:
+    """Of those that older records lack only where they are set, so that these have the same hash."""
+    values = {name: getattr(args, name, None) for name in settings}
+    return short_hash({name: value for name, value in values.items() if value or name not in schema.LATER})
+
+
 def write_json(path: Path, content: dict) -> None:
     """Indented, with a list of numbers on one line."""
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
@@ -168,7 +174,7 @@ def recording(path: Path, args: argparse.Namespace, method: str, process: Proces
         "method": method,
         "model": schema.METHODS[method].model or args.pretrained_ckpt,
         "config": {name: value for name, value in vars(args).items() if name != "given"},
-        "config_hash": short_hash({name: getattr(args, name, None) for name in settings}),
+        "config_hash": hash_of_settings(args, settings),
         "started": utc(process.started),
     }
     try:

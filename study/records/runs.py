@@ -14,7 +14,7 @@ from study import cli, device
 from study.errors import UserError
 from study.records import cost
 from study.records.record import read, short_hash, status
-from study.records.schema import METHODS, SCORING, check, lookup, part_of, settings_of
+from study.records.schema import HELD_OUT, LATER, METHODS, SCORING, check, lookup, part_of, settings_of
 
 
 def changed(args: argparse.Namespace, names: Iterable[str], plain: dict) -> dict:
@@ -166,7 +166,9 @@ def check_same(
     other = [
         f"--{name} {config.get(name)}, not {getattr(args, name)}"
         for name in settings
-        if hasattr(args, name) and name in config and config.get(name) != getattr(args, name)
+        if hasattr(args, name)
+        and (name in config or name in LATER)
+        and config.get(name) != getattr(args, name)
     ]
     if other:
         raise UserError(f"{where} belongs to a run with {'; '.join(other)}: {mend}")
@@ -218,16 +220,28 @@ def finished_training(folder: Path, args: argparse.Namespace) -> dict:
 
 def learned_with(trained: dict) -> list[str]:
     """The settings of a training that an evaluation of it can't have otherwise: not those of the texts, which
-    it may read elsewhere."""
-    return [name for name in METHODS[trained["method"]].settings if name not in SCORING]
+    it may read elsewhere, but which of them it never saw."""
+    return [name for name in METHODS[trained["method"]].settings if name not in SCORING or name in HELD_OUT]
 
 
 def with_settings_of(trained: dict, args: argparse.Namespace) -> argparse.Namespace:
     """The flags of an evaluation: those given, and of the others the settings of the training `trained`."""
-    settings = {*METHODS[trained["method"]].settings, "test_file", "validation_file"}
+    settings = {
+        *METHODS[trained["method"]].settings,
+        "test_file",
+        "validation_file",
+        "unseen_labels",
+        "delimiter",
+    }
     if not has_other_price(trained, args):
         settings |= {"price_per_hour", "gpu_name"}
-    taken = {name: trained["config"][name] for name in settings - {*args.given} if name in trained["config"]}
+    if f"{args.split}_file" in args.given:  # instead of what the training held out
+        settings -= {f"{args.split}_fraction"}
+    config, given = trained["config"], {*args.given}
+    for held_out in HELD_OUT:  # a file in the place of what is not scored changes nothing
+        other = held_out.removesuffix("_fraction")
+        given -= {f"{other}_file"} if config.get(held_out) and other != args.split else set()
+    taken = {name: config[name] for name in settings - given if name in config}
     return argparse.Namespace(**vars(args) | taken)
 
 

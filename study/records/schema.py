@@ -25,13 +25,20 @@ FEW = 40  # test examples, below which intervals are rough
 READ = (  # what a model reads, in training and scoring alike
     *("pretrained_ckpt", "dataset", "train_file", "text_column", "label_column", "dialogue_column"),
     *("summary_column", "drop_overlap", "max_train_samples", "max_seq_length", "max_new_tokens"),
+    *("test_fraction", "validation_fraction", "merge_labels"),
 )
+HELD_OUT = ("test_fraction", "validation_fraction")  # what becomes another split, so that no one trains on it
+LATER = (
+    *HELD_OUT,
+    "merge_labels",
+    "unseen_labels",
+)  # settings that older records lack; unset they add nothing to a hash
 WORDS = tuple(  # of methods without a checkpoint
     name for name in READ if name not in {"pretrained_ckpt", "max_seq_length", "max_new_tokens"}
 )
 ENCODED = tuple(name for name in READ if name != "max_new_tokens")  # by a model that generates nothing
 TRAINING = (*READ, "lora_alpha", "target_modules", "learning_rate", "batch_size", "loss_on")
-SCORING = (*READ, "test_file", "validation_file", "max_eval_samples", "split", "decoding")
+SCORING = (*READ, "test_file", "validation_file", "max_eval_samples", "split", "decoding", "unseen_labels")
 PROMPTING = (*SCORING, "task", "prompt_type", "shots", "chat_template", "seed")
 T5 = ("train_sample_fraction", "epochs", "seed", *READ, "learning_rate", "batch_size")
 LORA = {

@@ -1,7 +1,11 @@
 """The result block that a script ends with."""
 
+import json
+
 from study.records import cost
 from study.records.schema import FEW, METHODS
+
+MANY = 10  # percent of invalid answers, above which the commonest are shown
 
 
 def result_block(content: dict) -> str:
@@ -26,6 +30,7 @@ def result_block(content: dict) -> str:
             over = f" over {metric['classes']} classes" if "classes" in metric else ""
             lines.append(f"{name:<16}{metric['value']:6.2f} %  ({ends}){over}")
         lines += remarks(part, seeded="seed" in METHODS[content["method"]].settings)
+        lines += invalid_answers(part, may_be_constrained=content["config"].get("decoding") == "free")
         lines.append(
             f"scored     {part['examples']:,} examples, {content['method']}, {how}"
             f"{part['input_tokens']:,} tokens in, {part['output_tokens']:,} out"
@@ -48,3 +53,15 @@ def remarks(scored: dict, seeded: bool) -> list[str]:
     if above and value["invalid_answers"]:
         lines.append(f"{' and '.join(above)} exceed accuracy by invalid answers: misses, but no false alarms")
     return lines
+
+
+def invalid_answers(scored: dict, may_be_constrained: bool) -> list[str]:
+    """Where many answers of a record's `eval` name no class: the commonest, and the flag that helps."""
+    share = scored["metrics"].get("invalid_answers", {"value": 0})["value"]
+    common = scored.get("commonest_invalid")  # which older records lack
+    if share <= MANY or not common:
+        return []
+    lines = ["invalid    answers that name no class, the commonest:"]
+    lines += [f"{'':11}{count:>7,}  {json.dumps(text, ensure_ascii=False)}" for text, count in common]
+    mend = f"{'':11}--decoding constrained lets the model choose among the class names only"
+    return lines + [mend] * may_be_constrained

@@ -20,13 +20,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from study.cli import run_script, underscored
+from study.cli import Parser, run_script, underscored
 from study.errors import UserError
 from study.files import write_text
 from study.records import cost, record, runs
 from study.report.cells import Table
 from study.report.classes import MOST
-from study.report.collect import Run, comparable, find_runs
+from study.report.collect import Run, comparable, find_runs, say_left_out
 from study.report.spent import spent_in_all
 from study.report.tables import all_tables
 
@@ -98,9 +98,7 @@ def several_prices(found: Sequence[Run], prices: list[dict]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folders", nargs="*", type=Path, metavar="FOLDER", help="runs, or what holds them (experiments)")
     add("--output_dir", type=Path, metavar="DIR", help="write report.md, and each table and plot as a file")
@@ -162,6 +160,7 @@ def main() -> None:
         print(f"--prices {args.prices}: {several}, so its price is unknown: leave one entry", file=sys.stderr)
     groups = comparable(found)
     spent, most = spent_in_all(folders, prices), None if args.classes else MOST
+    spent = f"{spent} {say_left_out(found, groups)}".strip()
     tables = all_tables(groups, prices, args.reference, args.spread, spent, most)
     columns = [column for table in tables for column in table.columns]
     if args.reference and not any(args.reference in column.partition(" - ")[2] for column in columns):

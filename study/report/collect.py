@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from study import metrics
+from study.cli import SHOTS
 from study.errors import UserError
 from study.records import record, runs
 from study.records.schema import METHODS, PARTS, SCORES, SCORING, Method, lookup, part_of
@@ -16,7 +17,7 @@ from study.records.schema import METHODS, PARTS, SCORES, SCORING, Method, lookup
 # Settings that name a cell of a table, or show in the test data. All others tell variants of a cell apart.
 ELSEWHERE = {
     *("pretrained_ckpt", "test_file", "validation_file", "split", "max_eval_samples"),
-    *("task", "prompt_type", "train_sample_fraction", "seed"),
+    *("test_fraction", "unseen_labels", "task", "prompt_type", "train_sample_fraction", "seed"),
 }
 
 
@@ -34,6 +35,7 @@ class Run:
     state: str
     variant: str = ""
     name: str = ""  # of the model
+    way: str = ""  # the method and, of classes that a model was not trained to name, how they are decoded
     label: str = ""  # the model, and the method where others trained it too: a column of what was trained
     chosen_by: dict | None = None  # the metrics of the same training on the validation split
 
@@ -94,9 +96,18 @@ class Run:
         more = self.path.name
         if self.scored:
             more = self.test()["sha256"], self.content.get("prompt_sha256"), self.weights()
+        return *self.cell(), more
+
+    def cell(self) -> tuple:
+        """What tells a run from all others but those of other weights or another test."""
         variant = tuple(str(self.config.get(name)) for name in variants(self.method))
         method = self.content["method"]
-        return self.task, self.content["model"], method, self.share, *self.setting, self.seed, variant, more
+        return self.task, self.content["model"], method, self.share, *self.setting, self.seed, variant
+
+    def scored_on(self) -> tuple:
+        """A cell, and what was scored of it, whole or in part."""
+        sources = (self.config.get(name) for name in ("split", "test_file", "validation_file"))
+        return *self.cell(), *sources, prompt_of(self), self.weights()
 
 
 def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
@@ -175,7 +186,8 @@ def check_examples(content: dict, path: Path) -> None:
 def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     """Groups of runs whose scores may share a table: (task, why the group stands apart, runs).
 
-    The largest group of a task has no reason to stand apart; it takes the runs without a score, too.
+    The largest group of a task has no reason to stand apart; it takes the runs without a score, too. A group
+    of nothing but looks (`looks_among`) is left out.
     """
     result, places = [], {}
     for task in SCORES:
@@ -196,6 +208,8 @@ def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
                     "" if prompt == usual[id(run.method)] else f"{title} prompt {prompt[:8] or 'none'}",
                 )
                 groups[key].append(run)
+        looks = looks_among(ours)
+        groups = defaultdict(list, {key: of for key, of in groups.items() if not looks.issuperset(of)})
         ordered = sorted(groups, key=lambda key: (-len(groups[key]), key)) or [()]
         groups[ordered[0]] += [run for run in ours if not run.scored]
         for key in ordered:
@@ -207,20 +221,48 @@ def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     return result
 
 
+def looks_among(found: Iterable[Run]) -> set[Run]:
+    """The runs that were scored on some examples only (--max_eval_samples), and otherwise on more of them."""
+    scored, most = [run for run in found if run.scored], {}
+    for run in scored:
+        most[run.scored_on()] = max(run.test()["rows"], most.get(run.scored_on(), 0))
+    few = (run for run in scored if run.config.get("max_eval_samples"))
+    return {run for run in few if run.test()["rows"] < most[run.scored_on()]}
+
+
+def say_left_out(found: Sequence[Run], groups: Sequence[tuple]) -> str:
+    """A sentence on the looks that `comparable` has left out of the groups; "" if there are none."""
+    count = len({*found} - {run for _, _, group in groups for run in group})
+    told = f"{count:,} evaluation{'s' * (count > 1)} of fewer examples (--max_eval_samples)"
+    return f"Left out: {told} of what was scored in whole." if count else ""
+
+
 def name_runs(group: Sequence[Run]) -> None:
-    """Give each run of a group its `name`, `variant` and `label`: as much as tells it from the others."""
+    """Give each run of a group its `name`, `variant`, `way` and `label`: as much as tells it from others."""
     models = {run.content["model"] for run in group}
     for run in group:
         run.name = name_of(run.content["model"], models)
-        told = [f"{name} {run.config[name]}" for name in varying(run, group)]
+        told = [named for name in varying(run, group) if (named := setting_named(run, name))]
         same = [other for other in group if other.scored and other.content["model"] == run.content["model"]]
         if run in same and len({other.weights() for other in same}) > 1:
             told.append(f"weights {run.weights()}")
         run.variant = ", ".join(told)
+        run.way = run.method.title
+        decoding = run.task == "classification" and not run.method.trains and run.config.get("decoding")
+        if decoding and "decoding" not in varying(run, group):
+            run.way += f", {decoding} decoding"
     trained = {(run.name, run.method.title) for run in group if run.method.trains}
     several = {name for name, count in Counter(name for name, _ in trained).items() if count > 1}
     for run in group:
         run.label = f"{run.model}, {run.method.title}" if run.name in several else run.model
+
+
+def setting_named(run: Run, name: str) -> str:
+    """E.g. "learning_rate 0.001", or for a switch "merge_labels"; "" where it is not set."""
+    value = run.config[name]
+    if value is None and name == "shots":  # by default
+        value = SHOTS[run.task]
+    return "" if value is None else name if value is True else f"{name} {value}"
 
 
 def name_of(model: str, others: set[str]) -> str:

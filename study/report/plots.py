@@ -1,4 +1,5 @@
-"""Runs -> plots, as PNG. Lines and points differ in marker and dash, to be told apart in grey."""
+"""Runs -> plots, as PNG. Colours differ in lightness, and lines and points in dash and marker, to be told
+apart in grey."""
 
 import hashlib
 import re
@@ -14,10 +15,11 @@ import numpy as np
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.colors import LinearSegmentedColormap, PowerNorm
+from matplotlib.container import ErrorbarContainer
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from study.records import cost
-from study.records.schema import METHODS, SCORES
+from study.records.schema import SCORES
 from study.report.calibration import COVERAGES, Confidences, confidences_of
 from study.report.cells import Cell, score_cell
 from study.report.choice import grids
@@ -27,7 +29,7 @@ from study.report.compare import difference
 from study.report.curve import FARTHEST
 from study.report.forecast import forecasts
 from study.report.published import FIGURES
-from study.report.selection import by_examples, labels_of, models_of, on_everything, tuned, usual_runs
+from study.report.selection import by_examples, labels_of, on_everything, tuned, usual_runs
 from study.report.spent import training_usd
 
 STYLE = {
@@ -40,8 +42,11 @@ STYLE = {
 }
 NUMBERED, NAMED = 25, 50  # classes of a confusion matrix that has numbers, and that are named at most
 TIMES_AHEAD = np.geomspace(1, FARTHEST, 25)
-LONGEST_NAME = 100  # of a file, without its ending
-MARKERS, DASHES, LEVELS = "osD^vP*X", ("-", "--", "-.", ":"), (":", "-.", "--")
+LONGEST_NAME = 120  # of a file, without its ending
+COLORS = ("#10206b", "#a0122d", "#14803c", "#9a50c4", "#2fa8d8", "#e58a2f", "#e8a0c8")  # the darkest first
+MARKERS, DASHES = "osD^vP*X", ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+LEVELS = ((0, (1, 2)), (0, (6, 3)), (0, (3, 3, 1, 3)))  # without markers
+BLUES = LinearSegmentedColormap.from_list("", ["#ffffff", "#6fa3d0"])  # light enough for black figures
 
 
 def draw(
@@ -59,11 +64,13 @@ def figures(groups: Sequence[tuple], prices: Sequence[dict], published: bool) ->
     """(file name without its ending, title, matplotlib's figure) of every plot that the runs give. A figure
     is closed when the next one is asked for."""
     with matplotlib.rc_context(STYLE):
-        for number, (task, why, group) in enumerate(groups):
+        names = set()
+        for task, why, group in groups:
+            score = next(iter(SCORES[task].values()))
             with_published = published and task == "classification" and not why
             for kind, figure in (
-                ("score by number of training examples", plot_examples(task, group, with_published)),
-                ("score by training cost", plot_cost(task, group, prices)),
+                (f"{score} by number of training examples", plot_examples(task, group, with_published)),
+                (f"{score} by training cost", plot_cost(task, group, prices)),
                 *(
                     ("LoRA grid, " + name, plot_grid(task, cells))
                     for name, cells in grids(task, group).items()
@@ -82,8 +89,18 @@ def figures(groups: Sequence[tuple], prices: Sequence[dict], published: bool) ->
                 if figure:
                     title = f"{task}: {kind}" + (f", apart: {why}" if why else "")
                     figure.suptitle(textwrap.fill(title, 90), fontsize=11)
-                    yield file_name(f"{task} {kind} {number if why else ''}"), title, figure
+                    name = file_name(f"{task} {kind} {apart(why)}")
+                    while name in names:
+                        name += "-too"
+                    names.add(name)
+                    yield name, title, figure
                     plt.close(figure)
+
+
+def apart(why: str) -> str:
+    """What a file's name says of a group that stands apart: "apart 256 test examples of posts"."""
+    short = re.sub(r" \(sha256 \w+\)|\S+/|\.(jsonl?|csv|tsv|parquet)\b|\.gz\b", "", why)
+    return f"apart {short}" if why else ""
 
 
 def file_name(title: str) -> str:
@@ -97,6 +114,33 @@ def score_title(task: str) -> str:
     return f"{next(iter(SCORES[task].values()))} (%)"
 
 
+def styles_of(group: Sequence[Run]) -> dict[str, dict]:
+    """The colour, marker and dash of each column of what was trained, the same in every plot of a group."""
+    looks = zip(cycle(COLORS), cycle(MARKERS), cycle(DASHES), strict=False)
+    return {
+        label: {"color": color, "marker": marker, "ls": dash}
+        for label, (color, marker, dash) in zip(labels_of(tuned(group)), looks, strict=False)
+    }
+
+
+def draw_levels(axes, task: str, group: Sequence[Run]) -> None:
+    """What costs no training as a level across the plot: untrained models and sentences of the text."""
+    metric, levels = next(iter(SCORES[task])), {}
+    for run in group:
+        if not run.method.trains and run.scored:
+            levels.setdefault(f"{run.model}, {run.way}, no training", []).append(run)
+    colors = cycle(COLORS[-2::-1])
+    for (label, of), color, dash in zip(sorted(levels.items()), colors, cycle(LEVELS), strict=False):
+        axes.axhline(score_cell(of, metric).value, ls=dash, lw=1.5, color=color, label=label)
+
+
+def legend(figure, axes, **place) -> None:
+    """First what was measured, with intervals, then lines."""
+    named = zip(*axes.get_legend_handles_labels(), strict=True)
+    named = sorted(named, key=lambda pair: not isinstance(pair[0], ErrorbarContainer))
+    figure.legend(*zip(*named, strict=True), fontsize=8, **place)
+
+
 def scale(axes, task: str, xlabel: str, show) -> None:
     """Scores in percent over a logarithmic axis with its values at 1, 2 and 5."""
     low, high = axes.get_ylim()
@@ -108,18 +152,18 @@ def scale(axes, task: str, xlabel: str, show) -> None:
 
 
 def plot_examples(task: str, group: Sequence[Run], published: bool):
-    """Score over the number of training examples, with intervals; dashed, in a grey band, what more of them
-    would bring."""
+    """Score over the number of training examples, with intervals; dashed, in a band, what more of them would
+    bring; and as levels what needs none."""
     figure, axes = plt.subplots(figsize=(9 if published else 7, 4.5), layout="constrained")
-    metric, styles = next(iter(SCORES[task])), zip(cycle(MARKERS), cycle(DASHES), strict=False)
-    for model, (marker, dash) in zip(labels_of(tuned(group)), styles, strict=False):
+    metric = next(iter(SCORES[task]))
+    for model, style in styles_of(group).items():
         points = by_examples(usual_runs(group, model))
         cells = {count: score_cell(of, metric) for count, of in points.items()}
         if cells:
             values, bars = bars_of(cells.values())
-            axes.errorbar(
-                list(cells), values, bars, marker=marker, ls=dash, color="black", capsize=3, label=model
-            )
+            axes.errorbar([*cells], values, bars, **style, capsize=3, label=model)
+    if axes.has_data():
+        draw_levels(axes, task, group)
     draw_forecasts(axes, task, group)
     if published:
         table = FIGURES["tables"]["Table 1"]
@@ -132,19 +176,20 @@ def plot_examples(task: str, group: Sequence[Run], published: bool):
     if not axes.has_data():
         return plt.close(figure)
     scale(axes, task, "training examples", "{:,.0f}".format)
-    figure.legend(loc="outside right center" if published else "outside lower center", fontsize=8)
+    legend(figure, axes, loc="outside right center" if published else "outside lower center")
     return figure
 
 
 def draw_forecasts(axes, task: str, group: Sequence[Run]) -> None:
-    """As far as they are of use: the scores dashed, their intervals as grey bands."""
-    label = "forecast, with its 95 % interval"
-    for each in forecasts(task, group).values():
+    """As far as they are of use: the scores dashed, their intervals as bands."""
+    label, styles = "forecast, with its 95 % interval", styles_of(group)
+    for model, each in forecasts(task, group).items():
         ahead = {times * each.n[-1]: found for times in TIMES_AHEAD if (found := each.at(times))}
         if ahead:
             middle, low, high = 100 - 100 * np.array([*ahead.values()]).T
-            axes.plot([*ahead], middle, ls=(0, (2, 2)), lw=1, color="0.4", label=label)
-            axes.fill_between([*ahead], low, high, color="0.5", alpha=0.15, lw=0)
+            color = styles[model]["color"]
+            axes.plot([*ahead], middle, ls=(0, (2, 2)), lw=1, color=color, label=label)
+            axes.fill_between([*ahead], low, high, color=color, alpha=0.12, lw=0)
             label = None
 
 
@@ -161,7 +206,7 @@ def bars_of(cells: Iterable[Cell]) -> tuple[list[float], list[list[float]]]:
 
 def plot_cost(task: str, group: Sequence[Run], prices: Sequence[dict]):
     """Score over the dollars of training: the Pareto front as a line, the points that can't be told from it
-    black, and untuned models as levels."""
+    filled, and untuned models as levels."""
     metric, cells = next(iter(SCORES[task])), {}
     for run in tuned(group):
         if run.scored and run.train and training_usd(run, prices) is not None:
@@ -179,26 +224,22 @@ def plot_cost(task: str, group: Sequence[Run], prices: Sequence[dict]):
         found = difference(cells[key], cells[[at for at in front if points[at][0] <= usd][-1]], metric)
         if found and found.worse() >= 0.05 / len(points):
             tied.add(key)
-    for model, marker in zip(sorted({key[0] for key in points}), cycle(MARKERS), strict=False):
-        for chosen, color in ((False, "0.6"), (True, "black")):
+    for model, style in styles_of(group).items():
+        for chosen in (False, True):
             ours = [point for key, point in points.items() if key[0] == model and (key in tied) == chosen]
             if ours:
                 values, bars = bars_of(cell for _, cell in ours)
                 named = f"{model}, {'on the front or not told from it' if chosen else 'below the front'}"
-                look = {"ls": "", "marker": marker, "color": color, "capsize": 2, "lw": 0.8}
+                look = style | {"ls": "", "capsize": 2, "lw": 0.8} | ({} if chosen else {"mfc": "white"})
                 axes.errorbar([usd for usd, _ in ours], values, bars, label=named, **look)
     line = [(points[key][0], points[key][1].value) for key in front]
     searched = sum(training_usd(run, prices) for of in cells.values() for run in of)
     count = sum(map(len, cells.values()))
     label = f"Pareto front, found by {count} trainings for {cost.usd_text(searched)}"
     axes.step(*zip(*line, strict=True), where="post", color="black", lw=1.5, label=label)
-    untrained = [method for method in METHODS.values() if not method.trains]
-    for method, dash in zip(untrained, cycle(LEVELS), strict=False):
-        for model in models_of(run for run in group if run.method is method and run.scored):
-            level = score_cell((r for r in group if r.method is method and r.model == model), metric).value
-            axes.axhline(level, ls=dash, color="0.45", label=f"{model}, {method.title}, no training")
+    draw_levels(axes, task, group)
     scale(axes, task, "training cost (USD)", cost.usd_text)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8)
+    legend(figure, axes, loc="outside lower center", ncols=2)
     return figure
 
 
@@ -212,7 +253,7 @@ def pareto(points: dict) -> list:
 
 
 def plot_grid(task: str, cells: dict):
-    """A heat map of rank x epochs for each dropout. Its greys span four widths of an interval or more, lest
+    """A heat map of rank x epochs for each dropout. Its blues span four widths of an interval or more, lest
     noise looks like a landscape."""
     ranks, epochs, dropouts = (sorted(set(column)) for column in zip(*cells, strict=True))
     scored = [cell for cell in cells.values() if cell.value is not None]
@@ -224,11 +265,11 @@ def plot_grid(task: str, cells: dict):
     )
     low, high = min(cell.value for cell in scored), max(cell.value for cell in scored)
     width = median([cell.ends[1] - cell.ends[0] for cell in scored if cell.ends] or [high - low])
-    low, greys = min(low, high - 4 * width) - 0.01, LinearSegmentedColormap.from_list("", ["1.0", "0.45"])
+    low = min(low, high - 4 * width) - 0.01
     for axes, dropout in zip(all_axes[0], dropouts, strict=True):
         rows = [[cells[rank, epoch, dropout] for epoch in epochs] for rank in ranks]
         shades = [[float("nan") if cell.value is None else cell.value for cell in row] for row in rows]
-        image = axes.imshow(shades, cmap=greys, vmin=low, vmax=high, aspect="auto")
+        image = axes.imshow(shades, cmap=BLUES, vmin=low, vmax=high, aspect="auto")
         for y, row in enumerate(rows):
             for x, cell in enumerate(row):
                 text = cell.text if cell.value is None else f"{cell.value:.2f}"
@@ -324,16 +365,16 @@ def has_losses(run: Run) -> bool:
 def plot_loss(group: Sequence[Run]):
     """Training loss over the steps, smoothed, of the runs on the largest training share."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for model, dash in zip(labels_of(tuned(group)), cycle(DASHES), strict=False):
+    for model, style in styles_of(group).items():
         for number, run in enumerate(run for run in on_everything(group, model) if has_losses(run)):
             steps, losses = zip(*run.train["train"]["loss_history"], strict=True)
             window = max(1, len(losses) // 20)
             smooth = [mean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]
             label = None if number else f"{model}, a line for each seed, means over 1/20 of the steps"
-            axes.plot(steps, smooth, ls=dash, color="0.25", lw=1.1, label=label)
+            axes.plot(steps, smooth, **style | {"marker": ""}, lw=1.1, label=label)
     if not axes.has_data():
         return plt.close(figure)
     axes.set(xlabel="optimizer step", ylabel="loss per learned token (nats)")
     axes.set_ylim(bottom=0)
-    figure.legend(loc="outside lower center", fontsize=8)
+    legend(figure, axes, loc="outside lower center")
     return figure

@@ -35,6 +35,8 @@ def with_published(tables: Sequence[Table]) -> list[Table]:
             if mine is None:
                 rows.append(mine := {key: published[key]})
             mine |= marked
+        if key == "training share":
+            rows.sort(key=lambda row: float(row[key].text.removesuffix(" %")))
         ours.columns = list(dict.fromkeys([*ours.columns, *(column for row in rows for column in row)]))
         ours.rows = [[row.get(column, Cell("—")) for column in ours.columns] for row in rows]
         ours.note = f"{ours.note} † published: {FIGURES['source']}. {theirs.get('note', '')}".strip()

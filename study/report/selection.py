@@ -74,7 +74,7 @@ def by_method(group: Iterable[Run]) -> dict[str, list[Run]]:
     found = {label: on_everything(group, label) for label in labels_of(tuned(group))}
     for run in group:
         if not run.method.trains:
-            found.setdefault(f"{run.model}, {run.method.title}", []).append(run)
+            found.setdefault(f"{run.model}, {run.way}", []).append(run)
     return found
 
 

@@ -52,14 +52,14 @@ def training_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
                     mean_cell(done, lambda run: total_usd(run, prices), cost.usd_text),
                 )
     table.note = (
-        "Time is of the whole process; loading includes imports, evaluation its own loading, where none before "
+        "Time is of the whole process; loading includes imports, evaluation its own loading, if none before "
         "has loaded the base. Cost is time by the hourly price; that of training includes its loading."
     )
     return table
 
 
 def served_as(run: Run) -> tuple[str, str, str]:
-    return run.model, run.method.title, cost.shown(run.content["cost"])
+    return run.model, run.way, cost.shown(run.content["cost"])
 
 
 def inference_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:

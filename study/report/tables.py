@@ -29,8 +29,6 @@ from study.report.selection import (
 )
 from study.report.spent import inference_table, total_usd, training_table, wall_seconds
 
-SHARES = (0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
-
 
 @dataclass(frozen=True)
 class Reference:
@@ -64,7 +62,7 @@ def share_table(task: str, group: Sequence[Run], reference: Reference) -> Table:
     kept = {label: usual_runs(group, label) for label in labels}
     table = Table("Table 1", f"{title} by training share", ["training share", "examples", *labels], 2)
     rows = {}
-    for share in sorted({*SHARES, *(run.share for run in tuned(group))}):
+    for share in sorted({run.share for run in tuned(group)}):
         row = {label: [run for run in kept[label] if run.share == share] for label in labels}
         rows[percent(share)] = row
         examples = trained_on((run for of in row.values() for run in of), share=True)
@@ -128,7 +126,7 @@ def method_table(task: str, group: Sequence[Run], reference: Reference) -> Table
                 if method.trains and of:
                     of = on_everything(of, of[0].label)
                     table.note += note_on({of[0].label: of})
-                rows[model, method.title, trained_on(of)] = of
+                rows[model, of[0].way if of else method.title, trained_on(of)] = of
     add_scores(table, rows, task, reference)
     table.note += about_seeds(group)
     return table
@@ -221,9 +219,9 @@ def spread_table(task: str, group: Sequence[Run], reference: Reference) -> Table
     columns += ["± in all", "± with one seed more", "smallest difference to show"]
     table = Table("Spread", f"where the interval of {title} comes from", columns, 1)
     settings = {}
-    for run in sorted(group, key=lambda run: (run.label, run.method.title, run.share or 0, run.setting)):
+    for run in sorted(group, key=lambda run: (run.label, run.way, run.share or 0, run.setting)):
         if run.values:
-            place = [run.label or run.model, run.method.title]
+            place = [run.label or run.model, run.way]
             place += [percent(run.share), settings_of([run])] if run.method.trains else []
             settings.setdefault(", ".join(dict.fromkeys(word for word in place if word)), []).append(run)
     base = reference.among(settings)
@@ -259,7 +257,8 @@ def all_tables(
     stands under Tables 4 and 5, or where nothing was trained under the last one."""
     tables, reference = [], Reference(named, prices)
     for task, why, group in groups:
-        ours = [share_table(task, group, reference)] if task == "classification" else []
+        by_share = task == "classification" and tuned(group)
+        ours = [share_table(task, group, reference)] if by_share else []
         ours.append(method_table(task, group, reference))
         ours += [model_table(task, group, reference)] if task == "summarization" else []
         ours += [table for table in class_tables(group, most) if table.rows]
