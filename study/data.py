@@ -19,7 +19,17 @@ from study import classes
 from study.classes import looks
 from study.cli import DEFAULTS
 from study.errors import UserError
-from study.files import FORMATS, Columns, NoSource, Row, bare_suffix, no_column, read_file, read_hub
+from study.files import (
+    FORMATS,
+    Columns,
+    NoSource,
+    Row,
+    bare_suffix,
+    hub_splits,
+    no_column,
+    read_file,
+    read_hub,
+)
 
 COLUMNS = {
     "classification": ("text_column", "label_column"),
@@ -162,6 +172,18 @@ def source_of(args: argparse.Namespace, split: str, columns: Columns) -> tuple[s
     if is_path(args.dataset):
         raise UserError(f"--dataset {args.dataset}: there is no such file or folder")
     return f"{args.dataset} ({split})", read_hub(args.dataset, split, columns)
+
+
+def has_split(args: argparse.Namespace, split: str) -> bool:
+    """Whether the data that the flags name have a split, or are to give a share for it; a hub that can't be
+    asked has none."""
+    if getattr(args, f"{split}_fraction", None):
+        return True
+    try:
+        source_of(args, split, columns_of(args))
+    except NoSource:
+        return False
+    return is_local(args) or split in hub_splits(args.dataset)
 
 
 def is_path(dataset: str) -> bool:

@@ -282,6 +282,19 @@ def hub_answers(seconds: float = 3) -> bool:
     return answered.is_set()
 
 
+def hub_splits(name: str) -> list[str]:
+    """The splits of a hub data set; none where the hub can't be asked."""
+    if not hub_answers():
+        return []
+    import datasets
+    import httpx
+
+    try:
+        return datasets.get_dataset_split_names(name)
+    except (OSError, ValueError, httpx.HTTPError, datasets.exceptions.DatasetsError):
+        return []  # loading says why
+
+
 def read_hub(name: str, split: str, columns: Columns | None = None) -> Iterator[Row]:
     """The rows of a hub data set, from its cache where the hub can't be reached; class numbers become class
     names."""

@@ -172,6 +172,24 @@ score_waiting() { # score_waiting FLAG...: all cells that wait, with the flags t
   waiting=() waiting_flags=() waiting_state=() owed=0
 }
 
+score_best() { # score_best FLAG...: the cell that is best on the validation split, on the test split
+  local folder best
+  [[ ! $dry_run ]] || return 0
+  if ((${#left[@]} + ${#failed[@]})); then
+    printf '\nthe best is chosen once no cell is left and none has failed\n'
+    return
+  fi
+  best=$(PYTHONPATH=$root python -m study.report --best "${cells[@]}") || {
+    fail "no best cell" study.report --best
+    return
+  }
+  printf '\nbest on the validation split, scored on the test split:\n%s\n' "$best"
+  while read -r folder; do
+    waiting+=("$folder") waiting_flags+=("$(printf '%q ' --experiment_dir "$folder" "$@")") waiting_state+=(trained)
+  done <<<"$best"
+  score_waiting "$@"
+}
+
 train_row() { # train_row "EPOCHS..." SCRIPT SCORER -- FLAG...: in one training all cells that differ in --epochs alone
   local scripts=("$2" "$3") trainer=$2 state folder seconds usd training_seconds training_usd saved_seconds saved_usd every flags
   mapfile -t every < <(tr ' ' '\n' <<<"$1" | sort -nu)

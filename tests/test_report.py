@@ -538,7 +538,8 @@ def test_the_spread_of_seeds_and_of_test_examples_stand_apart_on_request(study):
     assert title not in printed(report(study).stdout)
     columns, *rows = printed(report(study, "--spread").stdout)[title]
     found = {row[0]: dict(zip(columns, row, strict=True)) for row in rows}
-    seeds = found["a/small, fine-tuned, 10 %, rank 8, epochs 5, dropout 0.1"]
+    setting = "rank 8, epochs 5, dropout 0.1, learning rate 0.0002"
+    seeds = found[f"a/small, fine-tuned, 10 %, {setting}"]
     # Of the mean squares in Table 1: sqrt((0.4 - 0.0129) / 1000) = 0.0197; 1.96 * 0.0197 / sqrt(3) = 0.0223;
     # 1.96 sqrt(0.000356 - 0.0114^2) = 0.0295
     assert (seeds["sd between seeds"], seeds["± of seeds"], seeds["± of test sampling"]) == (
@@ -550,7 +551,7 @@ def test_the_spread_of_seeds_and_of_test_examples_stand_apart_on_request(study):
     assert float(seeds["± with one seed more"]) < 4.97
     # To zero-shot: 42 points apart, each seed alike
     assert float(seeds["smallest difference to show"]) > 0
-    assert found["a/small, fine-tuned, 100 %, rank 8, epochs 5, dropout 0.1"]["sd between seeds"] == "—"
+    assert found[f"a/small, fine-tuned, 100 %, {setting}"]["sd between seeds"] == "—"
     assert found["a/small, zero-shot, free decoding"]["smallest difference to show"] == "—"
 
 
@@ -813,11 +814,11 @@ def test_the_same_test_data_under_another_name_stand_together(tmp_path):
 
 def test_settings_without_a_place_in_the_tables_make_models_of_their_own(tmp_path):
     tuned(tmp_path / "one", 70)
-    tuned(tmp_path / "two", 60, "--learning_rate 1e-3 --seed 1")
-    tuned(tmp_path / "three", 50, "--learning_rate 1e-3 --loss_on all --seed 2")
+    tuned(tmp_path / "two", 60, "--lora_alpha 32 --seed 1")
+    tuned(tmp_path / "three", 50, "--lora_alpha 32 --loss_on all --seed 2")
     shares = tables(tmp_path)[TABLE_1]
-    rates = (("0.0002", "answer"), ("0.001", "all"), ("0.001", "answer"))
-    assert shares.columns[2:5] == [f"a/small (learning_rate {rate}, loss_on {on})" for rate, on in rates]
+    told = (("16", "answer"), ("32", "all"), ("32", "answer"))
+    assert shares.columns[2:5] == [f"a/small (lora_alpha {alpha}, loss_on {on})" for alpha, on in told]
     assert [cell.value for cell in shares.rows[-1][2:5]] == [70, 50, 60]
 
 

@@ -45,6 +45,7 @@ LORA = {
     "lora_r": "rank",
     "epochs": "epochs",
     "dropout": "dropout",
+    "learning_rate": "learning rate",
 }  # the knobs of the grid, with their titles
 
 

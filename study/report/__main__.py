@@ -97,7 +97,7 @@ def several_prices(found: Sequence[Run], prices: list[dict]) -> list[str]:
     return [line for name in sorted(names) if (line := cost.ambiguity(name, prices))]
 
 
-def main() -> None:
+def build_parser() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folders", nargs="*", type=Path, metavar="FOLDER", help="runs, or what holds them (experiments)")
@@ -133,11 +133,20 @@ def main() -> None:
     )
     add("--classes", action="store_true", help="every class and confusion, not the worst of each model only")
     add(
+        "--best",
+        action="store_true",
+        help="print the folders of the LoRA cell that is best on the validation split, and nothing else",
+    )
+    add(
         "--rescore",
         action="store_true",
         help="make the scores of older records in FOLDER... anew from their predictions, and nothing else",
     )
-    args = parser.parse_args([underscored(word) for word in sys.argv[1:]])
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args([underscored(word) for word in sys.argv[1:]])
     if args.compare or args.against:
         from study.report.compare import compare
 
@@ -159,6 +168,9 @@ def main() -> None:
     for several in several_prices(found, prices):
         print(f"--prices {args.prices}: {several}, so its price is unknown: leave one entry", file=sys.stderr)
     groups = comparable(found)
+    if args.best:
+        print(*folders_of_the_best(groups), sep="\n")
+        return end(problems)
     spent, most = spent_in_all(folders, prices), None if args.classes else MOST
     spent = f"{spent} {say_left_out(found, groups)}".strip()
     tables = all_tables(groups, prices, args.reference, args.spread, spent, most)
@@ -178,6 +190,20 @@ def main() -> None:
     if args.output_dir:
         write(tables, groups, prices, args, shlex.join(sys.argv[1:]))
     end(problems)
+
+
+def folders_of_the_best(groups: Sequence[tuple]) -> list[Path]:
+    """Raises UserError unless exactly one task has cells that were scored on a validation split."""
+    from study.report.choice import best_runs
+
+    groups = [(task, [run for run in group if run.scored]) for task, _, group in groups]
+    of = [(task, runs) for task, runs in groups if runs and runs[0].config["split"] == "validation"]
+    best = [best_runs(task, runs) for task, runs in of]
+    if len(best) != 1 or not best[0]:
+        raise UserError(
+            f"--best: {len(of)} groups of runs are scored on a validation split: name those of one"
+        )
+    return sorted(run.path.parent for run in best[0])
 
 
 def end(problems: Sequence[str]) -> None:

@@ -39,13 +39,13 @@ class Confidences:
 
     def reliability(self) -> list[tuple[float, float, tuple[float, float] | None]]:
         """Of each bin, of all seeds' answers together: mean confidence, accuracy and its interval, in
-        percent."""
+        percent; of two seeds without interval, which would hold next to everything."""
         bins = bins_of(self.sure.ravel()).reshape(self.sure.shape)
         found = []
         for number in range(bins.max() + 1):
             members = bins == number
             hits, size = members & self.right, members.sum()
-            ends = within(hits, members)
+            ends = within(hits, members) if len(self.sure) != 2 else None
             shares = 100 * self.sure[members].sum() / max(size, 1), 100 * hits.sum() / max(size, 1)
             if size:
                 found.append((*map(float, shares), ends and (100 * ends[0], 100 * ends[1])))

@@ -18,13 +18,29 @@ from study.report.selection import labels_of, tuned
 
 
 def grid(group: Iterable[Run], metric: str, share: float) -> dict[tuple, Cell]:
-    """The cells of a LoRA grid by (rank, epochs, dropout), with those that were never run."""
+    """The cells of a LoRA grid by (rank, epochs, dropout, learning rate), with those that were never run."""
     ours = [run for run in group if run.share == share]
-    ranks, epochs, dropouts = (
+    ranks, epochs, dropouts, rates = (
         sorted(set(column)) for column in zip(*(run.setting for run in ours), strict=True)
     )
-    settings = [(rank, epoch, dropout) for dropout in dropouts for rank in ranks for epoch in epochs]
+    settings = [
+        (rank, epoch, dropout, rate)
+        for rate in rates
+        for dropout in dropouts
+        for rank in ranks
+        for epoch in epochs
+    ]
     return {at: score_cell([run for run in ours if run.setting == at], metric) for at in settings}
+
+
+def best_runs(task: str, group: Sequence[Run]) -> list[Run]:
+    """The runs of the best cell of all LoRA cells of a group, by their own scores."""
+    metric, lora = next(iter(SCORES[task])), [run for run in tuned(group) if run.method.knobs == LORA]
+    cells = {}
+    for run in lora:
+        cells.setdefault((run.label, run.share, run.setting), []).append(run)
+    best = Best({at: score_cell(of, metric) for at, of in cells.items()}, metric)
+    return [run for run in cells[best.at] if run.scored] if best.at else []
 
 
 def grids(task: str, group: Sequence[Run]) -> dict[str, dict[tuple, Cell]]:
@@ -44,12 +60,15 @@ def lora_tables(task: str, group: Sequence[Run]) -> list[Table]:
     """The LoRA ablation and the effect of each knob."""
     (metric, title), tables = next(iter(SCORES[task].items())), []
     for label, cells in grids(task, group).items():
-        epochs = sorted({at[1] for at in cells})
-        columns = ["dropout", "rank", *(f"{count} epochs" for count in epochs)]
-        table = Table("LoRA ablation", f"{title} by rank, epochs and dropout, {label}", columns, 2)
+        epochs, rates = (sorted({at[place] for at in cells}) for place in (1, 3))
+        columns = ["learning rate"] * (len(rates) > 1) + ["dropout", "rank"]
+        knobs = "rank, epochs, dropout and learning rate" if len(rates) > 1 else "rank, epochs and dropout"
+        columns += [f"{count} epochs" for count in epochs]
+        table = Table("LoRA ablation", f"{title} by {knobs}, {label}", columns, len(columns) - len(epochs))
         best = Best(cells, metric)
-        for dropout, rank in sorted({(at[2], at[0]) for at in cells}):
-            table.add(f"{dropout:g}", rank, *(best.marked((rank, count, dropout)) for count in epochs))
+        for rate, dropout, rank in sorted({(at[3], at[2], at[0]) for at in cells}):
+            place = [f"{rate:g}"] * (len(rates) > 1) + [f"{dropout:g}", rank]
+            table.add(*place, *(best.marked((rank, count, dropout, rate)) for count in epochs))
         table.note = best.note()
         tables += [table, effects_table(title, metric, label, cells)]
     return tables
@@ -112,6 +131,8 @@ class Best:
         if not self.validated:
             ends = self.ends()
             how = "by these very scores, so its own is too high."
+            if all(run.config["split"] == "validation" for run in self.cells[self.at].runs):
+                how = how[:-1] + "; what counts is its score on the test split."
             how += " Its interval at such a choice is {:.1f} to {:.1f}.".format(*ends) if ends else ""
         ties = "Older records can't tell which of the others may be as good."
         if self.tested:
@@ -133,7 +154,7 @@ class Best:
 
 def effects_table(title: str, metric: str, label: str, cells: dict[tuple, Cell]) -> Table:
     """What each step of a knob changes: differences paired by seed and test example, over the settings of the
-    other two knobs that were run at both levels, with the same seeds."""
+    other knobs that were run at both levels, with the same seeds."""
     columns = ["knob", "from", "to", f"difference in {title}", "settings", "pairs"]
     table = Table("LoRA effects", f"{title} by steps of one knob, {label}", columns, 3)
     for place, knob in enumerate(LORA.values()):

@@ -186,7 +186,8 @@ def check_examples(content: dict, path: Path) -> None:
 def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     """Groups of runs whose scores may share a table: (task, why the group stands apart, runs).
 
-    The largest group of a task has no reason to stand apart; it takes the runs without a score, too. A group
+    The largest group on a test split, or on any, has no reason to stand apart. Runs without a score go to the
+    largest group on the split that their flags name. A group
     of nothing but looks (`looks_among`) is left out.
     """
     result, places = [], {}
@@ -213,8 +214,13 @@ def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
                 groups[key].append(run)
         looks = looks_among(ours)
         groups = defaultdict(list, {key: of for key, of in groups.items() if not looks.issuperset(of)})
-        ordered = sorted(groups, key=lambda key: (-len(groups[key]), key)) or [()]
-        groups[ordered[0]] += [run for run in ours if not run.scored]
+        splits = {key: of[0].config["split"] for key, of in groups.items()}
+        rank = {key: (splits[key] != "test", -len(of), key) for key, of in groups.items()}
+        ordered = sorted(rank, key=rank.get) or [()]
+        for run in ours:
+            if not run.scored:
+                same = (key for key in ordered if splits.get(key) == run.config.get("split"))
+                groups[next(same, ordered[0])].append(run)
         for key in ordered:
             why = "; ".join(mine for mine, main in zip(key, ordered[0], strict=True) if mine != main)
             if groups[key]:

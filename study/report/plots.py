@@ -255,19 +255,20 @@ def pareto(points: dict) -> list:
 def plot_grid(task: str, cells: dict):
     """A heat map of rank x epochs for each dropout. Its blues span four widths of an interval or more, lest
     noise looks like a landscape."""
-    ranks, epochs, dropouts = (sorted(set(column)) for column in zip(*cells, strict=True))
+    ranks, epochs, dropouts, rates = (sorted(set(column)) for column in zip(*cells, strict=True))
+    panels = [(dropout, rate) for rate in rates for dropout in dropouts]
     scored = [cell for cell in cells.values() if cell.value is not None]
     if not scored:
         return None
-    size = (1.5 + 1.1 * len(epochs) * len(dropouts), 1.8 + 0.5 * len(ranks))
+    size = (1.5 + 1.1 * len(epochs) * len(panels), 1.8 + 0.5 * len(ranks))
     figure, all_axes = plt.subplots(
-        1, len(dropouts), figsize=size, squeeze=False, sharey=True, layout="constrained"
+        1, len(panels), figsize=size, squeeze=False, sharey=True, layout="constrained"
     )
     low, high = min(cell.value for cell in scored), max(cell.value for cell in scored)
     width = median([cell.ends[1] - cell.ends[0] for cell in scored if cell.ends] or [high - low])
     low = min(low, high - 4 * width) - 0.01
-    for axes, dropout in zip(all_axes[0], dropouts, strict=True):
-        rows = [[cells[rank, epoch, dropout] for epoch in epochs] for rank in ranks]
+    for axes, (dropout, rate) in zip(all_axes[0], panels, strict=True):
+        rows = [[cells[rank, epoch, dropout, rate] for epoch in epochs] for rank in ranks]
         shades = [[float("nan") if cell.value is None else cell.value for cell in row] for row in rows]
         image = axes.imshow(shades, cmap=BLUES, vmin=low, vmax=high, aspect="auto")
         for y, row in enumerate(rows):
@@ -278,7 +279,8 @@ def plot_grid(task: str, cells: dict):
                 axes.text(x, y, text, ha="center", va="center", fontsize=8)
         axes.set_xticks(range(len(epochs)), [f"{epoch:g}" for epoch in epochs])
         axes.set_yticks(range(len(ranks)), [f"{rank:g}" for rank in ranks])
-        axes.set(xlabel="epochs", title=f"dropout {dropout:g}")
+        title = f"dropout {dropout:g}" + (f",\nlearning rate {rate:g}" if len(rates) > 1 else "")
+        axes.set(xlabel="epochs", title=title)
         axes.grid(False)
     all_axes[0][0].set_ylabel("LoRA rank")
     bar = figure.colorbar(image, ax=all_axes[0])
@@ -325,6 +327,7 @@ def plot_reliability(found: Confidences):
     look = {"marker": "o", "ms": 5, "lw": 1, "color": "black", "capsize": 3}
     count = f"{len(points)} bin{'s' * (len(points) > 1)} of equal mass"
     seeds = f", {len(found.runs)} seeds together" if len(found.runs) > 1 else ""
+    seeds += ", too few for intervals" if len(found.runs) == 2 else ""
     axes.errorbar([sure for sure, *_ in points], values, bars, label=f"{count}{seeds}", **look)
     axes.set(ylabel="accuracy (%)", xlim=(-2, 102), ylim=(-2, 102))
     figure.legend(loc="outside lower center", ncols=2, fontsize=8)
