@@ -3,7 +3,7 @@
     python llama2_classification_inference.py --experiment_dir experiments/classification-...
     python llama2_classification_inference.py --train_sample_fraction 0.1  # the run these flags trained
     python llama2_classification_inference.py --experiment_dir RUN RUN...  # each, the base model loaded once
-    python llama2_classification_inference.py --experiment_dir RUN --predict_file new.csv  # answers to new texts
+    python llama2_classification_inference.py --experiment_dir RUN --predict_file new.csv  # new texts
 
 Model, prompts and data settings come from the run's record; flags override those of the data and the model's
 place. It leaves eval.json and predictions.jsonl beside the adapter.

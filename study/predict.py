@@ -7,6 +7,7 @@ Beside it stands FILE.json, a record of what it was made from, by which it is fo
 import argparse
 import contextlib
 import hashlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +18,9 @@ from study.errors import UserError
 from study.files import DELIMITERS, bare_suffix, content_of, named, refuse_other_formats
 from study.records import cost, estimate, record, runs
 from study.records.schema import SCHEMA, part_of
+from study.records.summary import MANY
 
 SHOWN = 5  # rows without a text, beyond which their number must do
-MANY = 0.1  # the share of answers that name no class, from which on the flag that helps is named
 
 
 def run(folder: Path, args: argparse.Namespace, process: device.Process, bases: several.Base) -> None:
@@ -28,23 +29,23 @@ def run(folder: Path, args: argparse.Namespace, process: device.Process, bases: 
     args = runs.with_settings_of(trained, args)
     estimate.check_gpu_name(args)
     source = Path(args.predict_file)
-    content = content_of(source, "--predict_file")
-    sha256 = hashlib.sha256(content).hexdigest()
-    rows, texts, problems = read(args, source, content)
+    unpacked = content_of(source, "--predict_file")
+    sha256 = hashlib.sha256(unpacked).hexdigest()
+    rows, texts, problems = read(args, source, unpacked)
     path = place_of(args, folder, source, sha256)
     made_from = made_of(args, trained) | {"input_sha256": sha256}
     what = say_texts(source, texts, problems)
     if args.dry_run:
         state = look_up(path, made_from, args.force)["status"]
-        return print(f"{args.task} with {args.pretrained_ckpt} -> {path}\n{what}\n{state:<11}{path}")
+        return print(f"{args.task} with {args.pretrained_ckpt} -> {path}\n{what}\n{state}\t{path}")
 
     with record.locked(folder, process):
         found = look_up(path, made_from, args.force)
         if found["status"] == "finished":
-            return print(f"finished   {path}\n{result_block(found)}")
+            return print(f"finished   {path}\n{outcome(found)}")
         print(f"run        {folder}\nmodel      {args.pretrained_ckpt} with its adapter")
         print(what, flush=True)
-        with recording(path, args, process, made_from) as content:
+        with recorded(path, args, process, made_from) as content:
             content["rows"] = {"all": len(rows.values), "without_text": len(problems)}
             answers, kept = answer(content, [*texts.values()], path, trained, args, process, bases)
             columns = columns_of(answers, args, trained)
@@ -52,7 +53,7 @@ def run(folder: Path, args: argparse.Namespace, process: device.Process, bases: 
             content["predictions"] = describe(answers, columns, process)
             content["cost"] = cost.of_run(args, device.name(), content["predictions"]["wall_seconds"])
         kept.discard()
-        print(f"{result_block(content)}\nwrote      {path}")
+        print(f"{outcome(content)}\nwrote      {path}")
 
 
 def read(args: argparse.Namespace, source: Path, content: bytes) -> tuple[tabular.Rows, dict, list[str]]:
@@ -103,6 +104,8 @@ def place_of(args: argparse.Namespace, folder: Path, source: Path, sha256: str) 
     refuse_other_formats(path, "--predictions_file")
     if path.is_dir() or not path.parent.is_dir():
         raise UserError(f"{where} is a folder: name a file" if path.is_dir() else f"{where}: no such folder")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{where}: its folder can't be written to: name another")
     if any(place.exists() and place.samefile(source) for place in (path, record_of(path))):
         raise UserError(f"{where} would replace the --predict_file itself: name another")
     scored = path.parent.samefile(folder) and re.fullmatch(r"predictions(-\w{8})?\.jsonl", path.name)
@@ -112,7 +115,7 @@ def place_of(args: argparse.Namespace, folder: Path, source: Path, sha256: str) 
 
 
 def endings(source: Path) -> tuple[str, str]:
-    """The format of a file, and ".gz" if it is packed."""
+    """The format of a file, and ".gz" if it is unpacked."""
     return bare_suffix(source), ".gz" * (source.suffix == ".gz")
 
 
@@ -177,11 +180,11 @@ def say_texts(source: Path, texts: dict, problems: list[str]) -> str:
 
 
 @contextlib.contextmanager
-def recording(
+def recorded(
     path: Path, args: argparse.Namespace, process: device.Process, made_from: dict
 ) -> Iterator[dict]:
-    """Yield the record of the predictions at `path` to fill; write it at the beginning, as running, and at the
-    end as finished, or as how it failed. Out of the block come only UserError and KeyboardInterrupt."""
+    """Yield the record of the predictions at `path` to fill; write it as running, and at the end as finished
+    or as how it failed. Out of the block come only UserError and KeyboardInterrupt."""
     content = {
         "schema": SCHEMA,
         "status": "running",
@@ -279,20 +282,20 @@ def describe(answers, columns: dict[str, list], process: device.Process) -> dict
     }
 
 
-def result_block(content: dict) -> str:
+def outcome(content: dict) -> str:
     """What is printed at the end, and of predictions that are finished already."""
     part, rows = content["predictions"], content["rows"]
-    speed = part["texts"] / part["seconds"] if part["seconds"] else 0
     lines = [
-        f"predicted  {part['texts']:,} texts, {part['input_tokens']:,} tokens in, {part['output_tokens']:,} out; "
-        f"{rows['truncated']:,} shortened; {rows['without_text']:,} rows without a text"
+        f"predicted  {part['texts']:,} texts, {rows['truncated']:,} of them shortened, "
+        f"{part['input_tokens']:,} tokens in, {part['output_tokens']:,} out"
     ]
     if part["invalid_answers"]:
-        lines.append(f"invalid    {part['invalid_answers']:,} answers name no class")
-        if part["invalid_answers"] > MANY * part["texts"] and content["config"]["decoding"] == "free":
-            lines[-1] += ": --decoding constrained lets the model choose among the class names only"
+        many = 100 * part["invalid_answers"] > MANY * part["texts"]
+        mend = ": --decoding constrained lets the model choose among the class names only" if many else ""
+        lines.append(f"invalid    {part['invalid_answers']:,} answers name no class{mend}")
+    speed = f"{part['texts'] / part['seconds']:,.1f} texts/s"
     lines.append(
-        f"spent      {part['wall_seconds']:,.0f} s in all, {part['seconds']:,.0f} s at {speed:,.1f} texts/s, peak "
+        f"spent      {part['wall_seconds']:,.0f} s in all, {part['seconds']:,.0f} s at {speed}, peak "
         f"{part['peak_memory_gib']:.2f} GiB, {cost.usd_text(content['cost']['usd'])} on "
         f"{cost.shown(content['cost'])}"
     )

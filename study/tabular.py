@@ -206,7 +206,7 @@ def to_json(path: Path, rows: Rows, more: dict[str, list], suffix: str) -> str:
 
 
 def to_csv(path: Path, rows: Rows, more: dict[str, list], suffix: str) -> str:
-    """Text stays the same strings; nothing (null) is an empty cell, and what else is no text stands as JSON."""
+    """Text stays the same strings; null is an empty cell, and what else is no text stands as JSON."""
     mark, ends, bom = rows.style if suffix == rows.suffix else (DELIMITERS[suffix][0], "\n", "")
     if rows.suffix in DELIMITERS:
         cells = rows.origin
