@@ -85,12 +85,10 @@ def classifier(tmp_path_factory, request) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("decoding", ["free", "constrained"])
-def test_answers_are_those_of_scoring_and_labels_need_not_be_there(run, tmp_path, decoding):
+@pytest.mark.parametrize("flags", [(), ("--decoding", "constrained")])
+def test_answers_are_those_of_scoring_and_labels_need_not_be_there(run, tmp_path, flags):
     task, folder = run
-    if task == "summarization" and decoding == "constrained":
-        pytest.skip("chooses among classes")
-    flags = ("--decoding", decoding) if task == "classification" else ()
+    flags = flags if task == "classification" else flags and ("--max_new_tokens", 10)
     scoring = ("--experiment_dir", folder, "--max_eval_samples", 12, *flags)
     done = run_preloaded(f"llama2_{task}_inference.py", *scoring)
     assert done.returncode == 0, done.stderr
@@ -104,7 +102,7 @@ def test_answers_are_those_of_scoring_and_labels_need_not_be_there(run, tmp_path
     assert "texts      12 of 12 rows" in out
     assert "spent " in out
     answers = answers_in(output_of(folder))
-    added = ["prediction", "parsed"] + ["confidence"] * (decoding == "constrained")
+    added = ["prediction", "parsed"] + ["confidence"] * ("constrained" in flags)
     assert [list(row) for row in answers] == [["id", column, *added]] * 12
     for row, other in zip(answers, scored, strict=True):
         assert {name: row[name] for name in added} == {name: other[name] for name in added}
@@ -172,6 +170,10 @@ def test_a_killed_prediction_goes_on_and_ends_with_the_same_bytes(run, tmp_path)
     assert not [*folder.glob(".predictions*")]
     assert predicted(task, folder, file).startswith(f"finished   {output_of(folder)}\npredicted  24 texts")
     assert "finished\t" in predicted(task, folder, file, "--dry_run")
+    record = Path(f"{output_of(folder)}.json")
+    record.write_text(record.read_text().replace('"finished",', '"running",', 1))  # killed before its end
+    assert "decoding " in predicted(task, folder, file, *flags)
+    assert json.loads(record.read_text())["status"] == "finished"
     assert "decoding " in predicted(task, folder, file, "--force", *flags)
     assert output_of(folder).read_bytes() == before
 
@@ -191,6 +193,21 @@ def test_what_exists_from_anything_else_is_refused(run, tmp_path):
     assert "was made from another adapter: name another --predictions_file, or --force" in line
     assert "predicted  3 texts" in predicted(task, folder, other, *output, "--force")
     assert len(answers_in(output[1])) == 3
+
+
+def test_a_failure_is_recorded_and_leaves_no_predictions(run, tmp_path):
+    task, folder = run
+    file = write_rows(tmp_path / "new.jsonl", rows_of(task, 2))
+    weights = folder / "adapter/adapter_model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-64])
+    assert "is not the adapter" in error_line(predict(task, folder, file))
+    [record] = folder.glob("predictions-*")
+    assert json.loads(record.read_text())["status"] == "failed"
+    weights.write_bytes(whole)
+    predicted(task, folder, file)
+    assert json.loads(record.read_text())["status"] == "finished"
+    assert output_of(folder)
 
 
 def test_tables_and_trainings_see_nothing_of_predictions(run, tmp_path):
