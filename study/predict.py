@@ -192,7 +192,7 @@ def recorded(
         "task": args.task,
         "config": {name: value for name, value in vars(args).items() if name != "given"},
         "made_from": made_from,
-        "started": record.utc(process.started),
+        "started": record.now(),
     }
     beside = record_of(path)
     record.write_json(beside, content)
