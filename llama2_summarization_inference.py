@@ -55,7 +55,7 @@ def score(args: argparse.Namespace, process: device.Process, bases: several.Base
             # The libraries load here, so that --help, bad input and a finished run answer at once.
             from study import encoding, generation, metrics, model
 
-            tokenizer = model.load_tokenizer(args.pretrained_ckpt)
+            tokenizer = bases.tokenizer(args.pretrained_ckpt)
             texts = [text for text, _ in test.examples]
             prompts, shortened = encoding.encode_prompts(tokenizer, TASK, texts, args)
             content["data"] = {args.split: described[args.split] | {"truncated": shortened}}

@@ -138,6 +138,8 @@ def generate(
     if merged:
         model = merge(model)
     slow = slow or self_check.scoring(model, witnesses)
+    if slow:
+        device.attend_without_plans()
     dtype = str(device.compute_dtype()).removeprefix("torch.")
     how = f"plain generate ({slow})" if slow else "fused layers"
     how += f", weights dense in {dtype}" if merged else ", weights in 4 bits"

@@ -22,7 +22,15 @@ class Base:
     def __init__(self, several: bool):
         self.several = several
         self.loaded_by = None  # the folder of the run that it was loaded for
-        self.kind = self.model = self.tuned = None
+        self.kind = self.model = self.tuned = self.reader = None
+
+    def tokenizer(self, checkpoint: str):
+        """The tokenizer of the base, proven once."""
+        from study import model
+
+        if self.reader is None or self.reader[0] != checkpoint:
+            self.reader = checkpoint, model.load_tokenizer(checkpoint)
+        return self.reader[1]
 
     def load(self, folder: Path, checkpoint: str, quantization: dict):
         """The base for the run in `folder`, as `model.load_base` leaves it."""

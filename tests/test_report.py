@@ -82,7 +82,8 @@ def tuned(folder: Path, value: float | None, words="", task="classification", tr
     """A finished training and, unless `value` is None, its evaluation."""
     spent = {"seconds": 360.0, "wall_seconds": 400.0, "tokens_per_second": 1000.0, "peak_memory_gib": 10.0}
     history = [[step, 2 / step] for step in range(1, 41)]
-    spent |= {"examples": 480, "loss_history": history, **(train or {})}
+    spent |= {"examples": 480, "loss_history": history, "schedule": "constant", **(train or {})}
+    spent = {name: value for name, value in spent.items() if value is not None or name == "tokens_per_second"}
     when = {"finished": more["finished"]} if "finished" in more else {}
     content = save(folder, "train", task, words, "qlora", train=spent, **when)
     if value is not None:
@@ -196,8 +197,10 @@ GOLDEN = {
                 " | 71.00 [66.9, 74.8] (1) | 76.18 [73.0, 79.1] (1)",
                 "b/big | b | 500 | 91.08 [88.0, 93.4] (1) | 77.60 [73.7, 81.0] (1) | 83.80 [81.1, 86.2] (1)",
                 "b/big | a | 500 | 86.92 [83.6, 89.7] (1) | 82.40 [78.8, 85.5] (1) | 84.60 [82.0, 86.9] (1)",
-                "a/small, zero-shot | b | 500 | 33.21 [27.9, 39.0] | 18.40 [15.2, 22.0] | 23.68 [19.9, 27.9]",
-                "a/small, zero-shot | a | 500 | 33.96 [29.0, 39.3] | 21.60 [18.2, 25.4] | 26.41 [22.6, 30.6]",
+                f"a/small, {UNTRAINED} | b | 500"
+                " | 33.21 [27.9, 39.0] | 18.40 [15.2, 22.0] | 23.68 [19.9, 27.9]",
+                f"a/small, {UNTRAINED} | a | 500"
+                " | 33.96 [29.0, 39.3] | 21.60 [18.2, 25.4] | 26.41 [22.6, 30.6]",
             )
         ),
     ],
@@ -214,10 +217,10 @@ GOLDEN = {
                 "b/big | a | (invalid) | 50 | 10.0 %",
                 "b/big | b | (invalid) | 50 | 10.0 %",
                 "b/big | a | b | 38 | 7.6 %",
-                "a/small, zero-shot | b | a | 210 | 42.0 %",
-                "a/small, zero-shot | a | (invalid) | 207 | 41.4 %",
-                "a/small, zero-shot | b | (invalid) | 198 | 39.6 %",
-                "a/small, zero-shot | a | b | 185 | 37.0 %",
+                "a/small, zero-shot, free decoding | b | a | 210 | 42.0 %",
+                "a/small, zero-shot, free decoding | a | (invalid) | 207 | 41.4 %",
+                "a/small, zero-shot, free decoding | b | (invalid) | 198 | 39.6 %",
+                "a/small, zero-shot, free decoding | a | b | 185 | 37.0 %",
             )
         ),
     ],
@@ -780,6 +783,23 @@ def test_scores_that_can_not_be_compared_stand_apart_and_the_title_says_why(tmp_
     found = tables(tmp_path)
     assert found[TABLE_1].rows[-1][2].value == 71
     assert found[f"{TABLE_1}, apart: {why}"].rows[-1][2].value == 90
+
+
+def test_a_training_from_before_schedules_were_recorded_stands_apart_from_later_ones(tmp_path):
+    tuned(tmp_path / "one", 70)
+    tuned(tmp_path / "two", 72, "--seed 1")
+    tuned(tmp_path / "old", 90, "--seed 2", train={"schedule": None})
+    baseline(tmp_path, 20)
+    found = tables(tmp_path)
+    assert found[TABLE_1].rows[-1][2].value == 71
+    why = "fine-tuned by a learning rate's unnamed schedule"
+    assert found[f"{TABLE_1}, apart: {why}"].rows[-1][2].value == 90
+    for name in ("one", "two"):  # an older study as a whole has one reason less
+        path = tmp_path / name / "train.json"
+        content = record.read(path)
+        del content["train"]["schedule"]
+        record.write_json(path, content)
+    assert not [title for title in tables(tmp_path) if "apart" in title]
 
 
 def test_the_same_test_data_under_another_name_stand_together(tmp_path):
@@ -1595,7 +1615,13 @@ PLOTS = {
     ],
     "classification-lora-grid-a-small-100-of-the-examples": ["epochs", "LoRA rank", "dropout 0.1"],
     "classification-confusion-matrix-a-small": ["reference", "answer", "a", "b", "(invalid)", "69", "16"],
-    "classification-confusion-matrix-a-small-zero-shot": ["reference", "answer", "a", "(invalid)", "42"],
+    "classification-confusion-matrix-a-small-zero-shot-free-decoding": [
+        "reference",
+        "answer",
+        "a",
+        "(invalid)",
+        "42",
+    ],
     "classification-confusion-matrix-b-big": ["reference", "answer", "a", "b", "(invalid)", "78", "10"],
     "classification-training-loss": ["optimizer step"],
     "summarization-rouge-1-by-number-of-training-examples": ["training examples", "ROUGE-1 (%)"],

@@ -193,19 +193,22 @@ def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     for task in SCORES:
         groups = defaultdict(list)
         ours = [run for run in found if run.task == task]
-        usual = {}
+        usual, schedules = {}, {}
         for method in METHODS.values():
-            prompts = Counter(prompt_of(run) for run in ours if run.scored and run.method is method)
-            usual[id(method)] = max(prompts, key=prompts.get, default="")
+            of = [run for run in ours if run.scored and run.method is method]
+            usual[id(method)] = most_common(map(prompt_of, of), "")
+            schedules[id(method)] = most_common(map(schedule_of, of), "")
         for run in ours:
             if run.scored:
                 test, prompt, title = run.test(), prompt_of(run), run.method.title
+                schedule = schedule_of(run)
                 split = f"{test['rows']:,} {run.config['split']} examples"
                 source = f"{split} of {test['source']} (sha256 {test['sha256'][:8]})"
                 key = (
                     places.setdefault(test["sha256"], source),  # the same data has other names elsewhere
                     f"metrics of version {run.scored.get('metrics_version', 'unknown')}",
                     "" if prompt == usual[id(run.method)] else f"{title} prompt {prompt[:8] or 'none'}",
+                    "" if schedule == schedules[id(run.method)] else f"{title} by {schedule}",
                 )
                 groups[key].append(run)
         looks = looks_among(ours)
@@ -219,6 +222,19 @@ def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     for _, _, group in result:
         name_runs(group)
     return result
+
+
+def most_common(values: Iterable, otherwise):
+    counts = Counter(values)
+    return max(counts, key=counts.get, default=otherwise)
+
+
+def schedule_of(run: Run) -> str:
+    """Whether records named the learning rate's schedule when it was trained: before, the warm-up was a share
+    of all steps, so that a training of fewer epochs was not the beginning of one of more."""
+    trained = run.train["train"] if run.train else {}
+    named = "schedule" in trained or not trained.get("loss_history")
+    return f"a learning rate's {'' if named else 'un'}named schedule"
 
 
 def looks_among(found: Iterable[Run]) -> set[Run]:
