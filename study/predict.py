@@ -222,7 +222,7 @@ def answer(content: dict, texts: list[str], path: Path, trained: dict, args, pro
     # The libraries load here, so that --help, bad input and a finished file answer at once.
     from study import encoding, generation, model
 
-    tokenizer = model.load_tokenizer(args.pretrained_ckpt)
+    tokenizer = bases.tokenizer(args.pretrained_ckpt)
     prompts, shortened = encoding.encode_prompts(tokenizer, args.task, texts, args)
     content["rows"]["truncated"] = shortened
     allowed = None
