@@ -3,6 +3,7 @@
     python llama2_summarization_inference.py --experiment_dir experiments/summarization-...
     python llama2_summarization_inference.py --lora_r 8 --epochs 5  # the run these flags trained
     python llama2_summarization_inference.py --experiment_dir RUN RUN...  # each, the base model loaded once
+    python llama2_summarization_inference.py --experiment_dir RUN --predict_file new.csv  # new texts
 
 Model, prompts and data settings come from the run's record; flags override those of the data and the model's
 place. It leaves eval.json and predictions.jsonl beside the adapter.
@@ -10,7 +11,7 @@ place. It leaves eval.json and predictions.jsonl beside the adapter.
 
 import argparse
 
-from study import checkpoint, cli, data, device, several
+from study import checkpoint, cli, data, device, predict, several
 from study.records import cost, estimate, record, runs, summary
 
 TASK, METHOD = "summarization", "qlora"
@@ -22,6 +23,8 @@ def main(process: device.Process) -> None:
 
 def score(args: argparse.Namespace, process: device.Process, bases: several.Base) -> None:
     folder = runs.folder_of(args, METHOD)
+    if args.predict_file:
+        return predict.run(folder, args, process, bases)
     if args.dry_run:
         args, path = runs.planned_eval(folder, args)
         return estimate.say_dry_run(path, args, METHOD, process)

@@ -323,6 +323,17 @@ def add_training_flags(parser: argparse.ArgumentParser, task: str | None, kind: 
 def add_decoding_flags(parser: argparse.ArgumentParser, task: str | None, kind: str) -> None:
     add = parser.add_argument_group("decoding" if CHECKPOINTS[kind] else "scoring").add_argument
     add("--split", choices=("test", "validation"), default="test", help="split to score (%(default)s)")
+    if kind == "causal":
+        add(
+            "--predict_file",
+            metavar="FILE",
+            help="instead of scoring, answer the texts of this file, which needs no labels, by the run",
+        )
+        add(
+            "--predictions_file",
+            metavar="FILE",
+            help="that file with the answers in more columns (predictions-HASH in the run's folder)",
+        )
     if not CHECKPOINTS[kind]:
         return
     add(
@@ -415,6 +426,7 @@ def parse_args(
     if args.kind == "prompt" and (args.prompt_type == "zero-shot" or args.shots == SHOTS[args.task]):
         args.shots = None  # names no other run
     check_folders(parser, args)
+    check_predicting(parser, args)
     targets = getattr(args, "target_modules", [])
     if "all-linear" in targets and len(targets) > 1:
         parser.error("--target_modules all-linear stands alone")
@@ -450,6 +462,20 @@ def check_folders(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         parser.error(
             "--also_epochs leaves runs in folders of their own: give --output_dir, not --experiment_dir"
         )
+
+
+def check_predicting(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuse beside --predict_file what chooses what is scored, and several runs; and its output alone."""
+    if not getattr(args, "predict_file", None):
+        if getattr(args, "predictions_file", None):
+            parser.error("--predictions_file goes with --predict_file")
+        return
+    others = [name for name in ("split", "max_eval_samples", "show_repeated") if name in args.given]
+    if others:
+        parser.error(f"--{others[0]} chooses what is scored: --predict_file answers all of its file instead")
+    if isinstance(args.experiment_dir, list) or args.also_epochs:
+        flag = "--also_epochs" if args.also_epochs else "--experiment_dir"
+        parser.error(f"--predict_file takes the answers of one run, and {flag} names several")
 
 
 def open_defaults(args: argparse.Namespace) -> dict:

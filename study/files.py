@@ -54,28 +54,24 @@ def is_lfs_pointer(head: bytes) -> bool:
 def read_file(path: Path, flag: str, columns: Columns, delimiter: str | None = None) -> Iterator[Row]:
     """The rows of one local file, of CSV with `delimiter` or the one that its header has. Raises UserError,
     naming the line where there is one."""
-    if path.is_dir():
-        raise UserError(f"{flag} {path} is a folder: name a file, or the folder by --dataset")
-    if not path.is_file():
-        raise UserError(f"{flag} {path}: there is no such file")
-    suffix, where = bare_suffix(path), f"{flag} {path}"
-    if suffix not in FORMATS:
-        raise UserError(f"{where}: the name must end in {', '.join(FORMATS)}, or one of these with .gz")
-    content = read_content(path, where)
+    content, suffix, where = content_of(path, flag), bare_suffix(path), f"{flag} {path}"
     if suffix == ".parquet":
         return read_parquet(content, where, columns)
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{where} line {line} is not UTF-8 text: save it as UTF-8") from None
+    text = decoded(content, where)
     if suffix not in DELIMITERS:
         return read_json(text, where, columns)
     return read_csv(text, where, columns, delimiter or DELIMITERS[suffix])
 
 
-def read_content(path: Path, where: str) -> bytes:
-    """What a file holds, unpacked."""
+def content_of(path: Path, flag: str) -> bytes:
+    """What a file of one of our formats holds, unpacked."""
+    where = f"{flag} {path}"
+    if path.is_dir():
+        mend = "" if flag == "--predict_file" else ", or the folder by --dataset"
+        raise UserError(f"{where} is a folder: name a file{mend}")
+    if not path.is_file():
+        raise UserError(f"{where}: there is no such file")
+    refuse_other_formats(path, flag)
     try:
         content = path.read_bytes()
         if is_lfs_pointer(content):
@@ -85,6 +81,19 @@ def read_content(path: Path, where: str) -> bytes:
         raise UserError(f"{where} is damaged or half-written ({error}): fetch or write it again") from None
     except OSError as error:
         raise UserError(f"{where} can't be read: {error.strerror}") from None
+
+
+def refuse_other_formats(path: Path, flag: str) -> None:
+    if bare_suffix(path) not in FORMATS:
+        raise UserError(f"{flag} {path}: the name must end in {', '.join(FORMATS)}, or one of these with .gz")
+
+
+def decoded(content: bytes, where: str) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{where} line {line} is not UTF-8 text: save it as UTF-8") from None
 
 
 def named(columns: Columns) -> list[str]:
@@ -332,10 +341,19 @@ def named_label(names: Sequence[str], number: int | None) -> str | None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` so that `path` holds all of it or what it held before, whatever happens meanwhile."""
+    try:
+        write_bytes(path, text.encode("utf-8"))
+    except UnicodeEncodeError as error:
+        near = error.object[max(0, error.start - 40) : error.end]
+        raise UserError(f"{path} can't be written: {near!r} is not Unicode: rename it") from None
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Likewise."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -343,8 +361,5 @@ def write_text(path: Path, text: str) -> None:
         raise UserError(
             f"{path} can't be written: {error.strerror}; make room or name another --output_dir"
         ) from None
-    except UnicodeEncodeError as error:
-        near = error.object[max(0, error.start - 40) : error.end]
-        raise UserError(f"{path} can't be written: {near!r} is not Unicode: rename it") from None
     finally:
         temporary.unlink(missing_ok=True)

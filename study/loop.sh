@@ -44,6 +44,10 @@ while (($#)); do
       if [[ $1 == *hours ]]; then budget[0]=$(awk "BEGIN { print $2 * 3600 }"); else budget[1]=$2; fi
       shift
       ;;
+    --predict[_-]file* | --predictions[_-]file*)
+      echo "error: ${1%%=*}: a loop trains and scores; the inference script of a run takes it" >&2
+      exit 2
+      ;;
     -h | --help) # the comment that the loop opens with
       sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
       printf '%s\n' 'As all loops: --dry_run lists the cells with what is left to spend; --budget_usd USD and --budget_hours H' \

@@ -13,14 +13,14 @@ from conftest import ROOT
 # From the ground up. A module imports from its own line and from those above it.
 FLOORS = (
     "prompts study.errors study.device study.words",
-    "study.cli study.classes study.files study.intervals study.presets",
+    "study.cli study.classes study.files study.intervals study.presets study.tabular",
     "study.data study.encoding study.metrics study.checkpoint",
     "study.records",
     "study.report",
     "study.checks study.model study.packing",
     "study.fast",
     "study.paths study.resuming",
-    "study.training study.generation study.also study.several",
+    "study.training study.generation study.also study.several study.predict",
     "study.loop",
     "study.encoder study.t5",
     "llama2_classification llama2_classification_inference llama2_summarization",

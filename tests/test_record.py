@@ -163,6 +163,8 @@ SPEED = [  # every flag that changes its speed, its score or its place only
     "--attn_implementation eager",
     "--report_to tensorboard",
     "--split validation",
+    "--predict_file new.csv",
+    "--predictions_file out.csv --predict_file new.csv",
     "--delimiter ;",
     "--unseen_labels drop",
     "--eval_batch_size 3",
