@@ -4,6 +4,7 @@ python tests/leave_finished.py SCRIPT [flags of the script]
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -31,8 +32,9 @@ def leave_one(script: str, task: str | None, args: argparse.Namespace) -> None:
     part = "train" if task and not trained else "eval"
     path = folder / (runs.eval_name(args, trained["config"]) if trained else f"{part}.json")
     measured = {name.partition(".")[2]: 1 for name in PARTS[part].holds if name.startswith(f"{part}.")}
-    metrics = {name: {"value": 1, "ci95": [0, 2]} for name in SCORES[args.task]}
-    split = {"source": "s", "rows": 1, "available": 1, "sha256": "5"}
+    value = 2 if os.environ.get("BETTER", "none") in str(folder) else 1
+    metrics = {name: {"value": value, "ci95": [0, 3]} for name in SCORES[args.task]}
+    split = {"source": "s", "rows": 1, "available": 1, "sha256": f"of {args.split}"}
     with record.locked(folder, process), record.recording(path, args, method, process) as content:
         content["prompt_sha256"] = prompt_sha256(args.task, "instruction" if task else method)
         content["data"] = {"train" if part == "train" else args.split: split}

@@ -1183,3 +1183,29 @@ def test_real_samsum_drops_its_one_empty_dialogue(real_data):
     args = flags("--train_file", real_data / "samsum_train.jsonl.gz", task="summarization")
     split = data.load(args, ["train"])["train"]
     assert (len(split.examples), split.dropped) == (14731, {"empty dialogue": 1})
+
+
+@pytest.mark.parametrize(
+    ("words", "there"),
+    [
+        (["--train_file", "t.jsonl", "--validation_file", "v.jsonl"], True),
+        (["--train_file", "t.jsonl", "--validation_fraction", "0.2"], True),
+        (["--train_file", "t.jsonl"], False),
+        (["--dataset", "FOLDER"], False),
+        (["--dataset", "some/hub-id"], False),  # which can't be asked
+    ],
+)
+def test_whether_there_is_a_validation_split_is_known_before_anything_is_read(
+    tmp_path, monkeypatch, words, there
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    for name in ("t.jsonl", "v.jsonl"):
+        (tmp_path / name).touch()
+    folder = tmp_path / "data"
+    folder.mkdir()
+    words = [str(folder) if word == "FOLDER" else word for word in words]
+    args = cli.parse_args("classification", "", words)
+    assert data.has_split(args, "validation") is there
+    (folder / "dev.jsonl").touch()
+    assert data.has_split(args, "validation") is (there or str(folder) in words)

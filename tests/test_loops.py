@@ -26,7 +26,18 @@ ONE_CELL = {"RANKS": "4", "EPOCHS": "2", "DROPOUTS": "0.1"}
 def loop(script: str, *flags: object, cwd: Path, **env: str) -> subprocess.CompletedProcess:
     """Run a loop from another folder, with the interpreter of these tests as its `python`."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    ours = {"LAUNCH", "TASK", "TASKS", "MODELS", "RANKS", "EPOCHS", "DROPOUTS", "FRACTIONS", "SEEDS"}
+    ours = {
+        "LEARNING_RATES",
+        "LAUNCH",
+        "TASK",
+        "TASKS",
+        "MODELS",
+        "RANKS",
+        "EPOCHS",
+        "DROPOUTS",
+        "FRACTIONS",
+        "SEEDS",
+    }
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
         [str(ROOT / script), *map(str, flags)],
@@ -191,7 +202,7 @@ def folder_of(root: Path, rank: str) -> str:
 
 def test_every_cell_is_trained_and_scored_with_the_flags_as_they_were_written(tmp_path):
     words = [
-        "--validation_file",
+        "--test_file",
         "my  own file",
         "--report_to",
         "*",
@@ -854,6 +865,55 @@ def test_where_the_training_of_a_row_fails_its_cells_have_failed_and_the_others_
     assert done.stderr.count("(its training failed)") == 2
     [scoring] = [call for call in calls(tmp_path) if "inference" in call[0]]
     assert scoring[2:4] == [f"runs/{tuned(rank='8', epochs=epochs)}" for epochs in "12"]
+
+
+# Chosen on validation, reported on test
+
+
+@pytest.mark.parametrize(
+    ("flags", "splits"),
+    [
+        (["--validation_fraction", "0.5"], ["validation", "validation", "test"]),
+        (["--validation_fraction", "0.5", "--split", "test"], ["test", "test"]),
+        ([], ["test", "test"]),
+    ],
+    ids=["a validation split", "on request", "no validation split"],
+)
+def test_cells_are_scored_on_validation_and_the_best_of_them_on_test(tmp_path, files, flags, splits):
+    env = launcher(tmp_path, FINISH) | {"RANKS": "8 4", "EPOCHS": "2", "DROPOUTS": "0.1"}
+    env |= {"TASK": "classification", "BETTER": "rank-8"}
+    done = loop("run_lora.sh", *files, "--output_dir", "runs", *flags, cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    scored = [call for call in calls(tmp_path) if call[0] == SCORE]
+    split_of = lambda call: call[call.index("--split") + 1] if "--split" in call else "test"
+    assert list(map(split_of, scored)) == splits
+    if len(splits) == 3:
+        [best] = (tmp_path / "runs").glob("*_rank-8_*")
+        assert scored[2][1:3] == ["--experiment_dir", f"runs/{best.name}"]
+        assert f"best on the validation split, scored on the test split:\nruns/{best.name}\n" in done.stdout
+        assert len(list(best.glob("eval*.json"))) == 2
+        [other] = (tmp_path / "runs").glob("*_rank-4_*")
+        assert len(list(other.glob("eval*.json"))) == 1
+    assert ("no validation split" in done.stdout) == (flags == [])
+
+
+def test_where_a_cell_has_failed_none_is_chosen(tmp_path, files):
+    body = f"case $* in *rank-4*) exit 7 ;; esac\n{FINISH}"
+    env = launcher(tmp_path, body) | {"RANKS": "4 8", "EPOCHS": "2", "DROPOUTS": "0.1"}
+    flags = (*files, "--validation_fraction", "0.5", "--output_dir", "runs")
+    done = loop("run_lora.sh", *flags, cwd=tmp_path, TASK="classification", **env)
+    assert done.returncode == 1
+    assert "the best is chosen once no cell is left and none has failed" in done.stdout
+    assert not [call for call in calls(tmp_path) if call[0] == SCORE and "validation" not in call]
+
+
+def test_learning_rates_are_a_list_of_the_grid(tmp_path):
+    env = ONE_CELL | {"LEARNING_RATES": "1e-4 1e-3"}
+    assert len(grid("run_lora.sh", cwd=tmp_path, **env)) == 2
+    done = loop("run_lora.sh", "--learning_rate", 1, "--dry_run", cwd=tmp_path, **env)
+    assert done.returncode == 2
+    assert 'set LEARNING_RATES="..." before it instead' in done.stderr
+    assert len(grid("run_lora.sh", "--learning_rate", "1e-3", cwd=tmp_path, **ONE_CELL)) == 1
 
 
 # compare_models.sh

@@ -1019,7 +1019,7 @@ def test_a_dry_run_by_experiment_dir_finds_the_evaluation_that_inference_wrote(t
     make_record(path, **runs.scored_adapter(trained))
     words = ("--experiment_dir", tmp_path / "run", "--price_per_hour", 2)
     done = run_script("llama2_classification_inference.py", *words, "--dry_run")
-    assert done.stdout.splitlines()[-1] == f"finished\t{tmp_path / 'run'}\t0\t0\t0\t0"
+    assert done.stdout.splitlines()[-1] == f"finished\t{tmp_path / 'run'}\t0\t0\t0\t0\t0\t0"
 
 
 @pytest.mark.parametrize(
@@ -1034,7 +1034,7 @@ def test_a_dry_run_of_an_evaluation_says_how_its_training_stands(tmp_path, capsy
         tmp_path / "run" / "eval.json", flags("--output_dir", tmp_path / "none"), "qlora", PROCESS
     )
     training = "0\t0" if state == "trained" else "?\t?"
-    assert capsys.readouterr().out.splitlines()[-1] == f"{state}\t{tmp_path / 'run'}\t?\t?\t{training}"
+    assert capsys.readouterr().out.splitlines()[-1] == f"{state}\t{tmp_path / 'run'}\t?\t?\t{training}\t0\t?"
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -1046,7 +1046,7 @@ def test_what_force_will_redo_is_not_started(tmp_path, capsys, damaged):
     args = flags("--output_dir", tmp_path / "none", "--force")
     args, path = runs.planned_eval(tmp_path / "run", args)
     estimate.say_dry_run(path, args, "qlora", PROCESS)
-    assert capsys.readouterr().out.splitlines()[-1] == f"not started\t{tmp_path / 'run'}\t?\t?\t?\t?"
+    assert capsys.readouterr().out.splitlines()[-1] == f"not started\t{tmp_path / 'run'}\t?\t?\t?\t?\t0\t?"
 
 
 def test_a_score_of_an_older_training_is_not_finished(tmp_path, capsys):
@@ -1055,7 +1055,7 @@ def test_a_score_of_an_older_training_is_not_finished(tmp_path, capsys):
     estimate.say_dry_run(
         tmp_path / "run" / "eval.json", flags("--output_dir", tmp_path / "none"), "qlora", PROCESS
     )
-    assert capsys.readouterr().out.splitlines()[-1] == f"trained\t{tmp_path / 'run'}\t?\t?\t0\t0"
+    assert capsys.readouterr().out.splitlines()[-1] == f"trained\t{tmp_path / 'run'}\t?\t?\t0\t0\t0\t?"
 
 
 def test_a_dry_run_leaves_nothing_behind(tmp_path):

@@ -1728,3 +1728,35 @@ def test_the_pareto_front_has_no_point_that_a_cheaper_one_equals():
 
     points = dict(enumerate([(4, 70), (2, 40), (1, 50), (3, 60), (2, 60), (5, 65)]))
     assert [points[name] for name in pareto(points)] == [(1, 50), (2, 60), (4, 70)]
+
+
+# Chosen on validation
+
+
+def validated(folder: Path, value: float, words: str, **more) -> Path:
+    """A run that was scored on the validation split."""
+    data = {"validation": {"source": "v.jsonl", "rows": 1000, "sha256": "6" * 64}}
+    return tuned(folder, value, f"{words} --split validation", data=data, **more)
+
+
+def test_the_best_cell_on_validation_is_named_and_grids_say_which_split_they_are_of(tmp_path):
+    for rank, rate, value in ((2, "1e-4", 60), (4, "1e-4", 70), (2, "1e-3", 65), (4, "1e-3", 64)):
+        validated(tmp_path / f"{rank} {rate}", value, f"--lora_r {rank} --learning_rate {rate}")
+    best = report("--best", tmp_path)
+    assert best.stdout == f"{tmp_path / '4 1e-4'}\n", best.stderr
+    test = {"test": {"source": "t.jsonl", "rows": 1000, "sha256": "5" * 64}}
+    tuned(tmp_path / "best, on test", 68, "--lora_r 4 --learning_rate 1e-4", data=test)
+    found = tables(tmp_path)
+    assert found[TABLE_1].rows[-1][2].value == 68
+    [grid] = [table for title, table in found.items() if title.startswith("LoRA ablation")]
+    assert "apart: 1,000 validation examples of v.jsonl" in grid.title
+    assert grid.columns[:3] == ["learning rate", "dropout", "rank"]
+    assert [row[3].text.count("best") for row in grid.rows] == [0, 1, 0, 0]
+    assert "what counts is its score on the test split" in grid.note
+
+
+def test_without_scores_on_validation_no_cell_is_named(tmp_path):
+    tuned(tmp_path / "run", 70)
+    done = report("--best", tmp_path)
+    assert done.returncode == 1
+    assert "--best: 0 groups of runs are scored on a validation split" in done.stderr
