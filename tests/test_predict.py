@@ -150,26 +150,27 @@ def test_bad_rows_are_named_by_their_lines_and_kept_with_null(run, tmp_path):
 
 def test_a_killed_prediction_goes_on_and_ends_with_the_same_bytes(run, tmp_path):
     task, folder = run
-    file = write_rows(tmp_path / "new.jsonl", rows_of(task, 24))
-    whole, flags = tmp_path / "whole.jsonl", ("--eval_batch_size", 1)
+    file = write_rows(tmp_path / "new.jsonl", rows_of(task, 12))
+    whole, flags = tmp_path / "whole.jsonl", ("--eval_batch_size", 1, "--max_new_tokens", 20)
     predicted(task, folder, file, *flags, "--predictions_file", whole)
     before = whole.read_bytes()
 
     def some_are_there() -> bool:
         kept = [*folder.glob(".predictions-*.answers.jsonl")]
-        return bool(kept) and kept[0].read_text().count("\n") > 5
+        return bool(kept) and kept[0].read_text().count("\n") > 3
 
     words = ("--experiment_dir", folder, "--predict_file", file, *flags)
     kill(start_until(some_are_there, f"llama2_{task}_inference.py", *words))
     assert [path.suffix for path in folder.glob("predictions-*")] == [".json"]
-    assert "unfinished\t" in predicted(task, folder, file, "--dry_run")
+    assert "unfinished\t" in predicted(task, folder, file, "--dry_run", *flags)
     out = predicted(task, folder, file, *flags)
     assert "resumed    " in out
     assert "resumed    no answer" not in out
     assert output_of(folder).read_bytes() == before
     assert not [*folder.glob(".predictions*")]
-    assert predicted(task, folder, file).startswith(f"finished   {output_of(folder)}\npredicted  24 texts")
-    assert "finished\t" in predicted(task, folder, file, "--dry_run")
+    again = predicted(task, folder, file, *flags)
+    assert again.startswith(f"finished   {output_of(folder)}\npredicted  12 texts")
+    assert "finished\t" in predicted(task, folder, file, "--dry_run", *flags)
     record = Path(f"{output_of(folder)}.json")
     record.write_text(record.read_text().replace('"finished",', '"running",', 1))  # killed before its end
     assert "decoding " in predicted(task, folder, file, *flags)

@@ -72,6 +72,7 @@ def test_each_is_scored_as_if_it_were_alone(trained, tmp_path, merge):
     assert score(task, "--experiment_dir", *together, "--merge", merge).stdout.count("finished   ") == 3
 
 
+@pytest.mark.parametrize("trained", ["summarization"], indirect=True)
 def test_one_that_fails_does_not_stop_the_others(trained, tmp_path):
     task, folders = trained
     runs = copies(folders, tmp_path)
@@ -87,6 +88,7 @@ def test_one_that_fails_does_not_stop_the_others(trained, tmp_path):
     assert statuses == ["finished", "failed", "finished"]
 
 
+@pytest.mark.parametrize("trained", ["summarization"], indirect=True)
 def test_the_flags_of_a_nested_training_score_all_of_its_runs(trained, tmp_path):
     task, folders = trained
     runs = copies(folders, tmp_path)
@@ -96,6 +98,7 @@ def test_the_flags_of_a_nested_training_score_all_of_its_runs(trained, tmp_path)
     assert list(map(loaded_by, runs)) == [None, runs[0].name, runs[0].name]
 
 
+@pytest.mark.parametrize("trained", ["summarization"], indirect=True)
 @pytest.mark.parametrize("what", ["task", "prompt_sha256", "checkpoint", "quantization"])
 def test_runs_of_different_bases_tasks_or_prompts_are_refused_before_any_is_scored(trained, tmp_path, what):
     task, folders = trained
@@ -107,6 +110,7 @@ def test_runs_of_different_bases_tasks_or_prompts_are_refused_before_any_is_scor
     assert not list(tmp_path.glob("*/eval*.json"))
 
 
+@pytest.mark.parametrize("trained", ["summarization"], indirect=True)
 def test_a_training_has_one_folder_and_none_is_named_twice(trained, tmp_path):
     task, folders = trained
     script = f"llama2_{task}.py"
