@@ -5,7 +5,7 @@
 #   MODELS="NousResearch/Llama-2-7b-chat-hf" ./baseline_inference.sh --chat_template auto
 #   TASKS=classification SEEDS="1 2 3" ./baseline_inference.sh --train_file train.jsonl --test_file test.jsonl
 set -euo pipefail
-owns="pretrained_ckpt:MODELS task_type:TASKS seed:SEEDS" # read by loop.sh
+owns="pretrained_ckpt:MODELS task_type:TASKS seed:SEEDS" together=1 # read by loop.sh
 # shellcheck source=study/loop.sh
 source "$(dirname "${BASH_SOURCE[0]}")/study/loop.sh"
 
@@ -19,5 +19,6 @@ for model in ${MODELS:-NousResearch/Llama-2-7b-hf NousResearch/Llama-2-13b-hf}; 
       done
     done
   done
+  score_waiting
 done
 finish

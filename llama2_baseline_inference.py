@@ -7,12 +7,17 @@ Few-shot examples are chosen from the train split by --seed. It leaves eval.json
 experiments/baseline/<model>/<task>/<prompt type>/.
 """
 
-from study import checkpoint, cli, data, device
+import argparse
+
+from study import checkpoint, cli, data, device, several
 from study.records import cost, estimate, record, runs, summary
 
 
 def main(process: device.Process) -> None:
-    args = cli.parse_args(None, __doc__)
+    several.score_each(cli.parse_args(None, __doc__), None, process, score)
+
+
+def score(args: argparse.Namespace, process: device.Process, bases: several.Base) -> None:
     method = args.prompt_type
     folder = runs.folder_of(args, method)
     path = folder / "eval.json"
@@ -61,12 +66,12 @@ def main(process: device.Process) -> None:
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=device.compute_dtype(),
             )
-            tokenizer = model.load_tokenizer(args.pretrained_ckpt)
+            tokenizer = bases.tokenizer(args.pretrained_ckpt)
             classes = encoding.label_answers(
                 tokenizer, labels, args.max_new_tokens, encoding.chat_cue(tokenizer, args)
             )
             allowed = classes if args.decoding == "constrained" else None
-            base = model.load_base(args.pretrained_ckpt, quantization)
+            base = bases.load(folder, args.pretrained_ckpt, quantization.to_dict())
             content.update(model.as_loaded(base, tokenizer))
             context = model.context_length(base, tokenizer)
             texts = [text for text, _ in test.examples]
@@ -108,6 +113,7 @@ def main(process: device.Process) -> None:
                 "eval": generation.describe(answers, process, scores, args.decoding),
                 "prompt_sha256": prompt_sha256(args.task, args.prompt_type),
             }
+            content["eval"] |= bases.paid_by(folder)
             content["cost"] = cost.of_run(args, device.name(), content["eval"]["wall_seconds"])
             record.write_rows(runs.predictions_beside(path), rows)
         kept.discard()

@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Sourced by the loops, which call `cell` once for each cell of their grid and `finish` at the end.
 # A cell is one or two scripts with the same flags; a finished one is found again, a failed one does not stop the others.
-# The second script, which scores, waits for `score_waiting`: then it scores all cells since the last in one process.
+# The second script, which scores, waits for `score_waiting`: then it scores all cells since the last in one process. So
+# does a single script where a loop says together=1.
 # The loops' own flags, --budget_usd USD and --budget_hours H, end a loop before the cell that would exceed them.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -162,7 +163,15 @@ score_waiting() { # score_waiting FLAG...: all cells that wait, with the flags t
   printf '\nscoring %s\n' "${waiting[*]}"
   list=$(mktemp)
   # shellcheck disable=SC2086 # LAUNCH is a command with its arguments
-  FAILED_RUNS=$list $LAUNCH "$scorer" --experiment_dir "${waiting[@]}" "$@" || status=$?
+  if [[ ${together:-} ]]; then
+    for i in "${!waiting[@]}"; do
+      eval "flags=(${waiting_flags[i]})"
+      printf '%s\0' "${flags[@]}" $'\x1e'
+    done >"$list.runs"
+    RUNS=$list.runs FAILED_RUNS=$list $LAUNCH "$scorer" "${flags[@]}" || status=$?
+  else
+    FAILED_RUNS=$list $LAUNCH "$scorer" --experiment_dir "${waiting[@]}" "$@" || status=$?
+  fi
   ((status != 130)) || exit 130
   for i in "${!waiting[@]}"; do
     eval "flags=(${waiting_flags[i]})"
@@ -172,7 +181,7 @@ score_waiting() { # score_waiting FLAG...: all cells that wait, with the flags t
       check_finished "$status" "$scorer" "${flags[@]}"
     fi
   done
-  rm -f "$list"
+  rm -f "$list" "$list.runs"
   waiting=() waiting_flags=() waiting_state=() owed=0
 }
 
@@ -246,7 +255,7 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
       add each "$seconds" "$usd"
       add total "$seconds" "$usd"
       [[ ! $row ]] || less total "$training_seconds" "$training_usd"
-      if [[ $state != finished && ${#scripts[@]} == 2 ]]; then
+      if [[ $state != finished && (${#scripts[@]} == 2 || ${together:-}) ]]; then
         [[ ! $loaded ]] || less total "$saved_seconds" "$saved_usd"
         loaded=1
       fi
@@ -264,13 +273,15 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
     left+=("$folder")
     return 0
   }
-  if ((${#scripts[@]} == 1)); then
+  scorer=${scripts[-1]}
+  if ((${#scripts[@]} == 2)); then
+    scripts=("${scripts[0]}")
+    [[ $row == trained ]] || run_scripts "$@" || return 0
+  elif [[ ! ${together:-} ]]; then
     run_scripts "$@" || return 0
-    [[ $state == finished ]] || check_finished 0 "${scripts[@]}" "$@"
+    [[ $state == finished ]] || check_finished 0 "$scorer" "$@"
     return 0
   fi
-  scorer=${scripts[1]} scripts=("${scripts[0]}")
-  [[ $row == trained ]] || run_scripts "$@" || return 0
   waiting+=("$folder") waiting_flags+=("$(printf '%q ' "$@")") waiting_state+=("$state")
   [[ $seconds == '?' ]] || owed=$(awk -v a="$owed" -v s="$seconds" -v t="$training_seconds" 'BEGIN { print a + s - t }')
 }

@@ -343,10 +343,10 @@ def remember(base) -> None:
 
 
 def take_off(tuned):
-    """The base of a PEFT model as `remember` saw it: without adapter, its layers in 4 bits, whether `merge`
-    has replaced them or bitsandbytes repacked them, as it does on the CPU at first use: with rounded scales,
-    and what it unpacks of that when another adapter comes are other weights."""
-    base = tuned.unload()
+    """The base of a PEFT model, or a base itself, as `remember` saw it: without adapter, its layers in 4
+    bits, whether `merge` has replaced them or bitsandbytes repacked them, as it does on the CPU at first use:
+    with rounded scales, and what it unpacks of that when another adapter comes are other weights."""
+    base = tuned.unload() if hasattr(tuned, "unload") else tuned
     vars(base).pop("peft_config", None)
     for name, (layer, data, state) in base.in_4_bits.items():
         layer.weight.data = data

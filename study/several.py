@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from study import also
+from study import also, cli
 from study.device import Process
 from study.errors import UserError
 from study.files import write_text
 from study.records import record, runs
 
+END = b"\x1e\0"
 SHARED = ("checkpoint", "quantization")  # what a base is, by the record of a training
 
 
@@ -37,8 +38,8 @@ class Base:
         from study import model
 
         kind = checkpoint, quantization
-        if self.tuned is not None and self.kind == kind:
-            self.model, self.tuned = model.take_off(self.tuned), None
+        if self.model is not None and self.kind == kind:
+            self.model, self.tuned = model.take_off(self.tuned or self.model), None
             return self.model
         self.forget()
         self.model = model.load_base(checkpoint, model.quantization_from(quantization))
@@ -68,7 +69,12 @@ class Base:
 
 
 def flags_of_each(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The flags of each run that the flags name: by several --experiment_dir, or by --also_epochs."""
+    """The flags of each run that the flags name: by several --experiment_dir, or by --also_epochs. A loop
+    over untrained models names them by a file, RUNS: each word ends in a NUL, each run in END."""
+    if args.kind == "prompt":
+        text = Path(os.environ["RUNS"]).read_bytes() if os.environ.get("RUNS") else b""
+        runs_of = [os.fsdecode(words).split("\0")[:-1] for words in text.split(END)[:-1]]
+        return [cli.parse_args(None, "", words) for words in runs_of] or [args]
     if isinstance(args.experiment_dir, list):
         return [argparse.Namespace(**vars(args) | {"experiment_dir": name}) for name in args.experiment_dir]
     return [also.of_epochs(args, epochs) for epochs in sorted({args.epochs, *args.also_epochs})]
@@ -91,13 +97,13 @@ def refuse_other_bases(folders: list[Path]) -> None:
             )
 
 
-def score_each(args: argparse.Namespace, method: str, process: Process, score: Callable) -> None:
+def score_each(args: argparse.Namespace, method: str | None, process: Process, score: Callable) -> None:
     """`score(args, process, base)` for each run that the flags name; one that fails does not stop the others.
 
     Raises UserError if one has failed; the file that FAILED_RUNS names then has the folders of those, a line
     each, for a loop.
     """
-    each = {runs.folder_of(one, method): one for one in flags_of_each(args)}
+    each = {runs.folder_of(one, getattr(one, "prompt_type", method)): one for one in flags_of_each(args)}
     base = Base(len(each) > 1)
     if not base.several:
         return score(args, process, base)

@@ -20,7 +20,7 @@ from study.records.schema import PARTS, SCORES
 def leave(script: str, words: list[str]) -> None:
     task = None if "baseline" in script else Path(script).stem.split("_")[1]
     args = cli.parse_args(task, "", words)
-    for one in several.flags_of_each(args) if "_inference" in script and task else [args]:
+    for one in several.flags_of_each(args) if "_inference" in script else [args]:
         leave_one(script, task, one)
 
 

@@ -235,28 +235,16 @@ def test_launch_may_be_a_command_with_arguments(tmp_path):
     assert calls(tmp_path) == [[*launch, TRAIN, *flags], [*launch, *scoring]]
 
 
-def test_a_baseline_cell_is_one_script_with_its_task_and_prompt(tmp_path):
+def test_the_baselines_of_a_model_are_scored_by_one_process_each_with_its_task_and_prompt(tmp_path):
     env = {**launcher(tmp_path, FINISH), "MODELS": "a/b", "TASKS": "summarization"}
     done = loop("baseline_inference.sh", "--shots", "3", cwd=tmp_path, **env)
     assert done.returncode == 0, done.stderr
-    assert calls(tmp_path) == [
-        [
-            str(ROOT / "llama2_baseline_inference.py"),
-            *(
-                "--pretrained_ckpt",
-                "a/b",
-                "--task_type",
-                "summarization",
-                "--prompt_type",
-                prompt,
-                "--seed",
-                "42",
-                "--shots",
-                "3",
-            ),
-        ]
-        for prompt in ("zero-shot", "few-shot")
-    ]
+    words = ("--pretrained_ckpt", "a/b", "--task_type", "summarization", "--prompt_type", "few-shot")
+    script = str(ROOT / "llama2_baseline_inference.py")
+    assert calls(tmp_path) == [[script, *words, "--seed", "42", "--shots", "3"]]  # the last, for all of them
+    records = (tmp_path / "experiments/baseline/a--b/summarization").glob("*/eval.json")
+    found = {content["method"]: content["config"]["shots"] for content in map(record.read, records)}
+    assert found == {"zero-shot": None, "few-shot": 3}
 
 
 @pytest.mark.parametrize("script", ["run_lora.sh", "sample_ablate.sh", "baseline_inference.sh"])

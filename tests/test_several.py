@@ -6,11 +6,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import DEMO_DATA, DEMO_MODEL, error_line
+from conftest import DEMO_DATA, DEMO_MODEL, error_line, run_script
 from preloaded import run_preloaded
 
 TASKS = {"classification": "posts", "summarization": "dialogues"}
 MEASURED = {"seconds", "wall_seconds", "earlier_seconds", "examples_per_second", "peak_memory_gib"}
+BASELINE = "llama2_baseline_inference.py"
 SCORED = ("--price_per_hour", 36, "--max_eval_samples", 12)
 
 
@@ -40,10 +41,16 @@ def copies(folders: list[Path], root: Path) -> list[Path]:
 
 def content_of(folder: Path) -> dict:
     [path] = folder.glob("eval*.json")
+    return plain(path)
+
+
+def plain(path: Path) -> dict:
+    """A record but for what was measured and where it lies."""
     content = json.loads(path.read_text())
     for name in ("started", "finished", "cost"):
         content.pop(name)
-    content["config"].pop("experiment_dir")
+    for name in ("experiment_dir", "output_dir"):
+        content["config"].pop(name)
     for name in MEASURED:
         content["eval"].pop(name)
     content["eval"].pop("loaded_by", None)
@@ -120,3 +127,29 @@ def test_a_training_has_one_folder_and_none_is_named_twice(trained, tmp_path):
     done = score(task, "--experiment_dir", folders[0], folders[0])
     assert done.returncode == 2
     assert f"--experiment_dir {folders[0]}: it is named twice" in done.stderr
+
+
+def test_baselines_of_one_process_are_as_if_each_were_alone(tmp_path):
+    own = ("--pretrained_ckpt", DEMO_MODEL, "--max_eval_samples", 6, "--price_per_hour", 36)
+    each = [
+        (*own, "--task_type", task, "--prompt_type", prompt, *flags_of(task)[2:4], *more)
+        for task, prompt, more in (
+            ("classification", "zero-shot", ("--decoding", "constrained")),
+            ("classification", "few-shot", ()),
+            ("summarization", "few-shot", ()),
+        )
+    ]
+    for flags in each:
+        done = run_preloaded(BASELINE, *flags, "--output_dir", tmp_path / "alone")
+        assert done.returncode == 0, done.stderr
+    words = [[*map(str, flags), "--output_dir", str(tmp_path / "together")] for flags in each]
+    (tmp_path / "runs").write_text("".join("\0".join(run) + "\0\x1e\0" for run in words))
+    done = run_script(BASELINE, *each[0], env={"RUNS": str(tmp_path / "runs")})
+    assert done.returncode == 0, done.stderr
+    paths = sorted((tmp_path / "alone").rglob("eval.json"))
+    assert len(paths) == 3
+    for path in paths:
+        other = tmp_path / "together" / path.relative_to(tmp_path / "alone")
+        assert plain(path) == plain(other)
+        rows = [place.with_name("predictions.jsonl").read_bytes() for place in (path, other)]
+        assert rows[0] == rows[1]
