@@ -168,7 +168,7 @@ score_waiting() { # score_waiting FLAG...: all cells that wait, with the flags t
       eval "flags=(${waiting_flags[i]})"
       printf '%s\0' "${flags[@]}" $'\x1e'
     done >"$list.runs"
-    RUNS=$list.runs FAILED_RUNS=$list $LAUNCH "$scorer" "${flags[@]}" || status=$?
+    RUNS_TO_SCORE=$list.runs FAILED_RUNS=$list $LAUNCH "$scorer" "${flags[@]}" || status=$?
   else
     FAILED_RUNS=$list $LAUNCH "$scorer" --experiment_dir "${waiting[@]}" "$@" || status=$?
   fi

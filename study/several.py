@@ -70,9 +70,9 @@ class Base:
 
 def flags_of_each(args: argparse.Namespace) -> list[argparse.Namespace]:
     """The flags of each run that the flags name: by several --experiment_dir, or by --also_epochs. A loop
-    over untrained models names them by a file, RUNS: each word ends in a NUL, each run in END."""
+    over untrained models names them by a file, RUNS_TO_SCORE: each word ends in a NUL, each run in END."""
     if args.kind == "prompt":
-        text = Path(os.environ["RUNS"]).read_bytes() if os.environ.get("RUNS") else b""
+        text = Path(os.environ["RUNS_TO_SCORE"]).read_bytes() if os.environ.get("RUNS_TO_SCORE") else b""
         runs_of = [os.fsdecode(words).split("\0")[:-1] for words in text.split(END)[:-1]]
         return [cli.parse_args(None, "", words) for words in runs_of] or [args]
     if isinstance(args.experiment_dir, list):

@@ -144,7 +144,7 @@ def test_baselines_of_one_process_are_as_if_each_were_alone(tmp_path):
         assert done.returncode == 0, done.stderr
     words = [[*map(str, flags), "--output_dir", str(tmp_path / "together")] for flags in each]
     (tmp_path / "runs").write_text("".join("\0".join(run) + "\0\x1e\0" for run in words))
-    done = run_script(BASELINE, *each[0], env={"RUNS": str(tmp_path / "runs")})
+    done = run_script(BASELINE, *each[0], env={"RUNS_TO_SCORE": str(tmp_path / "runs")})
     assert done.returncode == 0, done.stderr
     paths = sorted((tmp_path / "alone").rglob("eval.json"))
     assert len(paths) == 3
@@ -153,3 +153,8 @@ def test_baselines_of_one_process_are_as_if_each_were_alone(tmp_path):
         assert plain(path) == plain(other)
         rows = [place.with_name("predictions.jsonl").read_bytes() for place in (path, other)]
         assert rows[0] == rows[1]
+
+
+def test_a_variable_named_runs_that_somebody_has_set_names_no_runs(tmp_path):
+    done = run_script(BASELINE, *flags_of("classification")[:4], "--dry_run", env={"RUNS": "3"})
+    assert done.returncode == 0, done.stderr
