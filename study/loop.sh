@@ -156,8 +156,14 @@ within_budget() { # within_budget FLAG...: 0 where the run that look_up has foun
   if [[ ${left[*]} ]] || exceeds_budget; then return 2; fi
 }
 
+died_before() { # died_before FOLDER: whether score_waiting's process ended before it could score what --force redoes there
+  ((status)) && [[ ! -s $list && " ${flags[*]} " == *" --force "* ]] || return 1
+  [[ ! $(find "$1" -maxdepth 1 -name 'eval*.json' -newer "$list") ]]
+}
+
 score_waiting() { # score_waiting FLAG...: all cells that wait, with the flags that they share
-  local i list flags status=0 state folder seconds usd training_seconds training_usd saved_seconds saved_usd
+  local i list flags status=0 before=${#failed[@]}
+  local state folder seconds usd training_seconds training_usd saved_seconds saved_usd
   loaded=
   ((${#waiting[@]})) || return 0
   printf '\nscoring %s\n' "${waiting[*]}"
@@ -175,12 +181,13 @@ score_waiting() { # score_waiting FLAG...: all cells that wait, with the flags t
   ((status != 130)) || exit 130
   for i in "${!waiting[@]}"; do
     eval "flags=(${waiting_flags[i]})"
-    if grep -qxF -- "${waiting[i]}" "$list"; then
+    if grep -qxF -- "${waiting[i]}" "$list" || died_before "${waiting[i]}"; then
       fail "exit $status" "$scorer" "${flags[@]}"
     elif [[ ${waiting_state[i]} != finished ]]; then
       check_finished "$status" "$scorer" "${flags[@]}"
     fi
   done
+  ((!status || ${#failed[@]} > before)) || failed+=("$scorer, of finished cells alone (exit $status)")
   rm -f "$list" "$list.runs"
   waiting=() waiting_flags=() waiting_state=() owed=0
 }
@@ -282,15 +289,19 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
     [[ $state == finished ]] || check_finished 0 "$scorer" "$@"
     return 0
   fi
+  local other
+  for other in "${waiting[@]}"; do [[ $other != "$folder" ]] || return 0; done # listed twice
   waiting+=("$folder") waiting_flags+=("$(printf '%q ' "$@")") waiting_state+=("$state")
   [[ $seconds == '?' ]] || owed=$(awk -v a="$owed" -v s="$seconds" -v t="$training_seconds" 'BEGIN { print a + s - t }')
 }
 
 finish() { # print the table of all cells and name those that failed or are left
   printf '\n'
-  local report=0 folder recorded=()
+  local report=0 folder path recorded=()
   for folder in "${cells[@]}"; do
-    [[ ! -e $folder/train.json ]] && ! compgen -G "$folder/eval*.json" >/dev/null || recorded+=("$folder")
+    for path in "$folder"/train.json "$folder"/eval*.json; do
+      [[ ! -e $path ]] || { recorded+=("$folder") && break; }
+    done
   done
   if [[ $dry_run ]]; then
     ((unknown < count)) || total=('?' '?') each=('?' '?')

@@ -400,6 +400,40 @@ def test_force_redoes_a_finished_cell_and_finds_it_finished_again(tmp_path):
     assert len(calls(tmp_path)) == 4
 
 
+def test_a_forced_cell_whose_scoring_dies_has_failed_though_an_earlier_record_stands(tmp_path, files):
+    finish_cell(tmp_path / "runs", 4, files)
+    env = launcher(tmp_path, "case $1 in *inference*) exit 137 ;; esac")  # a training with the same adapter
+    flags = (*files, "--output_dir", "runs", "--force")
+    done = loop("run_lora.sh", *flags, cwd=tmp_path, TASK="classification", **ONE_CELL, **env)
+    assert done.returncode == 1
+    assert "error: 1 of 1 cells failed:" in done.stderr
+    assert "--force (exit 137)" in done.stderr
+
+
+def test_a_scoring_that_dies_is_no_success_where_all_was_finished(tmp_path, files):
+    finish_cell(tmp_path / "runs", 4, files)
+    env = launcher(tmp_path, 'case $1 in *inference*) exit 137 ;; esac\nexec python "$@"')
+    flags = (*files, "--output_dir", "runs")
+    done = loop("run_lora.sh", *flags, cwd=tmp_path, TASK="classification", **ONE_CELL, **env)
+    assert done.returncode == 1
+    assert "(exit 137)" in done.stderr
+
+
+def test_a_setting_that_is_listed_twice_is_scored_once(tmp_path):
+    env = launcher(tmp_path, FINISH) | {"RANKS": "4", "DROPOUTS": "0.1", "TASK": "classification"}
+    done = loop("run_lora.sh", "--output_dir", "runs", cwd=tmp_path, EPOCHS="2 2", **env)
+    assert (done.returncode, done.stderr) == (0, "")
+    scored = [call for call in calls(tmp_path) if call[0] == SCORE]
+    assert [sum("_epochs-2_" in word for word in call) for call in scored] == [1]
+
+
+def test_a_folder_that_a_shell_reads_as_a_pattern_has_its_table(tmp_path):
+    env = launcher(tmp_path, FINISH) | {"MODELS": "a/b", "TASKS": "summarization"}
+    done = loop("baseline_inference.sh", "--output_dir", "[a] runs", cwd=tmp_path, **env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "## Inference" in done.stdout
+
+
 def test_a_folder_that_the_terminal_can_not_spell_is_found(tmp_path):
     env = {**launcher(tmp_path, FINISH), **ONE_CELL, "TASK": "classification", "PYTHONIOENCODING": "ascii"}
     done = loop("run_lora.sh", "--output_dir", "läufe", cwd=tmp_path, **env)
