@@ -66,6 +66,7 @@ class Base:
         torch = sys.modules.get("torch")
         if torch and torch.cuda.is_available():
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
 
 
 def flags_of_each(args: argparse.Namespace) -> list[argparse.Namespace]:
@@ -104,10 +105,11 @@ def score_each(args: argparse.Namespace, method: str | None, process: Process, s
     each, for a loop.
     """
     each = {runs.folder_of(one, getattr(one, "prompt_type", method)): one for one in flags_of_each(args)}
-    base = Base(len(each) > 1)
+    base, of_a_loop = Base(len(each) > 1), os.environ.get("FAILED_RUNS")
     if not base.several:
         return score(args, process, base)
-    refuse_other_bases(list(each))
+    if not of_a_loop:  # whose cells may have been trained by other versions: each has its base
+        refuse_other_bases(list(each))
     failed = []
     for folder, one in each.items():
         before = records_in(folder)
@@ -121,8 +123,8 @@ def score_each(args: argparse.Namespace, method: str | None, process: Process, s
         if records_in(folder) != before:
             process = process.from_here()
         print(flush=True)
-    if failed and os.environ.get("FAILED_RUNS"):
-        write_text(Path(os.environ["FAILED_RUNS"]), "".join(f"{folder}\n" for folder in failed))
+    if failed and of_a_loop:
+        write_text(Path(of_a_loop), "".join(f"{folder}\n" for folder in failed))
     if failed:
         raise UserError(f"{len(failed)} of {len(each)} runs failed: {', '.join(failed)}")
 

@@ -6,8 +6,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import DEMO_DATA, DEMO_MODEL, error_line, run_script
 from preloaded import run_preloaded
+
+from study import several
 
 TASKS = {"classification": "posts", "summarization": "dialogues"}
 MEASURED = {"seconds", "wall_seconds", "earlier_seconds", "examples_per_second", "peak_memory_gib"}
@@ -115,6 +118,29 @@ def test_runs_of_different_bases_tasks_or_prompts_are_refused_before_any_is_scor
     line = error_line(score(task, "--experiment_dir", *runs))
     assert f"--experiment_dir {runs[1]}: its {what} is not that of {runs[0]}" in line
     assert not list(tmp_path.glob("*/eval*.json"))
+
+
+@pytest.mark.parametrize("trained", ["summarization"], indirect=True)
+def test_a_loop_scores_also_runs_whose_bases_other_versions_describe_otherwise(trained, tmp_path):
+    task, folders = trained
+    runs = copies(folders[:2], tmp_path)
+    path = runs[1] / "train.json"
+    content = json.loads(path.read_text())
+    content["quantization"]["a_setting_of_other_versions"] = None
+    path.write_text(json.dumps(content))
+    env = {"FAILED_RUNS": str(tmp_path / "failed")}
+    done = run_script(f"llama2_{task}_inference.py", *SCORED, "--experiment_dir", *runs, env=env)
+    assert done.returncode == 0, done.stderr
+    assert list(map(loaded_by, runs)) == [None, None]
+
+
+def test_a_base_that_is_forgotten_leaves_no_peak_of_memory_to_the_next(monkeypatch):
+    called = []
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda name=name: called.append(name))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    several.Base(True).forget()
+    assert called == ["empty_cache", "reset_peak_memory_stats"]
 
 
 @pytest.mark.parametrize("trained", ["summarization"], indirect=True)
