@@ -414,6 +414,25 @@ def test_the_best_is_chosen_by_validation_where_every_cell_was_scored_there(tmp_
     assert "by these very scores" in ablation(tmp_path).note
 
 
+@pytest.mark.parametrize(
+    "other", [{"config": {"decoding": "constrained"}}, {"sha256": "7" * 64}], ids=["decoding", "examples"]
+)
+def test_scores_on_validation_by_other_decoding_or_on_other_examples_choose_nothing(tmp_path, other):
+    for rank, value, on_validation in ((2, 60, 90), (4, 70, 75)):
+        validate(tuned(tmp_path / str(rank), value, f"--lora_r {rank}"), on_validation, "")
+    path = tmp_path / "2" / "eval-12345678.json"
+    content = record.read(path)
+    content["config"] |= other.get("config", {})
+    content["data"]["validation"] = content["data"]["validation"] | {
+        "sha256": other.get("sha256", content["data"]["validation"]["sha256"])
+    }
+    record.write_json(path, content)
+    found = [table for name, table in tables(tmp_path).items() if name.startswith("LoRA ablation")]
+    [on_test] = [table for table in found if "validation" not in table.title]
+    assert "by these very scores" in on_test.note
+    assert {rank for rank, text in bold(on_test).items() if text.endswith("best")} == {"4"}
+
+
 def test_older_records_have_no_ties(tmp_path):
     for rank, value in ((2, 10), (4, 90), (8, 50)):
         make_old(tuned(tmp_path / str(rank), value, f"--lora_r {rank}") / "eval.json")

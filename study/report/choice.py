@@ -75,8 +75,9 @@ def lora_tables(task: str, group: Sequence[Run]) -> list[Table]:
 
 
 class Best:
-    """The best of some cells, by validation where every cell has been scored there, else by its score; and
-    the cells that can't be told from it: multiple comparisons with the best (Hsu, 1996), by Bonferroni.
+    """The best of some cells, by validation where every cell has been scored there, on the same examples,
+    else by its score; and the cells that can't be told from it: multiple comparisons with the best (Hsu,
+    1996), by Bonferroni.
 
     What a seed changes in a cell is pooled over the cells that have the same seeds. Since some may vary more
     than others, a cell is told from the best only if the two by themselves also are, at 5 %.
@@ -85,7 +86,8 @@ class Best:
     def __init__(self, cells: dict, metric: str):
         self.cells = {at: cell for at, cell in cells.items() if cell.value is not None}
         self.all, self.metric = cells, metric
-        self.validated = all(run.chosen_by for cell in self.cells.values() for run in cell.runs if run.scored)
+        chosen_by = [run.chosen_by for cell in self.cells.values() for run in cell.runs if run.scored]
+        self.validated = all(chosen_by) and len({run.test()["sha256"] for run in chosen_by}) == 1
         self.at = max(self.cells, key=self.rank, default=None)
         self.level = 0.05 / max(len(self.cells) - 1, 1)
         self.pool = self.pool_seeds()
@@ -98,7 +100,7 @@ class Best:
         if not self.validated:
             return self.cells[at].value
         scored = [run for run in self.cells[at].runs if run.scored]
-        return mean(run.chosen_by[self.metric]["value"] for run in scored)
+        return mean(run.chosen_by.scored["metrics"][self.metric]["value"] for run in scored)
 
     def against_best(self, at) -> Difference | None:
         return difference(self.cells[at].runs, self.cells[self.at].runs, self.metric)

@@ -37,7 +37,7 @@ class Run:
     name: str = ""  # of the model
     way: str = ""  # the method and, of classes that a model was not trained to name, how they are decoded
     label: str = ""  # the model, and the method where others trained it too: a column of what was trained
-    chosen_by: dict | None = None  # the metrics of the same training on the validation split
+    chosen_by: "Run | None" = None  # the same training on the validation split
 
     def __post_init__(self):
         self.task, self.config = self.content["task"], self.content["config"]
@@ -159,10 +159,10 @@ def runs_of(folder: Path) -> list[Run]:
         if state == "finished":
             check_examples(content, path)
         found.append(Run(path, content, trained if finished else None, state))
-    validated = [run.scored for run in found if run.scored and run.config["split"] == "validation"]
-    for run in found:
-        if validated and run.config["split"] != "validation":
-            run.chosen_by = max(validated, key=lambda scored: scored["examples"])["metrics"]
+    validated = [run for run in found if run.scored and run.config["split"] == "validation"]
+    for run in (run for run in found if run.config["split"] != "validation"):
+        alike = [other for other in validated if other.cell() == run.cell()]  # e.g. by the same decoding
+        run.chosen_by = max(alike, key=lambda other: other.scored["examples"], default=None)
     if not found and trained:
         path = folder / "train.json"
         state = "not scored" if finished else record.status(path)
