@@ -8,6 +8,7 @@
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 LAUNCH=${LAUNCH:-python} # the command in front of each script, e.g. "accelerate launch"
 cells=()
+evaluations=() # the record of each cell's scoring
 declare -A checked=()
 failed=()
 left=()
@@ -62,7 +63,7 @@ while (($#)); do
 done
 set -- "${flags[@]}"
 
-look_up() { # look_up SCRIPT FLAG...: sets state, folder, seconds, usd, those of its training and those that a loaded base saves
+look_up() { # look_up SCRIPT FLAG...: sets state, folder, evaluation (its record), seconds, usd, those of its training and those that a loaded base saves
   local found about=$1 known=1
   if [[ $dry_run ]]; then # reads the data for the first cell of each script and task; else the scripts do so themselves
     [[ ! "$*" =~ --task_type\ [a-z]+ ]] || about+=" ${BASH_REMATCH[0]}"
@@ -74,6 +75,7 @@ look_up() { # look_up SCRIPT FLAG...: sets state, folder, seconds, usd, those of
     price=$(grep '^price ' <<<"$found" || true)
     [[ ! $price ]] || echo "$price"
   fi
+  evaluation=$(sed -n '$!s/^[^>]* -> //p' <<<"$found" | tail -n 1)
   IFS=$'\t' read -r state folder seconds usd training_seconds training_usd saved_seconds saved_usd <<<"${found##*$'\n'}"
 }
 
@@ -163,7 +165,7 @@ died_before() { # died_before FOLDER: whether score_waiting's process ended befo
 
 score_waiting() { # score_waiting FLAG...: all cells that wait, with the flags that they share
   local i list flags status=0 before=${#failed[@]}
-  local state folder seconds usd training_seconds training_usd saved_seconds saved_usd
+  local state folder evaluation seconds usd training_seconds training_usd saved_seconds saved_usd
   loaded=
   ((${#waiting[@]})) || return 0
   printf '\nscoring %s\n' "${waiting[*]}"
@@ -199,19 +201,19 @@ score_best() { # score_best FLAG...: the cell that is best on the validation spl
     printf '\nthe best is chosen once no cell is left and none has failed\n'
     return
   fi
-  best=$(PYTHONPATH=$root python -m study.report --best "${cells[@]}") || {
+  best=$(PYTHONPATH=$root python -m study.report --best "${evaluations[@]}") || {
     fail "no best cell" study.report --best
     return
   }
   printf '\nbest on the validation split, scored on the test split:\n%s\n' "$best"
-  while read -r folder; do
+  while IFS= read -r folder; do
     waiting+=("$folder") waiting_flags+=("$(printf '%q ' --experiment_dir "$folder" "$@")") waiting_state+=(trained)
   done <<<"$best"
   score_waiting "$@"
 }
 
 train_row() { # train_row "EPOCHS..." SCRIPT SCORER -- FLAG...: in one training all cells that differ in --epochs alone
-  local scripts=("$2" "$3") trainer=$2 state folder seconds usd training_seconds training_usd saved_seconds saved_usd every flags
+  local scripts=("$2" "$3") trainer=$2 state folder evaluation seconds usd training_seconds training_usd saved_seconds saved_usd every flags
   mapfile -t every < <(tr ' ' '\n' <<<"$1" | sort -nu)
   shift 4
   row=
@@ -237,7 +239,7 @@ train_row() { # train_row "EPOCHS..." SCRIPT SCORER -- FLAG...: in one training 
 }
 
 cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last script is the one that scores
-  local scripts=() state folder seconds usd training_seconds training_usd saved_seconds saved_usd status
+  local scripts=() state folder evaluation seconds usd training_seconds training_usd saved_seconds saved_usd status
   while [[ $1 != -- ]]; do
     scripts+=("$1")
     shift
@@ -251,7 +253,7 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
     fail "exit $status" "${scripts[-1]}" "$@"
     return 0
   }
-  cells+=("$folder")
+  cells+=("$folder") evaluations+=("$evaluation")
   if [[ $dry_run ]]; then
     printf '%s  %s' "$state" "$folder"
     [[ $state == finished ]] || printf '  %s' "$(say_estimate "$seconds" "$usd")"

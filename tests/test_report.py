@@ -1779,3 +1779,15 @@ def test_without_scores_on_validation_no_cell_is_named(tmp_path):
     done = report("--best", tmp_path)
     assert done.returncode == 1
     assert "--best: 0 groups of runs are scored on a validation split" in done.stderr
+
+
+def test_the_best_is_that_of_the_evaluations_that_are_named(tmp_path):
+    """Of free decoding, with those of constrained decoding beside them."""
+    for rank, free, constrained in ((2, 60, 80), (4, 70, 75)):
+        folder = validated(tmp_path / str(rank), free, f"--lora_r {rank}")
+        content = record.read(folder / "eval.json") | {"eval": evaluation(constrained)}
+        content["config"] |= {"decoding": "constrained"}
+        record.write_json(folder / "eval-12345678.json", content)
+    for name, rank in (("eval.json", "4"), ("eval-12345678.json", "2")):
+        best = report("--best", *(tmp_path / folder / name for folder in "24"))
+        assert (best.stdout, best.stderr) == (f"{tmp_path / rank}\n", "")

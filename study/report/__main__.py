@@ -24,6 +24,7 @@ from study.cli import Parser, run_script, underscored
 from study.errors import UserError
 from study.files import write_text
 from study.records import cost, record, runs
+from study.records.schema import part_of
 from study.report.cells import Table
 from study.report.classes import MOST
 from study.report.collect import Run, comparable, find_runs, say_left_out
@@ -135,7 +136,8 @@ def build_parser() -> Parser:
     add(
         "--best",
         action="store_true",
-        help="print the folders of the LoRA cell that is best on the validation split, and nothing else",
+        help="print the folders of the LoRA cell that is best on the validation split, and nothing else; "
+        "FOLDER may be a record of an evaluation, where others stand beside it",
     )
     add(
         "--rescore",
@@ -164,12 +166,14 @@ def main() -> None:
         return end(problems)
     prices = cost.read_prices(args.prices) if args.prices else []
     folders = args.folders or ([] if args.published else [Path("experiments")])
-    found, problems = find_runs(folders)
+    records = {path for path in folders if args.best and part_of(path)}
+    found, problems = find_runs(path.parent if path in records else path for path in folders)
     for several in several_prices(found, prices):
         print(f"--prices {args.prices}: {several}, so its price is unknown: leave one entry", file=sys.stderr)
     groups = comparable(found)
     if args.best:
-        print(*folders_of_the_best(groups), sep="\n")
+        named = [run for run in found if run.path in records or not records]
+        print(*folders_of_the_best(comparable(named)), sep="\n")
         return end(problems)
     spent, most = spent_in_all(folders, prices), None if args.classes else MOST
     spent = f"{spent} {say_left_out(found, groups)}".strip()
