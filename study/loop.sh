@@ -181,6 +181,11 @@ score_waiting() { # score_waiting FLAG...: all cells that wait, with the flags t
     FAILED_RUNS=$list $LAUNCH "$scorer" --experiment_dir "${waiting[@]}" "$@" || status=$?
   fi
   ((status != 130)) || exit 130
+  if ((status > 2 && ${#waiting[@]} > 1)) && [[ ! -s $list ]]; then # it died, of one that must not take the others with it
+    score_one_by_one "$list" "$@"
+    rm -f "$list" "$list.runs"
+    return
+  fi
   for i in "${!waiting[@]}"; do
     eval "flags=(${waiting_flags[i]})"
     if grep -qxF -- "${waiting[i]}" "$list" || died_before "${waiting[i]}"; then
@@ -194,9 +199,23 @@ score_waiting() { # score_waiting FLAG...: all cells that wait, with the flags t
   waiting=() waiting_flags=() waiting_state=() owed=0
 }
 
+score_one_by_one() { # score_one_by_one FILE FLAG...: those of the cells that wait that have no record newer than FILE
+  local i all=("${waiting[@]}") all_flags=("${waiting_flags[@]}") all_states=("${waiting_state[@]}")
+  for i in "${!all[@]}"; do
+    waiting=() waiting_flags=() waiting_state=() owed=0
+    [[ ! $(find "${all[i]}" -maxdepth 1 -name 'eval*.json' -newer "$1" 2>/dev/null) ]] || continue
+    waiting=("${all[i]}") waiting_flags=("${all_flags[i]}") waiting_state=("${all_states[i]}")
+    score_waiting "${@:2}"
+  done
+  waiting=() waiting_flags=() waiting_state=() owed=0
+}
+
 score_best() { # score_best FLAG...: the cell that is best on the validation split, on the test split
-  local folder best
-  [[ ! $dry_run ]] || return 0
+  local folder best found state evaluation seconds usd training_seconds training_usd saved_seconds saved_usd
+  if [[ $dry_run ]]; then
+    printf '\nand the best on the validation split will be scored on the test split, which is not in the sum\n'
+    return
+  fi
   if ((${#left[@]} + ${#failed[@]})); then
     printf '\nthe best is chosen once no cell is left and none has failed\n'
     return
@@ -206,8 +225,14 @@ score_best() { # score_best FLAG...: the cell that is best on the validation spl
     return
   }
   printf '\nbest on the validation split, scored on the test split:\n%s\n' "$best"
-  while IFS= read -r folder; do
-    waiting+=("$folder") waiting_flags+=("$(printf '%q ' --experiment_dir "$folder" "$@")") waiting_state+=(trained)
+  while IFS= read -r found; do
+    look_up "$scorer" --experiment_dir "$found" "$@" || state=unknown
+    if [[ "${budget[*]}" != "inf inf" && $state != finished ]] && { [[ ${seconds:-?} == '?' ]] || exceeds_budget; }; then
+      left+=("$found, on the test split")
+      continue
+    fi
+    waiting+=("$found") waiting_flags+=("$(printf '%q ' --experiment_dir "$found" "$@")") waiting_state+=("$state")
+    [[ ${seconds:-?} == '?' ]] || owed=$(awk -v a="$owed" -v s="$seconds" 'BEGIN { print a + s }')
   done <<<"$best"
   score_waiting "$@"
 }

@@ -919,6 +919,34 @@ def test_cells_are_scored_on_validation_and_the_best_of_them_on_test(tmp_path, f
     assert ("no validation split" in done.stdout) == (flags == [])
 
 
+def test_the_best_is_scored_on_test_within_the_budget_only(tmp_path, files):
+    env = {"RANKS": "8 4", "EPOCHS": "2", "DROPOUTS": "0.1", "TASK": "classification", "BETTER": "rank-8"}
+    env |= launcher(tmp_path, FINISH)
+    flags = (*files, "--output_dir", "runs", "--validation_fraction", "0.5")
+    dry = loop("run_lora.sh", *flags, "--dry_run", cwd=tmp_path, **env)
+    assert "the best on the validation split will be scored on the test split" in dry.stdout
+    loop("run_lora.sh", *flags, cwd=tmp_path, **env)
+    [best] = (tmp_path / "runs").glob("*_rank-8_*")
+    (best / "eval.json").unlink()
+    done = loop("run_lora.sh", *flags, "--budget_hours", "0.0001", cwd=tmp_path, **env)
+    assert "the budget ends here: 1 of 2 cells are left:" in done.stdout
+    assert done.stdout.rstrip().endswith(f"runs/{best.name}, on the test split")
+    assert not (best / "eval.json").exists()
+
+
+def test_a_cell_that_its_scorer_dies_of_does_not_keep_the_others_from_their_scores(tmp_path):
+    body = f"case $* in *inference*Fraction-0.5_*) kill -9 $$ ;; esac\n{FINISH}"
+    env = {"FRACTIONS": "0.25 0.5 1.0"} | launcher(tmp_path, body)
+    done = loop("sample_ablate.sh", "--output_dir", "runs", cwd=tmp_path, **env)
+    assert done.returncode == 1
+    assert "error: 1 of 3 cells failed:" in done.stderr
+    assert "--train_sample_fraction 0.5" in done.stderr.splitlines()[-1]
+    found = {path.parent.name: record.status(path) for path in tmp_path.glob("runs/*/eval.json")}
+    for fraction in ("0.25", "1.0"):
+        [status] = [found[name] for name in found if f"Fraction-{fraction}_" in name]
+        assert status == "finished"
+
+
 def test_where_a_cell_has_failed_none_is_chosen(tmp_path, files):
     body = f"case $* in *rank-4*) exit 7 ;; esac\n{FINISH}"
     env = launcher(tmp_path, body) | {"RANKS": "4 8", "EPOCHS": "2", "DROPOUTS": "0.1"}
