@@ -148,6 +148,7 @@ def test_bad_rows_are_named_by_their_lines_and_kept_with_null(run, tmp_path):
     assert all(json.loads(written[i])["prediction"] for i in (0, -1))
 
 
+@pytest.mark.parametrize("run", ["classification"], indirect=True)
 def test_a_killed_prediction_goes_on_and_ends_with_the_same_bytes(run, tmp_path):
     task, folder = run
     file = write_rows(tmp_path / "new.jsonl", rows_of(task, 12))
@@ -179,6 +180,7 @@ def test_a_killed_prediction_goes_on_and_ends_with_the_same_bytes(run, tmp_path)
     assert output_of(folder).read_bytes() == before
 
 
+@pytest.mark.parametrize("run", ["classification"], indirect=True)
 def test_what_exists_from_anything_else_is_refused(run, tmp_path):
     task, folder = run
     file = write_rows(tmp_path / "new.jsonl", rows_of(task, 2))
@@ -211,6 +213,7 @@ def test_a_failure_is_recorded_and_leaves_no_predictions(run, tmp_path):
     assert output_of(folder)
 
 
+@pytest.mark.parametrize("run", ["classification"], indirect=True)
 def test_tables_and_trainings_see_nothing_of_predictions(run, tmp_path):
     task, folder = run
 
