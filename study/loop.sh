@@ -200,11 +200,11 @@ score_waiting() { # score_waiting FLAG...: all cells that wait, with the flags t
 }
 
 score_one_by_one() { # score_one_by_one FILE FLAG...: those of the cells that wait that have no record newer than FILE
-  local i all=("${waiting[@]}") all_flags=("${waiting_flags[@]}") all_states=("${waiting_state[@]}")
-  for i in "${!all[@]}"; do
+  local i cells_left=("${waiting[@]}") all_flags=("${waiting_flags[@]}") all_states=("${waiting_state[@]}")
+  for i in "${!cells_left[@]}"; do
     waiting=() waiting_flags=() waiting_state=() owed=0
-    [[ ! $(find "${all[i]}" -maxdepth 1 -name 'eval*.json' -newer "$1" 2>/dev/null) ]] || continue
-    waiting=("${all[i]}") waiting_flags=("${all_flags[i]}") waiting_state=("${all_states[i]}")
+    [[ ! $(find "${cells_left[i]}" -maxdepth 1 -name 'eval*.json' -newer "$1" 2>/dev/null) ]] || continue
+    waiting=("${cells_left[i]}") waiting_flags=("${all_flags[i]}") waiting_state=("${all_states[i]}")
     score_waiting "${@:2}"
   done
   waiting=() waiting_flags=() waiting_state=() owed=0
