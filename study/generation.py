@@ -117,10 +117,9 @@ def generate(
 
     With `allowed` (token ids of the possible answers, EOS included) only these can come out, each with its
     confidence: the product, over the places where several tokens are allowed, of the chosen one's share of
-    their softmax. `merging` is
-    --merge; a merged `model` is used up. What exceeds the GPU's memory is tried again with half of it, until
-    next to nothing is left: then its error is raised. Raises UserError if `allowed` does not fit
-    `max_new_tokens`.
+    their softmax. `merging` is --merge; a merged `model` is used up. What exceeds the GPU's memory is tried
+    again with half of it, until next to nothing is left: then its error is raised. Raises UserError if
+    `allowed` does not fit `max_new_tokens`.
     """
     longest = max(map(len, allowed or [[]])) - 1  # without EOS
     if longest > max_new_tokens:

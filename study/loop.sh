@@ -160,8 +160,10 @@ within_budget() { # within_budget FLAG...: 0 where the run that look_up has foun
 
 died_before() { # died_before FOLDER: whether score_waiting's process ended before it could score what --force redoes there
   ((status)) && [[ ! -s $list && " ${flags[*]} " == *" --force "* ]] || return 1
-  [[ ! $(find "$1" -maxdepth 1 -name 'eval*.json' -newer "$list") ]]
+  ! scored_since "$list" "$1"
 }
+
+scored_since() { [[ $(find "$2" -maxdepth 1 -name 'eval*.json' -newer "$1" 2>/dev/null) ]]; } # scored_since FILE FOLDER
 
 score_waiting() { # score_waiting FLAG...: all cells that wait, with the flags that they share
   local i list flags status=0 before=${#failed[@]}
@@ -203,7 +205,7 @@ score_one_by_one() { # score_one_by_one FILE FLAG...: those of the cells that wa
   local i cells_left=("${waiting[@]}") all_flags=("${waiting_flags[@]}") all_states=("${waiting_state[@]}")
   for i in "${!cells_left[@]}"; do
     waiting=() waiting_flags=() waiting_state=() owed=0
-    [[ ! $(find "${cells_left[i]}" -maxdepth 1 -name 'eval*.json' -newer "$1" 2>/dev/null) ]] || continue
+    ! scored_since "$1" "${cells_left[i]}" || continue
     waiting=("${cells_left[i]}") waiting_flags=("${all_flags[i]}") waiting_state=("${all_states[i]}")
     score_waiting "${@:2}"
   done
