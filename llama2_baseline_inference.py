@@ -71,7 +71,7 @@ def score(args: argparse.Namespace, process: device.Process, bases: several.Base
                 tokenizer, labels, args.max_new_tokens, encoding.chat_cue(tokenizer, args)
             )
             allowed = classes if args.decoding == "constrained" else None
-            base = bases.load(folder, args.pretrained_ckpt, quantization.to_dict())
+            base = bases.load(folder, args.pretrained_ckpt, content["checkpoint"], quantization.to_dict())
             content.update(model.as_loaded(base, tokenizer))
             context = model.context_length(base, tokenizer)
             texts = [text for text, _ in test.examples]

@@ -65,7 +65,7 @@ def score(args: argparse.Namespace, process: device.Process, bases: several.Base
             labels = trained["labels"]
             classes = encoding.label_answers(tokenizer, labels, args.max_new_tokens)
             allowed = classes if args.decoding == "constrained" else None
-            base = bases.load(folder, args.pretrained_ckpt, trained["quantization"])
+            base = bases.load(folder, args.pretrained_ckpt, here, trained["quantization"])
             model.check_length(base, tokenizer, args)
             content.update(model.as_loaded(base, tokenizer))
             tuned = bases.with_adapter(folder, trained)

@@ -59,7 +59,7 @@ def score(args: argparse.Namespace, process: device.Process, bases: several.Base
             texts = [text for text, _ in test.examples]
             prompts, shortened = encoding.encode_prompts(tokenizer, TASK, texts, args)
             content["data"] = {args.split: described[args.split] | {"truncated": shortened}}
-            base = bases.load(folder, args.pretrained_ckpt, trained["quantization"])
+            base = bases.load(folder, args.pretrained_ckpt, here, trained["quantization"])
             model.check_length(base, tokenizer, args)
             content.update(model.as_loaded(base, tokenizer))
             tuned = bases.with_adapter(folder, trained)

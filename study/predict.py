@@ -229,7 +229,7 @@ def answer(content: dict, texts: list[str], path: Path, trained: dict, args, pro
     if args.task == "classification":
         classes = encoding.label_answers(tokenizer, trained["labels"], args.max_new_tokens)
         allowed = classes if args.decoding == "constrained" else None
-    base = bases.load(folder, args.pretrained_ckpt, trained["quantization"])
+    base = bases.load(folder, args.pretrained_ckpt, here, trained["quantization"])
     model.check_length(base, tokenizer, args)
     content.update({"checkpoint": here} | model.as_loaded(base, tokenizer))
     tuned = bases.with_adapter(folder, trained)

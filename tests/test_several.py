@@ -183,3 +183,16 @@ def test_baselines_of_one_process_are_as_if_each_were_alone(tmp_path):
 def test_a_variable_named_runs_that_somebody_has_set_names_no_runs(tmp_path):
     done = run_script(BASELINE, *flags_of("classification")[:4], "--dry_run", env={"RUNS": "3"})
     assert done.returncode == 0, done.stderr
+
+
+def test_a_checkpoint_that_was_exchanged_meanwhile_is_loaded_anew(monkeypatch):
+    from study import model, several
+
+    loaded = []
+    monkeypatch.setattr(model, "load_base", lambda *_: loaded.append(object()) or loaded[-1])
+    monkeypatch.setattr(model, "remember", lambda base: None)
+    monkeypatch.setattr(model, "take_off", lambda base: base)
+    base = several.Base(several=True)
+    for sha256 in ("a", "a", "b"):
+        base.load(Path("run"), "same/name", {"sha256": sha256}, {"load_in_4bit": True})
+    assert len(loaded) == 2
