@@ -173,7 +173,7 @@ def write(base, tokenizer, prompts: Sequence[list[int]], partial: Path, folder: 
 
     merged = not args.adapter_on_dequantized
     if merged:
-        dense.refuse_unmergeable(base)
+        dense.refuse_unmergeable(base, str(run))
     needed, free = dense.bytes_of(base), shutil.disk_usage(partial).free
     if needed > free:
         raise UserError(

@@ -54,17 +54,17 @@ def logits(base, prompts: Sequence[list[int]]) -> list[torch.Tensor]:
 # Writing
 
 
-def refuse_unmergeable(base) -> None:
-    """Raise UserError for an adapter on what is not a linear layer of its own, into which alone it can be
-    merged."""
+def refuse_unmergeable(base, where: str) -> None:
+    """Raise UserError for an adapter on what is no linear layer with a weight of its own, into which alone it
+    can be merged."""
     table = getattr(base.get_input_embeddings(), "base_layer", base.get_input_embeddings()).weight
     for name, module in base.named_modules():
-        if not (getattr(module, "lora_A", None) or getattr(module, "lora_embedding_A", None)):
+        if not any(getattr(module, each, None) for each in ("lora_A", "lora_embedding_A")):
             continue
         if not isinstance(module.base_layer, torch.nn.Linear) or module.base_layer.weight is table:
             raise UserError(
-                f"its adapter on {name} can't be merged, which is no linear layer of its own: export it with "
-                "--adapter_on_dequantized"
+                f"{where}: its adapter on {name} can't be merged (no linear layer with a weight of its own): "
+                "export it with --adapter_on_dequantized"
             )
 
 

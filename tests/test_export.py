@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaC
 from transformers.pytorch_utils import Conv1D
 
 from prompts import build_prompt
-from study import model
+from study import dense, model
+from study.errors import UserError
 
 POSTS = DEMO_DATA / "posts_test.jsonl"
 TRAIN = ("--train_file", DEMO_DATA / "posts_train.jsonl", "--test_file", POSTS)
@@ -185,12 +186,17 @@ def test_the_adapter_on_the_dequantized_base_is_the_runs_model(tuned, tmp_path):
     PeftModel.from_pretrained(base, folder / "adapter")
 
 
-def test_an_adapter_that_has_no_weight_of_its_own_to_be_merged_into_is_refused(tmp_path):
-    save(tmp_path / "tied", tiny_llama(tie_word_embeddings=True))
-    run = run_of(tmp_path / "tied", tmp_path / "run", ["q_proj", "lm_head"])
-    line = error_line(export(run, tmp_path / "model"))
-    assert "its adapter on lm_head can't be merged" in line
-    assert left_in(tmp_path) == ["run", "tied"]
+def test_an_adapter_that_has_no_weight_of_its_own_to_be_merged_into_is_refused():
+    for targets, tied, place in (("lm_head", True, "lm_head"), ("embed_tokens", False, "model.embed_tokens")):
+        base = AutoModelForCausalLM.from_config(tiny_llama(tie_word_embeddings=tied))
+        tuned = get_peft_model(base, LoraConfig(target_modules=["q_proj", targets])).get_base_model()
+        with pytest.raises(
+            UserError, match=f"RUN: its adapter on {place} can.t be merged .*--adapter_on"
+        ):
+            dense.refuse_unmergeable(tuned, "RUN")
+    base = AutoModelForCausalLM.from_config(tiny_llama(tie_word_embeddings=False))
+    tuned = get_peft_model(base, LoraConfig(target_modules=["q_proj", "lm_head"])).get_base_model()
+    dense.refuse_unmergeable(tuned, "RUN")
 
 
 # What it leaves
