@@ -18,6 +18,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from prompts import build_prompt
@@ -125,9 +127,10 @@ def appearing(folder: Path, process: device.Process) -> Iterator[Path]:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
                 shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
         raise UserError(
-            f"--output_dir {folder} can't be written: {error.strerror or error}; make room or name another"
+            f"--output_dir {folder} can't be written: {reason}; make room or name another"
         ) from None
 
 
