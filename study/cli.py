@@ -543,8 +543,9 @@ def probability(word: str) -> float:
 
 
 def script_name(path: Path) -> str:
-    """As a record names it: its file, in the folder competitors with that."""
-    return path.name if path.resolve().parent.name != "competitors" else f"competitors/{path.name}"
+    """As a record names it: its file, in the folders competitors and serving with that."""
+    folder = path.resolve().parent.name
+    return f"{folder}/{path.name}" if folder in {"competitors", "serving"} else path.name
 
 
 def flush_stdout() -> None:

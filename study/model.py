@@ -308,25 +308,40 @@ def should_merge(model, wanted: str) -> bool:
 
 
 def merge(model):
-    """The base model with dense weights in place of those in 4 bits, which it uses up: dequantized, the
-    adapters added in float32, rounded once to the dtype they compute in.
-
-    Raises ValueError where bitsandbytes has repacked the weights: on the CPU, in eval mode, at first use.
-    """
+    """The base model with dense weights in place of those in 4 bits, which it uses up: those of
+    `merged_weight`."""
     base = base_of(model)
     for name, module in four_bit_layers(base).items():
-        layer = getattr(module, "base_layer", module)
-        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
-            raise ValueError("merge before the model computes anything: its weights are repacked")
-        weight = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(layer.compute_dtype)
-        for adapter in getattr(module, "active_adapters", []):
-            a, b = (part[adapter].weight.float() for part in (module.lora_A, module.lora_B))
-            weight = torch.addmm(weight.float(), b, a, alpha=module.scaling[adapter]).to(weight.dtype)
+        layer, weight = getattr(module, "base_layer", module), merged_weight(module)
         dense = torch.nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
         dense.weight, dense.bias = torch.nn.Parameter(weight, requires_grad=False), layer.bias
         put(base, name, dense)
         layer.weight.data = layer.weight.data.new_empty(0)
     return base.eval()
+
+
+def merged_weight(module) -> torch.Tensor:
+    """The dense weight [out, in] of a layer in 4 bits: dequantized, its adapters, if any, added in float32,
+    rounded once to the dtype that it computes in.
+
+    Raises ValueError where bitsandbytes has repacked the weight: on the CPU, in eval mode, at first use.
+    """
+    layer = getattr(module, "base_layer", module)
+    weight = dequantized(layer)
+    for adapter in getattr(module, "active_adapters", []):
+        a, b = (part[adapter].weight.float() for part in (module.lora_A, module.lora_B))
+        weight = torch.addmm(weight.float(), b, a, alpha=module.scaling[adapter]).to(weight.dtype)
+    return weight
+
+
+def dequantized(layer) -> torch.Tensor:
+    """The weight [out, in] of a layer without its adapter; one in 4 bits in the dtype that it computes in."""
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return layer.weight.data
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError("merge before the model computes anything: its weights are repacked")
+    return dequantize_4bit(layer.weight.data, state).to(layer.compute_dtype)
 
 
 def put(model, name: str, module) -> None:

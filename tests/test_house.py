@@ -19,7 +19,7 @@ FLOORS = (
     "study.report",
     "study.checks study.model study.packing",
     "study.fast",
-    "study.paths study.resuming",
+    "study.dense study.paths study.resuming",
     "study.training study.generation study.also study.several study.predict",
     "study.loop",
     "study.encoder study.t5",
