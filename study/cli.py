@@ -407,9 +407,7 @@ def parse_args(
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     args.given = sorted(vars(parser.parse_args(words)))
-    if isinstance(args.text_column, list):
-        columns = [*dict.fromkeys(args.text_column)]
-        args.text_column = columns if len(columns) > 1 else columns[0]  # one names the run as it always did
+    args.text_column = one_or_several(args.text_column)
     args.task = task or args.task_type
     args.kind = kind or ("causal" if task else "prompt")
     for name, value in open_defaults(args).items():
@@ -435,6 +433,12 @@ def parse_args(
     if args.show_repeated and not (args.dry_run and args.task == "classification"):
         parser.error("--show_repeated goes with --dry_run, and with classification")
     return args
+
+
+def one_or_several(columns: str | list[str]) -> str | list[str]:
+    """--text_column with each name once; a single one, which names the run as it always did, as a word."""
+    several = [*dict.fromkeys([columns] if isinstance(columns, str) else columns)]
+    return several if len(several) > 1 else several[0]
 
 
 def check_fractions(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -543,8 +547,9 @@ def probability(word: str) -> float:
 
 
 def script_name(path: Path) -> str:
-    """As a record names it: its file, in the folder competitors with that."""
-    return path.name if path.resolve().parent.name != "competitors" else f"competitors/{path.name}"
+    """As a record names it: its file, in a folder of scripts with that."""
+    folder = path.resolve().parent.name
+    return f"{folder}/{path.name}" if folder in {"competitors", "serving"} else path.name
 
 
 def flush_stdout() -> None:
