@@ -5,7 +5,8 @@ import asyncio
 import errno
 import json
 import resource
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 
 import aiohttp
@@ -63,17 +64,21 @@ class Server:
 def read_answer(api: str, content: dict) -> dict:
     """Answer and tokens, of one that came in one go."""
     if api == "openai":
-        usage = content.get("usage") or {}
-        counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
-        answer = content["choices"][0]["text"]
+        answer, counts = content["choices"][0]["text"], counts_of(content)
     else:
-        details = content.get("details") or {}
+        answer, details = content["generated_text"], content.get("details") or {}
         prefill = details.get("prefill") or []
-        counts = len(prefill) or None, details.get("generated_tokens")
-        answer = content["generated_text"]
+        counts = {"input_tokens": len(prefill) or None, "output_tokens": details.get("generated_tokens")}
     if not isinstance(answer, str):
         raise ValueError("the answer is no text")
-    return {"answer": answer, "input_tokens": counts[0], "output_tokens": counts[1]}
+    return {"answer": answer, **counts}
+
+
+def counts_of(content: dict) -> dict:
+    """The tokens that an OpenAI-compatible server counts, where it does."""
+    usage = content.get("usage") or {}
+    names = {"input_tokens": "prompt_tokens", "output_tokens": "completion_tokens"}
+    return {ours: usage[theirs] for ours, theirs in names.items() if usage.get(theirs) is not None}
 
 
 def read_event(api: str, content: dict) -> tuple[str, bool, dict]:
@@ -81,9 +86,7 @@ def read_event(api: str, content: dict) -> tuple[str, bool, dict]:
     counts."""
     if api == "openai":
         choice = (content.get("choices") or [{}])[0]
-        usage = content.get("usage") or {}
-        told = {"input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"]}
-        return choice.get("text") or "", bool(choice.get("finish_reason")), told if usage else {}
+        return choice.get("text") or "", bool(choice.get("finish_reason")), counts_of(content)
     token, details = content["token"], content.get("details") or {}
     text = "" if token.get("special") else token["text"]
     tokens = {"output_tokens": details["generated_tokens"]} if details else {}
@@ -93,7 +96,7 @@ def read_event(api: str, content: dict) -> tuple[str, bool, dict]:
 async def read_stream(api: str, response: aiohttp.ClientResponse, now: Callable[[], float]) -> dict:
     """Answer, tokens and time of the first, of server-sent events. A server that counts no tokens is taken to
     send one an event. Raises ValueError for an error among them, and for an answer that does not end."""
-    told, texts, ended = UNTOLD | {"output_tokens": None}, [], False
+    told, texts, ended = dict(UNTOLD), [], False
     async for line in response.content:
         if not line.startswith(b"data:"):
             continue
@@ -163,6 +166,20 @@ async def send_all(
             await asyncio.sleep(at - now())
             tasks.append(asyncio.create_task(send(prompt, at)))
         return await asyncio.gather(*tasks)
+
+
+def run(work: Coroutine):
+    """What `work` comes to, as asyncio.run says it. SIGTERM ends that as Ctrl-C does: not in the midst of a
+    task, but by cancelling them all."""
+
+    async def stopped_alike():
+        before = signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # which asyncio.run has set
+        try:
+            return await work
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    return asyncio.run(stopped_alike())
 
 
 def more_files() -> None:

@@ -108,8 +108,12 @@ def parse(description: str, argv: Sequence[str] | None = None) -> argparse.Names
 
 
 def url(word: str) -> str:
-    parts = urlsplit(word)
-    if parts.scheme not in {"http", "https"} or not parts.hostname or parts.query:
+    try:
+        parts = urlsplit(word)
+        fits = parts.scheme in {"http", "https"} and parts.hostname and not parts.query and parts.port != 0
+    except ValueError:  # of a port or an address that is no number
+        fits = False
+    if not fits:
         raise argparse.ArgumentTypeError(f"{word} is not like http://127.0.0.1:8000")
     return word.rstrip("/").removesuffix("/v1")
 

@@ -13,7 +13,6 @@ record, and requests-HASH.jsonl, one line for each request, in --output_dir.
 """
 
 import argparse
-import asyncio
 import contextlib
 import json
 import sys
@@ -55,7 +54,7 @@ def main(process: device.Process) -> None:
         server = client.Server(
             args.url, args.api, args.model, args.max_new_tokens, args.stream, args.timeout_seconds, key
         )
-        server = asyncio.run(reach(server, prompts[0].text))
+        server = client.run(reach(server, prompts[0].text))
         with recording(path, args, process, before) as content:
             content["model"] = server.model or args.url
             content["data"] = {name: source.describe()}
@@ -150,7 +149,7 @@ def one_run(server, prompts, labels, rate: float, args: argparse.Namespace) -> t
     from tqdm import tqdm
 
     with tqdm(total=len(due), desc=f"{rate:g}/s", leave=False, disable=not sys.stderr.isatty()) as bar:
-        rows = asyncio.run(client.send_all(server, [prompt.text for prompt in drawn], due, bar.update))
+        rows = client.run(client.send_all(server, [prompt.text for prompt in drawn], due, bar.update))
     rows = [
         {"rate": rate, "row": prompt.number, **row, "reference": prompt.reference}
         for prompt, row in zip(drawn, rows, strict=True)

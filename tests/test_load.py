@@ -3,12 +3,13 @@ service time and capacity."""
 
 import asyncio
 import json
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from conftest import DEMO_DATA, DEMO_MODEL, PROCESS, error_line, run_script, write_rows
+from conftest import DEMO_DATA, DEMO_MODEL, PROCESS, ROOT, error_line, run_script, write_rows
 from loaded_server import WORDS, LoadedServer
 
 from serving import client, load_flags, load_prompts, load_test, measuring
@@ -181,7 +182,7 @@ def test_costs_are_at_the_served_rate_and_unknown_where_price_or_tokens_are():
 
 def test_the_sustained_rate_is_the_servers_capacity_and_latency_shows_its_queue(tmp_path):
     with LoadedServer(workers=4, service=0.05) as server:  # 80 requests a second
-        rates = ("--rates", "40,160", "--seconds", 1.5, "--bisections", 3, "--price_per_hour", 3.6)
+        rates = ("--rates", "50,100", "--seconds", 1.5, "--bisections", 1, "--price_per_hour", 3.6)
         done = run_script(SCRIPT, *flags_for(server, tmp_path, *rates, "--repeat_prompts"))
     assert (done.returncode, done.stderr) == (0, "")
     [path] = (tmp_path / "out").glob("serve-*.json")
@@ -191,22 +192,17 @@ def test_the_sustained_rate_is_the_servers_capacity_and_latency_shows_its_queue(
     assert part["sustained"] == pytest.approx(80, rel=0.15)
     assert f"sustained  {part['sustained']:g} requests/s" in done.stdout
     low, over = part["rates"][:2]
-    assert (low["rate"], low["status"], over["rate"], over["status"]) == (
-        40,
-        "sustained",
-        160,
-        "not sustained",
-    )
+    assert (low["status"], over["status"]) == ("sustained", "not sustained")
     assert over["served"] == pytest.approx(80, rel=0.1)
-    assert over["offered"] == 160
-    # 240 requests take 3 s and the last is due at 1.5 s: it waits 1.5 s, though it is served in 0.05
-    assert 0.05 <= low["latency"]["p50"] < 0.5
-    assert over["latency"]["p90"] == pytest.approx(1.4, abs=0.25)
-    rows = [row for row in rows_of(tmp_path) if row["rate"] == 160]
-    assert len(rows) == over["requests"] == 240
+    assert over["offered"] == 100
+    # Request i is due at i / 100 and done at i / 80 + 0.05: it waits, though each is served in 0.05 s
+    assert 0.05 <= low["latency"]["p50"] < 0.2
+    assert over["latency"]["p90"] == pytest.approx(0.9 * 150 * (1 / 80 - 1 / 100) + 0.05, abs=0.15)
+    rows = [row for row in rows_of(tmp_path) if row["rate"] == 100]
+    assert len(rows) == over["requests"] == 150
     right = sum(row["answer"].strip() == row["reference"] for row in rows)
-    assert over["metrics"]["accuracy"]["value"] == pytest.approx(100 * right / 240)
-    assert 60 < 100 * right / 240 < 90  # 75 of 100 prompts
+    assert over["metrics"]["accuracy"]["value"] == pytest.approx(100 * right / 150)
+    assert 60 < 100 * right / 150 < 90  # 75 of 100 prompts
 
 
 def test_a_server_that_drops_one_of_twenty_is_not_sustained(tmp_path, load, capsys):
@@ -278,6 +274,25 @@ def test_a_sweep_goes_on_with_the_rates_that_are_recorded(tmp_path, load, capsys
         load([*words, "--force"])
         assert len(server.asked) == 22 + 13
     assert load(words)["status"] == "finished"  # without a server
+
+
+def test_a_sweep_that_is_stopped_says_so_and_goes_on(tmp_path):
+    with LoadedServer() as server:
+        words = flags_for(server, tmp_path, "--rates", "8,10", "--seconds", 0.5, "--api", "tgi")
+        command = [sys.executable, str(ROOT / SCRIPT), *words]
+        server.status = lambda number: 200 if number <= 5 else started.terminate() or 200
+        started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        said = started.communicate()[1]
+        assert (started.returncode, said) == (130, "interrupted: start it again and it goes on\n")
+        [path] = (tmp_path / "out").glob("serve-*.json")
+        content = record.read_whole(path)
+        assert (content["status"], len(content["serve"]["rates"])) == ("interrupted", 1)
+        server.status = lambda number: 200
+        done = run_script(SCRIPT, *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    content = record.read_whole(path)
+    assert (content["status"], len(content["serve"]["rates"])) == ("finished", 2)
+    assert [spent["status"] for spent in content["spent_before"]] == ["interrupted"]
 
 
 def test_a_finished_sweep_of_other_prompts_is_refused(tmp_path, load):
