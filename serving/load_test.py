@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from prompts import prompt_sha256
 from serving import client, load_flags, load_prompts, load_shown, measuring
 from study import cli, device, encoding
 from study.errors import UserError
@@ -58,6 +59,8 @@ def main(process: device.Process) -> None:
         with recording(path, args, process, before) as content:
             content["model"] = server.model or args.url
             content["data"] = {name: source.describe()}
+            if not args.prompts_file:
+                content["prompt_sha256"] = prompt_sha256(args.task, "instruction")
             texts = [prompt.text for prompt in prompts]
             content["serve"] |= {"prompts": len(texts), "prompts_sha256": encoding.sha256_of(texts)}
             say_sweep(args, server, prompts, content["serve"]["rates"])
@@ -162,7 +165,8 @@ def one_run(server, prompts, labels, rate: float, args: argparse.Namespace) -> t
 
 
 def scores(rows: Sequence[dict], labels: Sequence[str], task: str) -> dict:
-    """`scored` and `metrics` of the answers that came and have a reference; a failure is no wrong answer."""
+    """`scored` and `metrics` of the answers that came and have a reference; a failure is no wrong answer.
+    Intervals hold for answers to different prompts alone."""
     from study import metrics  # here, so that bad input answers at once
 
     rows = [row for row in rows if row["status"] == "ok" and row["reference"] is not None]
@@ -170,6 +174,8 @@ def scores(rows: Sequence[dict], labels: Sequence[str], task: str) -> dict:
         return {"scored": 0, "metrics": {}}
     columns = [[row[name] for row in rows] for name in ("answer", "reference")]
     found, _ = metrics.score(task, *columns, labels)
+    if len({row["row"] for row in rows}) < len(rows):
+        found["metrics"] = {name: metric | {"ci95": None} for name, metric in found["metrics"].items()}
     return {"scored": len(rows), "metrics": found["metrics"], "metrics_version": found["metrics_version"]}
 
 

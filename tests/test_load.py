@@ -14,7 +14,9 @@ from loaded_server import WORDS, LoadedServer
 
 from serving import client, load_flags, load_prompts, load_test, measuring
 from study.errors import UserError
-from study.records import cost, record
+from study.records import cost, record, schema
+from study.report.collect import find_runs
+from study.report.spent import spent_in_all
 
 SCRIPT = "serving/load_test.py"
 
@@ -203,6 +205,7 @@ def test_the_sustained_rate_is_the_servers_capacity_and_latency_shows_its_queue(
     right = sum(row["answer"].strip() == row["reference"] for row in rows)
     assert over["metrics"]["accuracy"]["value"] == pytest.approx(100 * right / 150)
     assert 60 < 100 * right / 150 < 90  # 75 of 100 prompts
+    assert over["metrics"]["accuracy"]["ci95"] is None  # some were sent several times
 
 
 def test_a_server_that_drops_one_of_twenty_is_not_sustained(tmp_path, load, capsys):
@@ -214,6 +217,7 @@ def test_a_server_that_drops_one_of_twenty_is_not_sustained(tmp_path, load, caps
     assert step["latency"]["p99"] > 5  # as the timeout, though it failed at once
     assert content["serve"]["sustained"] is None
     assert step["scored"] == 19  # a failure is no wrong answer
+    assert step["metrics"]["accuracy"]["ci95"]
     assert "sustained  none: not even 20 requests/s" in capsys.readouterr().out
 
 
@@ -293,6 +297,23 @@ def test_a_sweep_that_is_stopped_says_so_and_goes_on(tmp_path):
     content = record.read_whole(path)
     assert (content["status"], len(content["serve"]["rates"])) == ("finished", 2)
     assert [spent["status"] for spent in content["spent_before"]] == ["interrupted"]
+
+
+def test_a_record_of_a_sweep_is_checked_and_counts_as_spent_but_is_no_run_of_the_report(tmp_path, load):
+    with LoadedServer() as server:
+        words = flags_for(server, tmp_path, "--rates", "8", "--seconds", 0.25, "--price_per_hour", 3600)
+        content = load(words)
+    [path] = (tmp_path / "out").glob("serve-*.json")
+    assert find_runs([tmp_path]) == ([], [])
+    seconds = content["serve"]["wall_seconds"]
+    assert content["cost"]["usd"] == pytest.approx(seconds)  # at a dollar a second
+    assert f"${seconds:,.2f}" in spent_in_all([tmp_path], [])
+    for lacking in ("serve.sustained", "serve.rates.0.latency.p90", "cost.gpu"):
+        place, _, name = lacking.rpartition(".")
+        damaged = json.loads(json.dumps(content))
+        schema.lookup(damaged, place)[name] = "?" if name != "gpu" else 3
+        with pytest.raises(UserError, match=f"lacks {lacking}"):
+            schema.check(damaged, path)
 
 
 def test_a_finished_sweep_of_other_prompts_is_refused(tmp_path, load):
