@@ -7,6 +7,7 @@ import threading
 
 from aiohttp import web
 
+CLOSED, OTHER = 0, 1  # in place of an HTTP status: the connection; an answer of another API
 WORDS = ["one", "two", "three", "four", "five"]
 
 
@@ -19,6 +20,7 @@ class LoadedServer:
         self.free = [0.0] * workers  # when each worker will be
         self.service, self.status, self.token = service, status, token
         self.asked: list[dict] = []
+        self.cut: int | None = None  # words after which a stream ends, that is cut
 
     def __enter__(self) -> "LoadedServer":
         self.loop, started = asyncio.new_event_loop(), threading.Event()
@@ -58,6 +60,10 @@ class LoadedServer:
         body = await request.json()
         self.asked.append(body | {"key": request.headers.get("Authorization")})
         status = self.status(len(self.asked))
+        if status == CLOSED:
+            request.transport.close()
+        if status == OTHER:
+            return web.json_response({"detail": "hello"})
         if status != 200:
             return web.json_response({"error": {"message": "no such luck"}}, status=status)
         await self.wait_for_a_worker()
@@ -76,6 +82,8 @@ class LoadedServer:
         await response.prepare(request)
         ours = request.path == "/v1/completions"
         for i, word in enumerate(WORDS):
+            if i == self.cut:
+                return response
             last = i == len(WORDS) - 1
             if ours:
                 event = {"choices": [{"text": word, "finish_reason": "length" if last else None}]}

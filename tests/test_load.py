@@ -1,6 +1,7 @@
 """The load test: its arithmetic against numbers worked out by hand, and the whole against a server of known
 service time and capacity."""
 
+import ast
 import asyncio
 import json
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import DEMO_DATA, DEMO_MODEL, PROCESS, ROOT, error_line, run_script, write_rows
-from loaded_server import WORDS, LoadedServer
+from loaded_server import CLOSED, OTHER, WORDS, LoadedServer
 
 from serving import client, load_flags, load_prompts, load_test, measuring
 from study.errors import UserError
@@ -67,6 +68,13 @@ def sent(server: LoadedServer, count: int, api: str, stream: bool, timeout: floa
 
 
 # The arithmetic
+
+
+def test_the_arithmetic_needs_no_server_and_no_library():
+    tree = ast.parse(Path(measuring.__file__).read_text(encoding="utf-8"))
+    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert {name.partition(".")[0] for name in names} <= sys.stdlib_module_names
 
 
 def test_constant_arrivals_are_evenly_spaced():
@@ -248,6 +256,25 @@ def test_what_is_asked_and_what_is_told(api):
     else:
         greedy = {"max_new_tokens": 5, "do_sample": False, "details": True, "decoder_input_details": True}
         assert asked == {"inputs": "prompt 0", "parameters": greedy}
+
+
+@pytest.mark.parametrize(
+    ("status", "said"), [(CLOSED, "broken"), (OTHER, "no answer of this API"), (429, "http 429")]
+)
+def test_an_answer_that_is_none_is_a_failure_by_its_kind(status, said):
+    with LoadedServer(status=lambda number: status) as server:
+        rows = sent(server, 1, "openai", stream=False) + sent(server, 1, "tgi", stream=False)
+    assert [(row["status"], row["answer"], row["output_tokens"]) for row in rows] == [(said, None, None)] * 2
+    assert all(row["error"] for row in rows)
+
+
+@pytest.mark.parametrize("api", ["openai", "tgi"])
+def test_a_stream_that_is_cut_is_a_failure(api):
+    with LoadedServer() as server:
+        server.cut = 3
+        [row] = sent(server, 1, api, stream=True)
+    assert (row["status"], row["answer"], row["first_token"]) == ("no answer of this API", None, None)
+    assert "the stream ends before the answer does" in row["error"]
 
 
 def test_no_request_is_left_behind_and_one_without_an_answer_failed():
