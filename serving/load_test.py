@@ -25,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from prompts import prompt_sha256
 from serving import client, load_flags, load_prompts, load_shown, measuring
-from study import cli, device, encoding
+from serving.load_prompts import Prompt
+from study import cli, data, device, encoding
 from study.errors import UserError
 from study.records import cost, record, runs
 from study.records.schema import READ, SCHEMA
@@ -65,7 +66,13 @@ def main(process: device.Process) -> None:
             content["serve"] |= {"prompts": len(texts), "prompts_sha256": encoding.sha256_of(texts)}
             say_sweep(args, server, prompts, content["serve"]["rates"])
             sweep(server, prompts, labels_of(source, args), content, path, args, process)
+        record.beside(rows_beside(path)).unlink(missing_ok=True)
     print(load_shown.result_block(content))
+
+
+def rows_beside(path: Path) -> Path:
+    """requests-HASH.jsonl of a serve-HASH.json."""
+    return path.with_name(path.name.replace("serve", "requests", 1) + "l")
 
 
 async def reach(server: client.Server, prompt: str) -> client.Server:
@@ -116,19 +123,28 @@ class Void(Exception):
     """A run that says nothing of the server."""
 
 
-def sweep(server, prompts, labels, content: dict, path: Path, args, process) -> None:
-    """Try one rate after the other, and keep each in the record `content` as soon as it is measured. Raises
-    Void where one says nothing of the server."""
-    steps, file = content["serve"]["rates"], path.with_name(f"requests-{content['config_hash']}.jsonl")
-    rows = kept_rows(file, [step["rate"] for step in steps])
+def sweep(
+    server: client.Server,
+    prompts: Sequence[Prompt],
+    labels: Sequence[str],
+    content: dict,
+    path: Path,
+    args: argparse.Namespace,
+    process: device.Process,
+) -> None:
+    """Try one rate after the other, and keep each in the record `content` as soon as it is measured; the rows
+    stand beside their place until the end. Raises Void where a rate says nothing of the server."""
+    steps, file = content["serve"]["rates"], rows_beside(path)
+    so_far = record.beside(file)
+    rows = kept_rows(so_far, [step["rate"] for step in steps])
     while True:
         tried = {step["rate"]: step["status"] == "sustained" for step in steps}
         rate = measuring.next_rate(tried, args.rates, args.bisections)
         if rate is None:
-            return
+            return record.write_rows(file, rows)
         step, more = one_run(server, prompts, labels, rate, args)
         rows += more
-        record.write_rows(file, rows)
+        record.write_rows(so_far, rows)
         steps.append(step)
         fill(content, args, process)
         record.write_json(record.beside(path), content)
@@ -139,7 +155,13 @@ def sweep(server, prompts, labels, content: dict, path: Path, args, process) -> 
         print(load_shown.say_step(step), flush=True)
 
 
-def one_run(server, prompts, labels, rate: float, args: argparse.Namespace) -> tuple[dict, list[dict]]:
+def one_run(
+    server: client.Server,
+    prompts: Sequence[Prompt],
+    labels: Sequence[str],
+    rate: float,
+    args: argparse.Namespace,
+) -> tuple[dict, list[dict]]:
     """What a record says of one rate, and the rows of its requests."""
     due = measuring.arrivals(args.arrivals, rate, args.seconds, args.seed)
     drawn = load_prompts.draw(prompts, len(due), rate, args)
@@ -179,7 +201,7 @@ def scores(rows: Sequence[dict], labels: Sequence[str], task: str) -> dict:
     return {"scored": len(rows), "metrics": found["metrics"], "metrics_version": found["metrics_version"]}
 
 
-def labels_of(source, args: argparse.Namespace) -> list[str]:
+def labels_of(source: data.Split, args: argparse.Namespace) -> list[str]:
     """The classes that an answer may name: those of the source."""
     if args.task != "classification":
         return []
@@ -188,10 +210,14 @@ def labels_of(source, args: argparse.Namespace) -> list[str]:
 
 def kept_rows(file: Path, rates: Sequence[float]) -> list[dict]:
     """The rows of the rates that are recorded, of an earlier start."""
-    if not rates or not file.is_file():
+    if not rates:
         return []
-    lines = file.read_text(encoding="utf-8").splitlines()
-    return [row for row in map(json.loads, lines) if row["rate"] in rates]
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+        rows = [row for row in map(json.loads, lines) if row["rate"] in rates]
+    except (OSError, ValueError, LookupError) as error:
+        raise UserError(f"{file} can't be read ({error}): --force begins the sweep anew") from None
+    return rows
 
 
 def fill(content: dict, args: argparse.Namespace, process: device.Process) -> None:

@@ -547,7 +547,7 @@ def probability(word: str) -> float:
 
 
 def script_name(path: Path) -> str:
-    """As a record names it: its file, in a folder of scripts with that."""
+    """As a record names it: its file, in the folders competitors and serving with that."""
     folder = path.resolve().parent.name
     return f"{folder}/{path.name}" if folder in {"competitors", "serving"} else path.name
 

@@ -294,22 +294,32 @@ def test_a_sweep_goes_on_with_the_rates_that_are_recorded(tmp_path, load, capsys
         killed["serve"] = whole["serve"] | {"rates": whole["serve"]["rates"][:1]}
         record.write_json(record.beside(path), killed)
         path.unlink()
+        [rows] = (tmp_path / "out").glob("requests-*.jsonl")
+        with pytest.raises(UserError, match=r"\.requests-.* can't be read .*: --force begins the sweep anew"):
+            load(words)
+        record.write_json(record.beside(path), killed)
+        rows.rename(record.beside(rows))
         capsys.readouterr()
+        server.asked.clear()
         again = load(words)
-        assert len(server.asked) == 13 + 1 + 8
+        assert len(server.asked) == 1 + 8
         assert again["serve"]["rates"][0] == whole["serve"]["rates"][0]
         assert [len([row for row in rows_of(tmp_path) if row["rate"] == rate]) for rate in (8, 16)] == [4, 8]
         assert "(recorded)" in capsys.readouterr().out
+        assert not list((tmp_path / "out").glob(".*.json*"))  # nothing is left beside
         load(words)
-        assert len(server.asked) == 22  # finished: nothing is sent
+        assert len(server.asked) == 1 + 8  # finished: nothing is sent
         load([*words, "--force"])
-        assert len(server.asked) == 22 + 13
+        assert len(server.asked) == 1 + 8 + 13
     assert load(words)["status"] == "finished"  # without a server
 
 
 def test_a_sweep_that_is_stopped_says_so_and_goes_on(tmp_path):
     with LoadedServer() as server:
         words = flags_for(server, tmp_path, "--rates", "8,10", "--seconds", 0.5, "--api", "tgi")
+        write_rows(
+            tmp_path / "prompts.jsonl", [{"prompt": f"text {i}"} for i in range(9)]
+        )  # nothing to score
         command = [sys.executable, str(ROOT / SCRIPT), *words]
         server.status = lambda number: 200 if number <= 5 else started.terminate() or 200
         started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -324,6 +334,7 @@ def test_a_sweep_that_is_stopped_says_so_and_goes_on(tmp_path):
     content = record.read_whole(path)
     assert (content["status"], len(content["serve"]["rates"])) == ("finished", 2)
     assert [spent["status"] for spent in content["spent_before"]] == ["interrupted"]
+    assert [(step["scored"], step["metrics"]) for step in content["serve"]["rates"]] == [(0, {})] * 2
 
 
 def test_a_record_of_a_sweep_is_checked_and_counts_as_spent_but_is_no_run_of_the_report(tmp_path, load):
