@@ -407,9 +407,7 @@ def parse_args(
     for action in parser._actions:
         action.default = argparse.SUPPRESS
     args.given = sorted(vars(parser.parse_args(words)))
-    if isinstance(args.text_column, list):
-        columns = [*dict.fromkeys(args.text_column)]
-        args.text_column = columns if len(columns) > 1 else columns[0]  # one names the run as it always did
+    args.text_column = one_or_several(args.text_column)
     args.task = task or args.task_type
     args.kind = kind or ("causal" if task else "prompt")
     for name, value in open_defaults(args).items():
@@ -435,6 +433,12 @@ def parse_args(
     if args.show_repeated and not (args.dry_run and args.task == "classification"):
         parser.error("--show_repeated goes with --dry_run, and with classification")
     return args
+
+
+def one_or_several(columns: str | list[str]) -> str | list[str]:
+    """--text_column with each name once; a single one, which names the run as it always did, as a word."""
+    several = [*dict.fromkeys([columns] if isinstance(columns, str) else columns)]
+    return several if len(several) > 1 else several[0]
 
 
 def check_fractions(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

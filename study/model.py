@@ -255,7 +255,9 @@ def load_adapter(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", "Found missing adapter keys")
-            model = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False)
+            model = PeftModel.from_pretrained(
+                model, folder, autocast_adapter_dtype=False, low_cpu_mem_usage=True
+            )
         with safe_open(folder / ADAPTER, "pt") as file:
             refuse_unplaced(model, file.keys())
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UserWarning) as error:

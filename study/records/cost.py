@@ -91,6 +91,21 @@ def usd(price_per_hour: float | None, seconds: float | None) -> float | None:
     return None if price_per_hour is None or seconds is None else price_per_hour * seconds / 3600
 
 
+def of_served(price_per_hour: float | None, served: dict) -> dict[str, float | None]:
+    """Dollars per 1,000 requests, and per 1M tokens in and out, at the rate that was served: the whole price
+    on each of the three. `served` is a rate of a `serve` record; None where price or tokens are not known."""
+    spent = usd(price_per_hour, served["seconds"])
+    counts = {
+        "1,000 requests": (1e3, served["answered"]),
+        "1M tokens in": (1e6, served["input_tokens"]),
+        "1M tokens out": (1e6, served["output_tokens"]),
+    }
+    return {
+        what: None if spent is None or not count else spent / count * many
+        for what, (many, count) in counts.items()
+    }
+
+
 def usd_text(usd: float | None) -> str:
     """Dollars and cents; below one cent, two digits that are not 0."""
     if usd is None:

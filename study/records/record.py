@@ -121,9 +121,9 @@ def status(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def locked(folder: Path, process: Process) -> Iterator[None]:
-    """Hold `folder` for `process` alone, until it ends however it ends; on a file system without locks say so
-    and go on. Raises UserError if another one holds it."""
+def locked(folder: Path, process: Process, flag: str = "--experiment_dir") -> Iterator[None]:
+    """Hold `folder`, which `flag` names, for `process` alone, until it ends however it ends; on a file system
+    without locks say so and go on. Raises UserError if another one holds it."""
     if not process.main:
         yield
         return
@@ -131,17 +131,17 @@ def locked(folder: Path, process: Process) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"--experiment_dir {folder} can't be used: {error.strerror}") from None
+        raise UserError(f"{flag} {folder} can't be used: {error.strerror}") from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
-                f"{folder} is in use by another run: wait for it, or use another --experiment_dir"
+                f"{folder} is in use by another run: wait for it, or use another {flag}"
             ) from None
         except OSError as error:
             if error.errno not in NO_LOCKS:
-                raise UserError(f"--experiment_dir {folder} can't be locked: {error.strerror}") from None
+                raise UserError(f"{flag} {folder} can't be locked: {error.strerror}") from None
             print(f"lock       none: {folder} lies where files can't be locked; start no second run in it")
         yield
 

@@ -2,7 +2,8 @@
 when it is read.
 
 A new method is one entry in METHODS and a script that names it; tables, plots and look-ups follow from the
-entry. A part of a run (its training, an evaluation) leaves one record, a JSON object, in the run's folder.
+entry. A part of a run (its training, an evaluation) leaves one record, a JSON object, in the run's folder; so
+does a sweep of load over a server (part serve), which is of no method.
 """
 
 from dataclasses import dataclass, field
@@ -140,6 +141,7 @@ class Part:
 
     files: str
     holds: dict[str, type | tuple[type, ...]]
+    of_method: bool = True  # a server's is not: what answers behind a URL is not known
 
 
 MEASURED = ("examples", "seconds", "wall_seconds", "peak_memory_gib")
@@ -155,8 +157,22 @@ PARTS = {
         {f"eval.{name}": NUMBER for name in (*MEASURED, *SERVED)}
         | {"config.split": str, "eval.metrics": dict},
     ),
+    "serve": Part(
+        "serve*.json",
+        {f"serve.{name}": NUMBER for name in ("requests", "seconds", "wall_seconds")}
+        | {"serve.url": str, "serve.api": str, "serve.rates": list, "serve.knee": bool}
+        | {"serve.sustained": (*NUMBER, NoneType)},
+        of_method=False,
+    ),
 }
-ALWAYS = dict.fromkeys(("method", "model", "script"), str) | {"config": dict, "config.seed": int}
+LOADED = {  # of each rate of a sweep
+    **dict.fromkeys(("rate", "requests", "answered", "seconds", "offered", "sent", "served"), NUMBER),
+    **{f"latency.{name}": NUMBER for name in ("mean", "p50", "p90", "p99")},
+    **{"status": str, "why": str | None, "failures": dict, "lag.p99": NUMBER, "metrics": dict},
+    **dict.fromkeys(("input_tokens", "output_tokens"), int | None),
+    **dict.fromkeys(("time_to_first_token", "seconds_per_token"), dict | None),
+}
+ALWAYS = dict.fromkeys(("model", "script"), str) | {"config": dict, "config.seed": int}
 FINISHED = dict.fromkeys(("finished", "cost.gpu"), str) | {"data": dict, "environment": dict}
 SPENT = {  # which need not be there, or are null where they are not known
     "wall_seconds": int | float | None,
@@ -198,7 +214,22 @@ def check(content: dict, path: Path, part: str | None = None) -> None:
         )
     if content.get("task") not in tuple(SCORES):  # which may be anything, a list too
         raise UserError(f"{path} lacks a task of ours: --force redoes the run")
-    refuse_lacking(content, path, ALWAYS | OPTIONAL)
+    of_method = PARTS[part].of_method
+    refuse_lacking(content, path, ({"method": str} if of_method else {}) | ALWAYS | OPTIONAL)
+    wanted = of_its_method(content, path) if of_method else {}
+    if content["status"] == "finished":
+        wanted |= FINISHED | PARTS[part].holds
+    refuse_lacking(content, path, wanted)
+    if content["status"] == "finished" and part == "eval":
+        refuse_lacking(content, path, scores_of(content))
+    if content["status"] == "finished" and part == "serve":
+        places = [f"serve.rates.{i}." for i in range(len(content["serve"]["rates"]))]
+        refuse_lacking(content, path, {p + name: kind for p in places for name, kind in LOADED.items()})
+    check_spent(content, path)
+
+
+def of_its_method(content: dict, path: Path) -> dict:
+    """What a record holds by its method. Raises UserError for one that is not ours."""
     method = METHODS.get(content["method"])
     if method is None:
         raise UserError(
@@ -208,12 +239,9 @@ def check(content: dict, path: Path, part: str | None = None) -> None:
     wanted = dict.fromkeys((f"config.{name}" for name in method.knobs), NUMBER)
     if method.trains:
         wanted["config.train_sample_fraction"] = NUMBER
-    if content["status"] == "finished":
-        wanted |= FINISHED | PARTS[part].holds | ({"prompt_sha256": str} if method.prompted else {})
-    refuse_lacking(content, path, wanted)
-    if content["status"] == "finished" and part == "eval":
-        refuse_lacking(content, path, scores_of(content))
-    check_spent(content, path)
+    if content["status"] == "finished" and method.prompted:
+        wanted["prompt_sha256"] = str
+    return wanted
 
 
 def check_spent(content: dict, path: Path) -> None:
