@@ -1,6 +1,7 @@
 """From flags to a service that answers."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ async def service(
     """The service of RUN, once it has answered a first request, within `share` of the GPU's memory. Raises
     UserError."""
     sys.setswitchinterval(SWITCH)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on optional CPU kernels
     loaded = served.load(Path(args.run), args.served_model_name, args.merge)
     made = Service(loaded, engines.Engine(backend_of(loaded, share), limits.max_queue, gave_up), limits)
     first = engines.Request(loaded.prompt("Hello")[0], 2, seconds=600)
