@@ -124,9 +124,9 @@ def load_table(group: Sequence[Sweep], prices: Sequence[dict]) -> Table:
             measured(sweep, step and step["latency"]["p90"], seconds),
         )
     table.note = (
-        "At the sustained rate. RPS is that rate as offered, throughput the requests/s that were served. Cost "
-        "is the price of an hour over the tokens served in it; tokens in and tokens out bear the whole of it "
-        "each."
+        "At the sustained rate. RPS is that rate as offered, throughput the requests/s that were served. "
+        "Cost is the price of an hour over the tokens served in it; tokens in and tokens out bear the whole "
+        "of it each."
     )
     return table
 
