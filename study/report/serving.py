@@ -89,11 +89,10 @@ def cost_table(group: Sequence[Sweep], prices: Sequence[dict]) -> Table:
     title = "what the sustained rate costs"
     table = Table("Cost under load", title, [*KEYS, "USD per hour", "served", *columns], len(KEYS))
     for sweep in group:
-        per_hour = cost.repriced(sweep.content["cost"], prices) if sweep.content.get("cost") else None
         both = [sweep.costs(prices, offered) if sweep.step else {} for offered in (False, True)]
         table.add(
             *sweep.keys(),
-            priced(sweep, per_hour),
+            priced(sweep, sweep.per_hour(prices)),
             measured(sweep, sweep.step and sweep.step["served"]),
             *(priced(sweep, costs.get(kind)) for costs in both for kind in kinds),
         )

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from study.records.schema import SCORES
 from study.report.cells import Cell
-from study.report.plots import COLORS, DASHES, MARKERS, STYLE, apart, file_name
+from study.report.plots import COLORS, DASHES, MARKERS, STYLE, file_name
 from study.report.serving import priced, sustained_cell
 from study.report.sweeps import Sweep, comparable_sweeps
 
@@ -40,7 +40,7 @@ def figures(sweeps: Sequence[Sweep], prices: Sequence[dict]) -> Iterator[tuple]:
                     if figure:
                         title = f"{task}: {kind}" + (f", apart: {why}" if why else "")
                         figure.suptitle(textwrap.fill(title, 80), fontsize=11)
-                        yield file_name(f"{task} {kind} {apart(why)}"), title, figure
+                        yield file_name(f"{task} {kind}{' apart ' * bool(why)}{why}"), title, figure
                         plt.close(figure)
 
 
