@@ -466,6 +466,16 @@ def test_one_server_has_no_plot_beside_others_and_gaps_alone_have_none(tmp_path)
     assert drawn(tmp_path / "b") == {}
 
 
+def test_a_single_rate_has_axes_with_numbers(tmp_path):
+    save(tmp_path, "vllm", [step(8, p90=0.8)])
+    for name, _, figure in serving_plots.figures(find_sweeps([tmp_path])[0], []):
+        figure.canvas.draw()
+        for axes in figure.axes:
+            (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+            assert [tick for tick in axes.get_xticks() if left < tick < right], name
+            assert [tick for tick in axes.get_yticks() if low < tick < high], name
+
+
 def test_a_bar_of_a_bound_and_of_an_unknown_price_says_so(tmp_path):
     unknown = {"device": "odd", "gpus": 1, "gpu": "odd", "price_per_hour": None, "usd": None}
     save(tmp_path, "vllm", [step(10)], cost=unknown)
