@@ -9,6 +9,7 @@ from study.report.sweeps import Sweep, comparable_sweeps
 
 KEYS = ("server", "model", "task", "GPU")
 LOAD = "Inference under load"  # the table that published figures stand beside
+ROUGH = 0.01  # served ends with the last answer, up to one request's interval before --seconds have passed
 
 
 def per_second(value: float) -> str:
@@ -143,7 +144,7 @@ def seconds(value: float) -> str:
 
 
 def remarks(group: Sequence[Sweep]) -> list[str]:
-    """A line on each sweep whose rate is none, a bound or too low."""
+    """A line on each sweep whose rate is none, a bound, too low or too high."""
     told = []
     for sweep in group:
         place = f"{sweep.label}, {sweep.task}, {sweep.gpu}"
@@ -159,6 +160,11 @@ def remarks(group: Sequence[Sweep]) -> list[str]:
             told.append(f"{place}: no higher rate was tried, so it may sustain more, for less.")
         if sweep.step and sweep.step["latency"]["p50"] * SHORT > sweep.config["seconds"]:
             told.append(f"{place}: an answer takes over 1/{SHORT} of --seconds, so served is too low.")
+        if sweep.step and sweep.step["served"] > (1 + ROUGH) * sweep.step["offered"]:
+            told.append(
+                f"{place}: more was served than offered, as of {sweep.step['requests']:,} requests can be: "
+                "raise --seconds."
+            )
     return told
 
 
