@@ -319,7 +319,7 @@ def power(generator: Generator, seeds: int, examples: int, spread: float) -> tup
 
 
 @cache
-def said_to_be_detectable(seeds: int, examples: int, spread: float, pairs: int = 100) -> float:
+def said_to_be_detectable(seeds: int, examples: int, spread: float, pairs: int = 300) -> float:
     generator, sizes = np.random.default_rng(1), []
     for _ in range(pairs):
         both = answers(generator, 2 * seeds, examples, 0.7, spread)
