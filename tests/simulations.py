@@ -16,7 +16,7 @@ import numpy as np
 from scipy.stats import norm, t
 
 from study import metrics
-from study.intervals import interval, of_difference, p_by_swapping
+from study.intervals import Parts, interval, of_difference, p_by_swapping
 from study.report.calibration import Confidences, bins_of
 from study.report.cells import Cell
 from study.report.choice import Best
@@ -310,21 +310,18 @@ def as_run(values: np.ndarray, seed: int) -> AsRun:
     return AsRun(values={"accuracy": values}, scored=scored, **more)
 
 
-def power(generator: Generator, seeds: int, examples: int, spread: float) -> tuple:
-    """Is a difference of the size that is said to be detectable, on average over pairs of settings, told
+def power(generator: Generator, seeds: int, examples: int, spread: float, pairs: int = 8) -> tuple:
+    """Is a difference of the size that is said to be detectable, on average over `pairs` of settings, told
     from 0?"""
-    both = answers(generator, 2 * seeds, examples, 0.7, spread)
-    shifted = both[:seeds] + said_to_be_detectable(seeds, examples, spread)
-    return None, of_difference(shifted, both[seeds:]).p() < 0.05
 
-
-@cache
-def said_to_be_detectable(seeds: int, examples: int, spread: float, pairs: int = 300) -> float:
-    generator, sizes = np.random.default_rng(1), []
-    for _ in range(pairs):
+    def pair() -> Parts:
         both = answers(generator, 2 * seeds, examples, 0.7, spread)
-        sizes.append(of_difference(both[:seeds], both[seeds:]).detectable())
-    return float(np.mean(sizes))
+        return of_difference(both[:seeds], both[seeds:])
+
+    size = np.mean([pair().detectable() for _ in range(pairs)])
+    both = answers(generator, 2 * seeds, examples, 0.7, spread)
+    shifted = both[:seeds].copy()
+    return None, of_difference(shifted + size, both[seeds:]).p() < 0.05
 
 
 def rates(study: Callable, repetitions: int, *args, seed: int = 0, **more) -> tuple[float, float]:
