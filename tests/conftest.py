@@ -1,6 +1,7 @@
 """What several tests need: the scripts as commands, the demo checkpoint, and small random ones of other
 architectures."""
 
+import gc
 import json
 import os
 import subprocess
@@ -68,6 +69,7 @@ def pytest_collection_modifyitems(items: list) -> None:
 
 def pytest_collection_finish(session) -> None:
     """Start the programs of the tests that will run."""
+    gc.freeze()  # what is there by now stays: a collection need not look through all libraries each time
     if session.config.option.collectonly:
         return
     modules = dict.fromkeys(item.module for item in session.items)

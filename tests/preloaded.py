@@ -5,6 +5,7 @@ Each process is forked from one that has loaded the libraries and nothing of thi
 as one of its own: it has its arguments, its streams and its exit status, and can be killed.
 """
 
+import gc
 import multiprocessing
 import os
 import runpy
@@ -23,11 +24,16 @@ FORKS.set_forkserver_preload(LIBRARIES.split())
 
 
 def start_preloaded(
-    script: str | Path, *flags: object, stdout: str = os.devnull, stderr: str = os.devnull
+    script: str | Path,
+    *flags: object,
+    stdout: str = os.devnull,
+    stderr: str = os.devnull,
+    env: dict[str, str] | None = None,
 ) -> ForkServerProcess:
     """Start a script of this project, or one at a full path, that writes to the files `stdout` and `stderr`;
-    the environment is the one in which the first was started."""
-    process = FORKS.Process(target=run_here, args=([str(ROOT / script), *map(str, flags)], stdout, stderr))
+    the environment is the one in which the first was started, with `env`."""
+    words = [str(ROOT / script), *map(str, flags)]
+    process = FORKS.Process(target=run_here, args=(words, stdout, stderr, env or {}))
     process.start()
     return process
 
@@ -47,19 +53,23 @@ def kill(process: ForkServerProcess) -> None:
     assert process.exitcode == -signal.SIGKILL, "it ended before it was killed"
 
 
-def run_preloaded(script: str | Path, *flags: object) -> subprocess.CompletedProcess:
+def run_preloaded(
+    script: str | Path, *flags: object, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess:
     """Run a script to its end, as `conftest.run_script` does."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = start_preloaded(script, *flags, stdout=str(out), stderr=str(err))
+        process = start_preloaded(script, *flags, stdout=str(out), stderr=str(err), env=env)
         process.join()
         return subprocess.CompletedProcess(script, process.exitcode, out.read_text(), err.read_text())
 
 
-def run_here(words: list[str], stdout: str, stderr: str) -> None:
+def run_here(words: list[str], stdout: str, stderr: str, env: dict[str, str]) -> None:
     """In the new process: what `python script flags` does."""
+    os.environ |= env
     for number, path in ((1, stdout), (2, stderr)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    gc.freeze()  # the libraries' objects: to look through them takes longer than many a script
     sys.argv = words
     sys.path.insert(0, str(ROOT))
     runpy.run_path(words[0], run_name="__main__")

@@ -242,10 +242,15 @@ def false_difference(generator: Generator, seeds: int, examples: int, spread: fl
 def false_adapter_difference(generator: Generator, examples: int, differ: float) -> tuple:
     """Two adapters that are as good as each other, and differ on some examples: the test of two runs."""
     changed = (generator.random(examples) < differ) * generator.choice([-1.0, 1.0], examples)
+    usual_way = rejected_by_bootstrap(changed, generator)
+    return usual_way, p_by_swapping(lambda swaps: (1 - 2 * swaps) @ changed, examples) < 0.05
+
+
+def rejected_by_bootstrap(changed: np.ndarray, generator: Generator) -> bool:
+    examples = len(changed)
     draws = generator.multinomial(examples, np.full(examples, 1 / examples), 1000) @ changed
     tail = min((draws <= 0).sum(), (draws >= 0).sum())
-    usual_p = 2 * (tail + 1) / 1001
-    return usual_p < 0.05, p_by_swapping(lambda swaps: (1 - 2 * swaps) @ changed, examples) < 0.05
+    return 2 * (tail + 1) / 1001 < 0.05
 
 
 def coverage_of_difference(generator: Generator, examples: int, won: float, lost: float) -> tuple:
@@ -305,15 +310,15 @@ def as_run(values: np.ndarray, seed: int) -> AsRun:
     return AsRun(values={"accuracy": values}, scored=scored, **more)
 
 
-def power(generator: Generator, seeds: int, examples: int, spread: float) -> tuple:
-    """Is a difference of the size that is said to be detectable, on average over 8 pairs of settings, told
+def power(generator: Generator, seeds: int, examples: int, spread: float, pairs: int = 8) -> tuple:
+    """Is a difference of the size that is said to be detectable, on average over `pairs` of settings, told
     from 0?"""
 
     def pair() -> Parts:
         both = answers(generator, 2 * seeds, examples, 0.7, spread)
         return of_difference(both[:seeds], both[seeds:])
 
-    size = np.mean([pair().detectable() for _ in range(8)])
+    size = np.mean([pair().detectable() for _ in range(pairs)])
     both = answers(generator, 2 * seeds, examples, 0.7, spread)
     shifted = both[:seeds].copy()
     return None, of_difference(shifted + size, both[seeds:]).p() < 0.05

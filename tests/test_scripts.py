@@ -33,16 +33,18 @@ def read_eval(folder: Path, name: str = "eval.json") -> tuple[dict, list[dict]]:
 
 @pytest.fixture(scope="module", params=FILES)
 def tuned(request, tmp_path_factory) -> tuple[str, Path]:
-    """A short training of each task and its evaluation by --experiment_dir alone, as a user starts them."""
+    """A short training of each task and its evaluation by --experiment_dir alone; those of one task in
+    interpreters of their own, as a user starts them."""
+    by = run_script if request.param == "summarization" else run_preloaded
     folder = tmp_path_factory.mktemp(request.param) / "run"
     length = {
         "classification": ("--epochs", 3, "--max_train_samples", 240, "--batch_size", 4),
-        "summarization": ("--epochs", 2, "--max_train_samples", 160, "--batch_size", 8),
+        "summarization": ("--epochs", 2, "--max_train_samples", 80, "--batch_size", 4),
     }[request.param]
     flags = (*length, "--experiment_dir", folder)
-    run(f"llama2_{request.param}.py", *MODEL, *data_flags(request.param), *flags, by=run_script)
+    run(f"llama2_{request.param}.py", *MODEL, *data_flags(request.param), *flags, by=by)
     flags = ("--experiment_dir", folder, "--price_per_hour", "0.5")
-    run(f"llama2_{request.param}_inference.py", *flags, by=run_script)
+    run(f"llama2_{request.param}_inference.py", *flags, by=by)
     return request.param, folder
 
 
@@ -117,7 +119,7 @@ def test_an_adapter_that_is_not_the_trained_one_is_refused(tuned, tmp_path):
 def test_an_evaluation_that_is_killed_goes_on_and_ends_with_the_same_answers(tuned, tmp_path):
     task, folder = tuned
     # One at a time: in bfloat16 an answer can depend on what it is batched with.
-    script, flags = f"llama2_{task}_inference.py", ("--eval_batch_size", "1", "--max_eval_samples", "16")
+    script, flags = f"llama2_{task}_inference.py", ("--eval_batch_size", "1", "--max_eval_samples", "10")
     flags += ("--decoding", "constrained") * (task == "classification")  # whose confidences go on, too
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for copy in (whole, killed):
@@ -126,7 +128,7 @@ def test_an_evaluation_that_is_killed_goes_on_and_ends_with_the_same_answers(tun
     answers = lambda: [path.read_text().splitlines() for path in killed.glob(".eval-*.answers.jsonl")]
     begun = lambda: any(len(lines) > 2 for lines in answers())
     kill(start_until(begun, script, "--experiment_dir", killed, *flags))
-    assert re.search(r"resumed +[1-9]\d* of 16", run(script, "--experiment_dir", killed, *flags))
+    assert re.search(r"resumed +[1-9]\d* of 10", run(script, "--experiment_dir", killed, *flags))
     [expected], [got] = (list(copy.glob("predictions-*.jsonl")) for copy in (whole, killed))
     assert got.read_bytes() == expected.read_bytes()
     assert not list(killed.glob(".*answers*"))
@@ -157,7 +159,8 @@ def content_labels(folder: Path) -> list[str]:
 def test_few_shot_scores_the_untuned_model_where_the_design_says(tmp_path, task):
     flags = (*MODEL[:2], *data_flags(task), "--task_type", task, "--output_dir", tmp_path)
     flags += ("--prompt_type", "few-shot", "--max_eval_samples", 6)
-    shown = run("llama2_baseline_inference.py", *flags, by=run_script)
+    by = run_script if task == "classification" else run_preloaded
+    shown = run("llama2_baseline_inference.py", *flags, by=by)
     assert "examples, by 0 tokens in all" in shown
     [path] = tmp_path.glob(f"baseline/model/{task}/few-shot_*/eval.json")
     content, rows = read_eval(path.parent)

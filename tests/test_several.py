@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEMO_DATA, DEMO_MODEL, error_line, run_script
+from conftest import DEMO_DATA, DEMO_MODEL, error_line
 from preloaded import run_preloaded
 
 from study import several
@@ -15,12 +15,12 @@ from study import several
 TASKS = {"classification": "posts", "summarization": "dialogues"}
 MEASURED = {"seconds", "wall_seconds", "earlier_seconds", "examples_per_second", "peak_memory_gib"}
 BASELINE = "llama2_baseline_inference.py"
-SCORED = ("--price_per_hour", 36, "--max_eval_samples", 12)
+SCORED = ("--price_per_hour", 36, "--max_eval_samples", 8)
 
 
 def flags_of(task: str) -> tuple:
     files = (f"--{split}_file={DEMO_DATA / f'{TASKS[task]}_{split}.jsonl'}" for split in ("train", "test"))
-    size = ("--max_train_samples", 24, "--max_eval_samples", 12, "--batch_size", 4, "--lora_r", 4)
+    size = ("--max_train_samples", 24, "--max_eval_samples", 8, "--batch_size", 4, "--lora_r", 4)
     return ("--pretrained_ckpt", DEMO_MODEL, *files, *size, "--learning_rate", "3e-3", "--price_per_hour", 36)
 
 
@@ -65,7 +65,9 @@ def loaded_by(folder: Path) -> str | None:
     return json.loads(path.read_text())["eval"].get("loaded_by")
 
 
-@pytest.mark.parametrize("merge", ["off", "on"])
+@pytest.mark.parametrize(
+    ("trained", "merge"), [("classification", "on"), ("summarization", "off")], indirect=["trained"]
+)
 def test_each_is_scored_as_if_it_were_alone(trained, tmp_path, merge):
     task, folders = trained
     alone, together = (copies(folders, tmp_path / name) for name in ("alone", "together"))
@@ -129,7 +131,7 @@ def test_a_loop_scores_also_runs_whose_bases_other_versions_describe_otherwise(t
     content["quantization"]["a_setting_of_other_versions"] = None
     path.write_text(json.dumps(content))
     env = {"FAILED_RUNS": str(tmp_path / "failed")}
-    done = run_script(f"llama2_{task}_inference.py", *SCORED, "--experiment_dir", *runs, env=env)
+    done = run_preloaded(f"llama2_{task}_inference.py", *SCORED, "--experiment_dir", *runs, env=env)
     assert done.returncode == 0, done.stderr
     assert list(map(loaded_by, runs)) == [None, None]
 
@@ -169,7 +171,7 @@ def test_baselines_of_one_process_are_as_if_each_were_alone(tmp_path):
         assert done.returncode == 0, done.stderr
     words = [[*map(str, flags), "--output_dir", str(tmp_path / "together")] for flags in each]
     (tmp_path / "runs").write_text("".join("\0".join(run) + "\0\x1e\0" for run in words))
-    done = run_script(BASELINE, *each[0], env={"RUNS_TO_SCORE": str(tmp_path / "runs")})
+    done = run_preloaded(BASELINE, *each[0], env={"RUNS_TO_SCORE": str(tmp_path / "runs")})
     assert done.returncode == 0, done.stderr
     paths = sorted((tmp_path / "alone").rglob("eval.json"))
     assert len(paths) == 2
@@ -181,7 +183,7 @@ def test_baselines_of_one_process_are_as_if_each_were_alone(tmp_path):
 
 
 def test_a_variable_named_runs_that_somebody_has_set_names_no_runs(tmp_path):
-    done = run_script(BASELINE, *flags_of("classification")[:4], "--dry_run", env={"RUNS": "3"})
+    done = run_preloaded(BASELINE, *flags_of("classification")[:4], "--dry_run", env={"RUNS": "3"})
     assert done.returncode == 0, done.stderr
 
 

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import DEMO_DATA, DEMO_MODEL, PROCESS, ROOT, error_line, run_script
+from conftest import DEMO_DATA, DEMO_MODEL, PROCESS, ROOT, error_line
 from preloaded import kill, run_preloaded, start_until
 from safetensors.torch import load_file
 
@@ -289,7 +289,7 @@ def test_a_finished_run_is_found_and_changed_data_under_it_is_not_overlooked(who
     learned = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")  # in one step
     assert all(weight.any() for name, weight in learned.items() if "lora_B" in name)
     file.write_text(file.read_text().replace(" the ", " teh "))
-    line = error_line(run_script(SCRIPT, *DATA, *flags, "--experiment_dir", tmp_path / "run"))
+    line = error_line(run_preloaded(SCRIPT, *DATA, *flags, "--experiment_dir", tmp_path / "run"))
     assert "--force" in line
     assert str(file) in line
 
@@ -348,7 +348,7 @@ def test_a_step_that_exceeds_the_memory_goes_on_in_smaller_passes_and_learns_the
 
 def test_a_name_of_no_layer_is_refused(tmp_path):
     flags = ("--target_modules", "q_proj", "v_porj", "--experiment_dir", tmp_path)
-    assert "--target_modules v_porj: the model has no" in error_line(run_script(SCRIPT, *DATA, *flags))
+    assert "--target_modules v_porj: the model has no" in error_line(run_preloaded(SCRIPT, *DATA, *flags))
 
 
 def test_a_checkpoint_of_another_prompt_is_refused(tmp_path):
