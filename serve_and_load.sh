@@ -106,7 +106,7 @@ export_of() { # export_of MODEL: sets $served to the export to serve
   attend python "$root/serving/export.py" "$1" --output_dir "$served"
 }
 
-free_port() { # the one that the cell had, where it is free: records are named by it
+free_port() { # free_port WANTED: that, or one that the system names
   python -c '
 import socket, sys
 
@@ -118,7 +118,7 @@ for port in (int(sys.argv[1]), 0):
             print(listening.getsockname()[1])
         break
     except OSError:
-        pass' "$(cat "$cell/port" 2>/dev/null || echo 0)" | tee "$cell/port"
+        pass' "$1"
 }
 
 start() { # start SERVER PORT: sets $server_pid; its words go to $cell/server.log
@@ -167,7 +167,8 @@ sweep() { # sweep SERVER MODEL: one cell
     }
     ;;
   esac
-  port=$(free_port)
+  port=$(free_port "$(cat "$cell/port" 2>/dev/null || echo 0)") # that which the cell had: its record has it in its name
+  echo "$port" >"$cell/port"
   url=http://127.0.0.1:$port
   start "$1" "$port"
   if ! attend python "$root/serving/served.py" wait "$url/health" "$server_pid" "${START_SECONDS:-900}" 2>"$cell/why"; then
