@@ -26,6 +26,7 @@ def parse(description: str, argv: Sequence[str] | None = None) -> argparse.Names
         help="openai posts to /v1/completions, tgi to /generate (%(default)s)",
     )
     add("--model", metavar="NAME", help="to ask for (the first that the server names)")
+    add("--server", type=label, metavar="NAME", help="what tables call it: vllm, tgi, ... (the url's host)")
     add("--api_key_file", metavar="FILE", help="a file that holds the server's key and nothing else (none)")
     add("--stream", action="store_true", help="stream answers, and measure when the first token comes")
     add = parser.add_argument_group("load").add_argument
@@ -93,6 +94,12 @@ def parse(description: str, argv: Sequence[str] | None = None) -> argparse.Names
     add = parser.add_argument_group("record").add_argument
     add("--output_dir", default="experiments/serving", metavar="DIR", help="for the record (%(default)s)")
     add("--force", action="store_true", help="begin anew, whatever is recorded")
+    add(
+        "--not_started",
+        type=label,
+        metavar="REASON",
+        help="send nothing, and record that the server could not be started, and why",
+    )
     add("--price_per_hour", type=cli.positive_float, metavar="USD", help="price of the server's machine")
     add("--gpu_name", metavar="NAME", help="price it as this one of study/records/prices.json (detected)")
     args = parser.parse_args([cli.underscored(word) for word in (sys.argv[1:] if argv is None else argv)])
@@ -116,6 +123,14 @@ def url(word: str) -> str:
     if not fits:
         raise argparse.ArgumentTypeError(f"{word} is not like http://127.0.0.1:8000")
     return word.rstrip("/").removesuffix("/v1")
+
+
+def label(word: str) -> str:
+    """A text on one line."""
+    line = " ".join(word.split())
+    if not line or not line.isprintable():
+        raise argparse.ArgumentTypeError("it should hold a text")
+    return line
 
 
 def rates(word: str) -> list[float]:

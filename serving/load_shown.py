@@ -1,8 +1,8 @@
 """What a load test prints: a line for each rate, and the result block."""
 
 from study.records import cost
+from study.records.schema import SHORT
 
-SHORT = 20  # a run should last so many times an answer: the time of the last ones counts
 HEAD = f"{'rate':>8}{'sent':>9}{'served':>9}{'p50 s':>9}{'p90 s':>9}{'p99 s':>9}{'lag ms':>8}{'failed':>8}"
 
 

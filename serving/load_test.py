@@ -2,14 +2,15 @@
 
     python serving/load_test.py --url http://127.0.0.1:8000 --rates 1,2,4,8,16 --seconds 30 \\
         --test_file test.jsonl --pretrained_ckpt llama-2-7b --price_per_hour 4
-    python serving/load_test.py --url http://127.0.0.1:8080 --api tgi --rates 1,2,4 \\
+    python serving/load_test.py --url http://127.0.0.1:8080 --api tgi --server tgi --rates 1,2,4 \\
         --prompts_file prompts.jsonl
 
 The load is open: a request is sent when it is due, whatever became of those before. Rates go up to the first
 that is not sustained (an error, less than 95 % served, or p90 over --slo_seconds); then the middle between
 that and the last good one is tried, --bisections times. Latency counts from when a request was due, over all
 requests, a failure as the timeout at least; every answer is waited for. It leaves serve-HASH.json, the
-record, and requests-HASH.jsonl, one line for each request, in --output_dir.
+record, and requests-HASH.jsonl, one line for each request, in --output_dir; python -m study.report DIR makes
+tables of these.
 """
 
 import argparse
@@ -42,7 +43,10 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 def main(process: device.Process) -> None:
     args = load_flags.parse(__doc__)
     settings = {name: getattr(args, name) for name in SETTINGS}
+    settings |= {"server": args.server} if args.server else {}  # which older records have not
     path = Path(args.output_dir) / f"serve-{record.short_hash(settings)}.json"
+    if args.not_started:
+        return write_not_started(path, args, process)
     key = load_flags.read_key(args.api_key_file)
     name, source = load_prompts.read_source(args)
     with record.locked(path.parent, process, "--output_dir"):
@@ -91,18 +95,7 @@ def recording(
     """Yield the record of a sweep to fill, with the rates of the record `before` that are not void; write it
     at the end as finished, void or how it failed. Out of the block come only UserError and
     KeyboardInterrupt."""
-    part = (before or {}).get("serve") or {"rates": [], "wall_seconds": 0}
-    kept = [step for step in part["rates"] if step["status"] != "void"]
-    content = {
-        "schema": SCHEMA,
-        "status": "running",
-        "script": process.script,
-        "task": args.task,
-        "config": dict(vars(args)),
-        "config_hash": path.stem.removeprefix("serve-"),
-        "started": (before or {}).get("started") or record.utc(process.started),
-        "serve": {"url": args.url, "api": args.api, "rates": kept, "earlier_seconds": part["wall_seconds"]},
-    }
+    content = begun(path, args, process, before)
     try:
         fill(content, args, process)
         yield content
@@ -117,6 +110,39 @@ def recording(
         if isinstance(error, UserError | KeyboardInterrupt):
             raise
         raise UserError(f"{content['error']['message']}; {content['error']['advice']}") from error
+
+
+def begun(path: Path, args: argparse.Namespace, process: device.Process, before: dict | None) -> dict:
+    """What is known of a sweep before it begins, with what the record `before` has measured."""
+    part = (before or {}).get("serve") or {"rates": [], "wall_seconds": 0}
+    kept = [step for step in part["rates"] if step["status"] != "void"]
+    where = {"url": args.url, "api": args.api, "server": args.server}
+    return {
+        "schema": SCHEMA,
+        "status": "running",
+        "script": process.script,
+        "task": args.task,
+        "config": dict(vars(args)),
+        "config_hash": path.stem.removeprefix("serve-"),
+        "started": (before or {}).get("started") or record.utc(process.started),
+        "serve": {**where, "rates": kept, "earlier_seconds": part["wall_seconds"]},
+    }
+
+
+def write_not_started(path: Path, args: argparse.Namespace, process: device.Process) -> None:
+    """Record a sweep as failed for --not_started, so that tables show a gap and why. A finished sweep stays;
+    rates that were measured are kept, for a server that does start."""
+    with record.locked(path.parent, process, "--output_dir"):
+        before = record.read(record.beside(path)) or record.read(path)
+        if before and before["status"] == "finished":
+            return print(f"finished   {path}: it stays as it is")
+        content = begun(path, args, process, before)
+        content["model"] = (before or {}).get("model") or args.model or args.url
+        fill(content, args, process)
+        advice = "start the server, then the same command without --not_started"
+        error = {"type": "NotStarted", "message": args.not_started, "advice": advice}
+        record.close(path, content | {"status": "failed", "error": error})
+    print(f"failed     {path}: {args.not_started}")
 
 
 class Void(Exception):
@@ -241,7 +267,8 @@ def device_of(args: argparse.Namespace) -> str:
 def say_sweep(args: argparse.Namespace, server: client.Server, prompts: Sequence, steps: Sequence) -> None:
     """What is about to be done, what of it is recorded, and the head of the table."""
     streamed = ", streamed" if args.stream else ""
-    print(f"server     {server.place}, model {server.model or 'its own'}{streamed}")
+    named = f"{args.server}, " if args.server else ""
+    print(f"server     {named}{server.place}, model {server.model or 'its own'}{streamed}")
     print(f"load       {args.arrivals} arrivals, {args.seconds:g} s a rate, {len(prompts):,} prompts")
     cost.say_ambiguity(args, device_of(args))
     print(load_shown.HEAD)

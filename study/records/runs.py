@@ -268,9 +268,30 @@ def flags_of(content: dict) -> argparse.Namespace:
 
 def command(content: dict) -> str:
     """The command line of a record: its script with the flags that differ from their defaults."""
-    plain, words = defaults(flags_of(content)), ["python", content["script"]]
-    for name, value in content["config"].items():
-        if name in plain and value != plain[name] and value is not None:
+    if "method" not in content:
+        return load_command(content)
+    plain = defaults(flags_of(content))
+    chosen = {name: value for name, value in content["config"].items() if value != plain.get(name, value)}
+    return shlex.join(["python", content["script"], *words_of(chosen)])
+
+
+def load_command(content: dict) -> str:
+    """That of a load test, whose own flags' defaults are not known here: these all stand there."""
+    flags = flags_of(content)
+    flags.kind = "prompt"
+    plain = defaults(flags) | {"task": flags.task}
+    config = {name: value for name, value in content["config"].items() if value is not False}
+    chosen = {name: value for name, value in config.items() if value != plain.get(name)}
+    if isinstance(chosen.get("rates"), list):
+        chosen["rates"] = ",".join(f"{rate:g}" for rate in chosen["rates"])
+    return shlex.join(["python", content["script"], *words_of(chosen)])
+
+
+def words_of(flags: dict) -> list[str]:
+    """Of a command line: flags with their values, a switch without one."""
+    words = []
+    for name, value in flags.items():
+        if value is not None:
             values = [] if value is True else value if isinstance(value, list) else [value]
             words += [f"--{name}", *map(str, values)]
-    return shlex.join(words)
+    return words

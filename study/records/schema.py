@@ -21,6 +21,7 @@ SCORES = {  # of each task, the metrics that tables show, the first also in plot
 }
 
 FEW = 40  # test examples, below which intervals are rough
+SHORT = 20  # a run of a load test should last so many times an answer: the time of the last ones counts
 
 # Flags by what depends on them; all others change a run's speed, its price or its place.
 READ = (  # what a model reads, in training and scoring alike
@@ -161,7 +162,7 @@ PARTS = {
         "serve*.json",
         {f"serve.{name}": NUMBER for name in ("requests", "seconds", "wall_seconds")}
         | {"serve.url": str, "serve.api": str, "serve.rates": list, "serve.knee": bool}
-        | {"serve.sustained": (*NUMBER, NoneType)},
+        | {"serve.sustained": (*NUMBER, NoneType), "config.seconds": NUMBER},
         of_method=False,
     ),
 }
@@ -186,6 +187,8 @@ OPTIONAL = SPENT | {
     "eval.per_example.confidences": list | None,
     "train.batching.processes": int | None,
     "spent_before": list | None,
+    **dict.fromkeys(("serve.url", "serve.server", "error.message"), str | None),
+    "config.slo_seconds": int | float | None,
 }
 ATTEMPT = SPENT | {"status": str, "finished": str | None}  # of `spent_before`
 
@@ -223,8 +226,7 @@ def check(content: dict, path: Path, part: str | None = None) -> None:
     if content["status"] == "finished" and part == "eval":
         refuse_lacking(content, path, scores_of(content))
     if content["status"] == "finished" and part == "serve":
-        places = [f"serve.rates.{i}." for i in range(len(content["serve"]["rates"]))]
-        refuse_lacking(content, path, {p + name: kind for p in places for name, kind in LOADED.items()})
+        refuse_lacking(content, path, loaded(content["serve"]["rates"]))
     check_spent(content, path)
 
 
@@ -260,9 +262,28 @@ def scores_of(content: dict) -> dict:
     split = f"data.{content['config']['split']}"
     wanted = {f"{split}.sha256": str, f"{split}.source": str, f"{split}.rows": int}
     for metric in {**SCORES[content["task"]], **content["eval"]["metrics"]}:
-        wanted[f"eval.metrics.{metric}.value"] = NUMBER
-        if lookup(content, f"eval.metrics.{metric}.ci95") is not None:
-            wanted |= {f"eval.metrics.{metric}.ci95.{end}": NUMBER for end in (0, 1)}
+        wanted |= score_of(content, f"eval.metrics.{metric}")
+    return wanted
+
+
+def score_of(content, place: str) -> dict:
+    """What a metric holds that stands at `place`."""
+    ends = {f"{place}.ci95.{end}": NUMBER for end in (0, 1)}
+    return {f"{place}.value": NUMBER} | (ends if lookup(content, f"{place}.ci95") is not None else {})
+
+
+def loaded(rates: list) -> dict:
+    """What a finished sweep holds of each of its `rates`."""
+    wanted = {}
+    for i, step in enumerate(rates):
+        place = f"serve.rates.{i}."
+        wanted |= {f"{place}{name}": kind for name, kind in LOADED.items()}
+        if isinstance(lookup(step, "metrics"), dict):
+            scores = [score_of(step, f"metrics.{metric}") for metric in step["metrics"]]
+            wanted |= {f"{place}{name}": kind for score in scores for name, kind in score.items()}
+        for name in ("time_to_first_token", "seconds_per_token"):
+            streamed = ("mean", "p50", "p90", "p99") if lookup(step, name) else ()
+            wanted |= {f"{place}{name}.{percent}": NUMBER for percent in streamed}
     return wanted
 
 

@@ -29,6 +29,7 @@ from study.report.cells import Table
 from study.report.classes import MOST
 from study.report.collect import Run, comparable, find_runs, say_left_out
 from study.report.spent import spent_in_all
+from study.report.sweeps import Sweep, find_sweeps
 from study.report.tables import all_tables
 
 
@@ -64,12 +65,13 @@ def words(text: str) -> list[str]:
 def write(
     tables: Sequence[Table],
     groups: Sequence[tuple],
+    sweeps: Sequence[Sweep],
     prices: Sequence[dict],
     args: argparse.Namespace,
     how: str,
 ) -> None:
     """report.md, which says `how` it was made, and beside it each table as CSV and each plot as PNG."""
-    from study.report import plots
+    from study.report import plots, serving_plots
 
     try:
         args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -82,7 +84,8 @@ def write(
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows(table.csv_rows())
         write_text(args.output_dir / f"{number:02d}-{name}.csv", text.getvalue())
-    drawn = plots.draw(groups, prices, args.output_dir, args.published)
+    drawn = plots.draw(plots.figures(groups, prices, args.published), args.output_dir)
+    drawn += plots.draw(serving_plots.figures(sweeps, prices), args.output_dir)
     intervals = __doc__.rpartition("\n\n")[2]
     about = f"# Results\n\nMade by `python -m study.report {how}`.\n\n{intervals}"
     pictures = [f"## {title}\n\n![{title}]({name}.png)\n" for name, title in drawn]
@@ -91,9 +94,10 @@ def write(
     )
 
 
-def several_prices(found: Sequence[Run], prices: list[dict]) -> list[str]:
+def several_prices(found: Sequence[Run], sweeps: Sequence[Sweep], prices: list[dict]) -> list[str]:
     """The cards in the records of which a price list says different prices, in words."""
     contents = [content for run in found for content in (run.content, run.train) if content]
+    contents += [sweep.content for sweep in sweeps]
     names = {content["cost"]["gpu"] for content in contents if content.get("cost")}
     return [line for name in sorted(names) if (line := cost.ambiguity(name, prices))]
 
@@ -168,7 +172,9 @@ def main() -> None:
     folders = args.folders or ([] if args.published else [Path("experiments")])
     records = {path for path in folders if args.best and part_of(path)}
     found, problems = find_runs(path.parent if path in records else path for path in folders)
-    for several in several_prices(found, prices):
+    sweeps, more = find_sweeps(() if args.best else folders)
+    problems += more
+    for several in several_prices(found, sweeps, prices):
         print(f"--prices {args.prices}: {several}, so its price is unknown: leave one entry", file=sys.stderr)
     groups = comparable(found)
     if args.best:
@@ -177,7 +183,7 @@ def main() -> None:
         return end(problems)
     spent, most = spent_in_all(folders, prices), None if args.classes else MOST
     spent = f"{spent} {say_left_out(found, groups)}".strip()
-    tables = all_tables(groups, prices, args.reference, args.spread, spent, most)
+    tables = all_tables(groups, prices, args.reference, args.spread, spent, most, sweeps)
     columns = [column for table in tables for column in table.columns]
     if args.reference and not any(args.reference in column.partition(" - ")[2] for column in columns):
         raise UserError(f"--reference {args.reference}: no table has such a row or column with a score")
@@ -192,7 +198,7 @@ def main() -> None:
     else:
         print("\n".join(table.markdown() for table in tables))
     if args.output_dir:
-        write(tables, groups, prices, args, shlex.join(sys.argv[1:]))
+        write(tables, groups, sweeps, prices, args, shlex.join(sys.argv[1:]))
     end(problems)
 
 

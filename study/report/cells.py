@@ -17,7 +17,8 @@ STATES = {"running": "running", "oom": "OOM", "failed": "failed", "interrupted":
 @dataclass(frozen=True)
 class Cell:
     """`value` and the ends of its 95 % interval as numbers and, with its unit, as text; over how many `seeds`
-    it is (0 of what is no score), and the runs behind it."""
+    it is (0 of what is no score), and the runs behind it. A cell of a load test has its sweep
+    (sweeps.py) in their place."""
 
     text: str
     value: float | None = None

@@ -49,12 +49,10 @@ LEVELS = ((0, (1, 2)), (0, (6, 3)), (0, (3, 3, 1, 3)))  # without markers
 BLUES = LinearSegmentedColormap.from_list("", ["#ffffff", "#6fa3d0"])  # light enough for black figures
 
 
-def draw(
-    groups: Sequence[tuple], prices: Sequence[dict], folder: Path, published: bool
-) -> list[tuple[str, str]]:
-    """Write every plot that the runs give. Returns (file name without its ending, title) of each."""
+def draw(figures: Iterable[tuple], folder: Path) -> list[tuple[str, str]]:
+    """Write every plot of (file name without its ending, title, figure). Returns the first two of each."""
     drawn = []
-    for name, title, figure in figures(groups, prices, published):
+    for name, title, figure in figures:
         figure.savefig(folder / f"{name}.png", dpi=150)
         drawn.append((name, title))
     return drawn

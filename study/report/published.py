@@ -5,14 +5,25 @@ Such a cell has no value, so that no mean, interval or comparison of ours can ta
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
 from study.records import cost
 from study.report.cells import Cell, Table
+from study.report.serving import LOAD
+from study.report.sweeps import Sweep
 
 FIGURES = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 TOKENS = 100  # about that many in each request of the study's load test
+SERVED = "Inference, published"
+LINES = {  # of its load test, as the table of ours under load has them
+    "per 1K tokens": "per 1K tokens",
+    "per 1K tokens, served": "per 1K tokens, served",
+    "requests/s offered": "RPS",
+    "requests/s served": "throughput",
+    "90 % latency": "latency 90 %",
+}
 
 
 def with_published(tables: Sequence[Table]) -> list[Table]:
@@ -40,7 +51,49 @@ def with_published(tables: Sequence[Table]) -> list[Table]:
         ours.columns = list(dict.fromkeys([*ours.columns, *(column for row in rows for column in row)]))
         ours.rows = [[row.get(column, Cell("—")) for column in ours.columns] for row in rows]
         ours.note = f"{ours.note} † published: {FIGURES['source']}. {theirs.get('note', '')}".strip()
+    for table in tables:
+        if table.name == LOAD:
+            add_load_test(table)
     return tables
+
+
+def add_load_test(table: Table) -> None:
+    """To a table of ours under load the published lines of each GPU as columns: beside the same server, model
+    and task, or in rows of their own."""
+    theirs = defaultdict(dict)
+    for row in rows_of(FIGURES["tables"][SERVED]):
+        cells = {f"{row['GPU'].text}: {title} †": row[name] for name, title in LINES.items()}
+        theirs[tuple(row[name].text for name in ("server", "model", "task"))] |= cells
+    added = sorted({column for cells in theirs.values() for column in cells}, key=order_of_load)
+    matched = set()
+    for row in table.rows:
+        sweep = row[-1].runs[0]
+        key = next((key for key in theirs if is_same(key, sweep)), None)
+        matched.add(key)
+        row += [theirs.get(key, {}).get(column, Cell("—")) for column in added]
+    for key, cells in theirs.items():
+        if key not in matched:
+            row = {**dict(zip(table.columns, map(Cell, key), strict=False)), **cells}
+            row["server"] = Cell(f"{key[0]} †")
+            table.rows.append([row.get(column, Cell("—")) for column in [*table.columns, *added]])
+    table.columns = [*table.columns, *added]
+    table.note += (
+        f" † published: {FIGURES['source']}, of the GPU named. Its RPS were offered, whether served or not, "
+        "and its cost divides by them; ours compares with that at the rate it served."
+    )
+
+
+def order_of_load(column: str) -> tuple[bool, int]:
+    gpu, _, title = column.removesuffix(" †").partition(": ")
+    return gpu != "A10G", [*LINES.values()].index(title)
+
+
+def is_same(key: tuple[str, str, str], sweep: Sweep) -> bool:
+    """Whether a sweep is of a published server, size of Llama-2 and task."""
+    server, model, task = key
+    size = model.removeprefix("Llama-")
+    llama = re.search(rf"\bllama-?2-{size}\b", sweep.content["model"], re.IGNORECASE)
+    return sweep.server.casefold() == server.casefold() and task == sweep.task and bool(llama)
 
 
 def rows_of(table: dict) -> list[dict[str, Cell]]:

@@ -27,7 +27,9 @@ from study.report.selection import (
     tuned,
     usual_runs,
 )
+from study.report.serving import serving_tables
 from study.report.spent import inference_table, total_usd, training_table, wall_seconds
+from study.report.sweeps import Sweep
 
 
 @dataclass(frozen=True)
@@ -251,10 +253,12 @@ def all_tables(
     spread: bool = False,
     spent: str = "",
     most: int | None = MOST,
+    sweeps: Sequence[Sweep] = (),
 ) -> list[Table]:
-    """Every table of the study, with differences to what is `named`, or to the cheapest, and `most` classes
-    of each model, or all. A group that stands apart says so in its tables' titles. What was `spent` in all
-    stands under Tables 4 and 5, or where nothing was trained under the last one."""
+    """Every table of the study and of its load tests, with differences to what is `named`, or to the
+    cheapest, and `most` classes of each model, or all. A group that stands apart says so in its tables'
+    titles. What was `spent` in all stands under Tables 4 and 5, or where nothing was trained under the last
+    one."""
     tables, reference = [], Reference(named, prices)
     for task, why, group in groups:
         by_share = task == "classification" and tuned(group)
@@ -274,7 +278,8 @@ def all_tables(
             table.note = f"{over} {table.note}{remarks(group, table)}"
         tables += ours
     training = training_table(groups, prices)
-    shown = [table for table in [*tables, training, inference_table(groups, prices)] if table.rows]
+    more = [training, inference_table(groups, prices), *serving_tables(sweeps, prices)]
+    shown = [table for table in [*tables, *more] if table.rows]
     for table in [training] if training.rows else shown[-1:]:
         table.note = f"{table.note} {spent}".strip()
     return shown
