@@ -142,13 +142,14 @@ why_down() { # the error in the server's log, or else its last line, or else wha
   tr -d '\r' <<<"${said:-$(cat "$cell/why")}" | cut -c 1-200 | sed 's/^[Ee]rror: //'
 }
 
-gap() { # gap SERVER MODEL WHY
+gap() { # gap SERVER MODEL WHY: also as a record, so that tables show it
   printf 'gap: %s\n' "$3"
   gaps+=("$1, $2: $3 ($cell/server.log)")
+  attend python "$root/serving/load_test.py" "${load[@]}" "${flags[@]}" --not_started="$3" || true
 }
 
 sweep() { # sweep SERVER MODEL: one cell
-  local served=$2 port url flags_of task adapter kind cell load
+  local served=$2 port url flags_of task adapter kind cell load=()
   name_cell "$1" "$2"
   cells=$((cells + 1))
   printf '\n[%d] %s, %s of %s\n' "$cells" "$1" "$task" "$2"
@@ -170,19 +171,19 @@ sweep() { # sweep SERVER MODEL: one cell
   port=$(free_port "$(cat "$cell/port" 2>/dev/null || echo 0)") # that which the cell had: its record has it in its name
   echo "$port" >"$cell/port"
   url=http://127.0.0.1:$port
-  start "$1" "$port"
-  if ! attend python "$root/serving/served.py" wait "$url/health" "$server_pid" "${START_SECONDS:-900}" 2>"$cell/why"; then
-    stop_server
-    gap "$1" "$2" "$(why_down)"
-    return
-  fi
-  load=(--url "$url" --output_dir "$cell")
+  load=(--url "$url" --server "$1" --output_dir "$cell")
   case $1 in
     tgi) load+=(--api tgi) ;;
     vllm) load+=(--model "$(basename "$served")") ;;
     transformers) load+=(--model "$(cd "$served" && pwd)") ;;
   esac
   eval "load+=($flags_of)" # quoted by served.py
+  start "$1" "$port"
+  if ! attend python "$root/serving/served.py" wait "$url/health" "$server_pid" "${START_SECONDS:-900}" 2>"$cell/why"; then
+    stop_server
+    gap "$1" "$2" "$(why_down)"
+    return
+  fi
   attend python "$root/serving/load_test.py" "${load[@]}" "${flags[@]}" "${force[@]}" || failed+=("$1, $2: its load test failed (exit $?)")
   stop_server
 }
