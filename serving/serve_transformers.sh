@@ -12,6 +12,6 @@ read_flags "$@"
 [[ ! $key ]] || refuse "--api_key_file: transformers serve knows no keys"
 [[ ! -d $folder/adapter ]] ||
   refuse "$folder has its adapter by itself, which transformers serve does not load: export it without --adapter_on_dequantized"
-own_environment "$root/.venv-transformers" "transformers[serving]==5.17.0" torch==2.13.0
+own_environment "$root/.venv-transformers" "transformers[serving]==5.17.0" torch==2.13.0 requests
 export HF_HUB_OFFLINE=1
 exec "$(dirname "$python")/transformers" serve "$folder" --host "$host" --port "$port" "${flags[@]}"
