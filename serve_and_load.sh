@@ -65,14 +65,18 @@ attend() { # attend COMMAND...: run it in a process group of its own, so that Ct
 }
 
 end_group() { # end_group PID SECONDS: SIGTERM to the process, and after SECONDS SIGKILL to what is left of its group
-  local tenths=$(($2 * 10))
   kill -TERM "$1" 2>/dev/null || true
-  while kill -0 "$1" 2>/dev/null && ((tenths > 0)); do
+  wait_for "$1" "$2" || true
+  kill -KILL -- "-$1" 2>/dev/null || return 0
+  wait_for "-$1" 2 || true # a killed process is gone a little later
+}
+
+wait_for() { # wait_for PID SECONDS: until there is no such process, or group
+  local tenths=$(($2 * 10))
+  while kill -0 -- "$1" 2>/dev/null; do
+    ((tenths-- > 0)) || return 1
     sleep 0.1
-    tenths=$((tenths - 1))
   done
-  kill -KILL -- "-$1" 2>/dev/null || true
-  wait "$1" 2>/dev/null || true
 }
 
 stop_server() {
