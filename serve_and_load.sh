@@ -137,6 +137,7 @@ start() { # start SERVER PORT: sets $server_pid; its words go to $cell/server.lo
   printf '$ %s\n' "${command[*]}" >"$cell/server.log"
   "${command[@]}" </dev/null >>"$cell/server.log" 2>&1 &
   server_pid=$!
+  disown "$server_pid" # or the shell tells of its end
 }
 
 why_down() { # the error in the server's log, or else its last line, or else what the waiting came to
