@@ -94,7 +94,7 @@ stop_all() { # on every way out
 
 name_cell() { # name_cell SERVER MODEL: sets task, adapter, kind, flags_of (the test split), cell (its folder)
   local about hash
-  about=$(python "$root/serving/served.py" about "$2") || exit 2
+  about=$(python "$root/serving/cells.py" about "$2") || exit 2
   { read -r task && read -r adapter && read -r kind && read -r flags_of; } <<<"$about"
   hash=$(printf '%s\0' "$1" "$adapter" "${WORKERS:-1}" "${flags[@]}" | sha256sum)
   cell=$output/$1/$(basename "$2")-${hash::8}
@@ -182,9 +182,9 @@ sweep() { # sweep SERVER MODEL: one cell
     vllm) load+=(--model "$(basename "$served")") ;;
     transformers) load+=(--model "$(cd "$served" && pwd)") ;;
   esac
-  eval "load+=($flags_of)" # quoted by served.py
+  eval "load+=($flags_of)" # quoted by cells.py
   start "$1" "$port"
-  if ! attend python "$root/serving/served.py" wait "$url/health" "$server_pid" "${START_SECONDS:-900}" 2>"$cell/why"; then
+  if ! attend python "$root/serving/cells.py" wait "$url/health" "$server_pid" "${START_SECONDS:-900}" 2>"$cell/why"; then
     stop_server
     gap "$1" "$2" "$(why_down)"
     return
@@ -209,7 +209,7 @@ for server in $servers; do # all of them before the first, which takes minutes
     refuse "SERVERS: $server is none of fastapi, ray, transformers, vllm, tgi"
 done
 for model in "${models[@]}"; do
-  python "$root/serving/served.py" about "$model" >/dev/null || exit 2
+  python "$root/serving/cells.py" about "$model" >/dev/null || exit 2
 done
 set -m # every command in the background is a process group of its own
 trap stop_all EXIT

@@ -256,7 +256,7 @@ def profile(engine, prompts: dict[int, list[int]], new: int) -> dict:
             tokens += len(example.tokens)
             if tokens <= engine.at_once:
                 group.append(example)
-        for example, (token, _) in zip(running, engine.read_all(running), strict=True):
+        for example, token in zip(running, engine.read_all(running)[0].tolist(), strict=True):
             example.answer.append(token)
         read = kinds(lambda: engine.read(group), engine.layers[0].qkv.a is not None)
         engine.load(running)

@@ -1,91 +1,148 @@
-"""Tells serve_and_load.sh what it serves.
+"""The model behind a server: a finished run or an export of one, ready to answer, with its task's prompts and
+how its answers are read."""
 
-    python serving/served.py about FOLDER            # task, adapter, kind, flags that name its test split
-    python serving/served.py wait URL PID SECONDS    # until the server is up: exit 0, or 1 and why not
-
-FOLDER is a run or an export of serving/export.py.
-"""
-
-import json
-import os
-import shlex
-import sys
-import time
-import urllib.error
-import urllib.request
+import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from study import cli
-from study.device import Process
+from prompts import parse_label, parse_summary, prompt_sha256
+from serving.export import ABOUT, TEXTS
+from study import checkpoint, device
 from study.errors import UserError
-from study.records import record
-
-NAMED = (  # flags of the load test that a run's settings answer
-    *("pretrained_ckpt", "dataset", "train_file", "test_file", "delimiter", "test_fraction"),
-    *("validation_fraction", "text_column", "label_column", "merge_labels", "unseen_labels"),
-    *("dialogue_column", "summary_column", "drop_overlap", "max_train_samples"),
-    *("max_seq_length", "max_new_tokens"),
-)
-EACH = 5  # seconds that one look at a server may take
+from study.records import record, runs
 
 
-def main(_: Process) -> None:
-    match sys.argv[1:]:
-        case ["about", folder]:
-            print("\n".join(about(Path(folder))))
-        case ["wait", url, pid, seconds]:
-            wait(url, int(pid), float(seconds))
-        case _:
-            raise UserError("served.py is for serve_and_load.sh: start that")
+@dataclass
+class Served:
+    """A model that is ready, and what its requests need."""
+
+    name: str
+    task: str
+    labels: list[str] | None
+    settings: argparse.Namespace  # max_seq_length and max_new_tokens, as the run has them
+    tokenizer: object
+    model: object
+    slow: str | None  # why `generate` decodes, or None
+    ends: list[int]
+    allowed: list[list[int]] | None  # the classes' tokens
+    longest: int  # tokens of a prompt with its answer
+    vocabulary: int
+    prefix: list[int]  # what all prompts of the task begin with
+
+    def prompt(self, text: str) -> tuple[list[int], bool]:
+        """The tokens of the task's prompt about `text`, as scoring builds it, and whether the text was
+        shortened."""
+        from study import encoding
+
+        [ids], shortened = encoding.encode_prompts(self.tokenizer, self.task, [text], self.settings)
+        return ids, bool(shortened)
+
+    def tokens(self, prompt: str) -> list[int]:
+        return self.tokenizer(prompt)["input_ids"]
+
+    def text(self, answer: list[int]) -> str:
+        return self.tokenizer.decode(answer, skip_special_tokens=True)
+
+    def parsed(self, answer: list[int]) -> str | None:
+        """The class, or None for none, or the summary that an answer names."""
+        text = self.text(answer)
+        return parse_label(text, self.labels) if self.labels else parse_summary(text)
 
 
-def about(folder: Path) -> list[str]:
-    """Task, what the adapter's weights hash to, kind, and the flags, quoted for a shell. Raises UserError
-    where it is neither a finished run nor an export."""
-    exported = described(folder)
-    trained = record.read((Path(exported["run"]) if exported else folder) / "train.json") or {}
-    if not exported and (trained.get("status") != "finished" or trained.get("method") != "qlora"):
-        raise UserError(f"{folder} is neither a finished run of llama2_*.py nor an export of one")
-    told = exported or trained | {"adapter_sha256": trained["train"]["adapter_sha256"]}
-    settings = trained.get("config", {}) | (exported or {})
-    if exported:
-        settings["pretrained_ckpt"] = str(folder)  # it has the tokenizer
-    flags = ["--task_type", told["task"]]
-    for name in NAMED:
-        value = settings.get(name)
-        if value is not None and value is not False:
-            words = value if isinstance(value, list) else [] if value is True else [value]
-            flags += [f"--{name}", *map(str, words)]
-    return [told["task"], told["adapter_sha256"], "export" if exported else "run", shlex.join(flags)]
+def look(folder: Path) -> dict:
+    """What `folder` says of itself: the record of its training, or its export.json. Needs no torch. Raises
+    UserError for what is neither, or of another prompt than prompts.py has."""
+    if (folder / ABOUT).is_file():
+        about = checkpoint.read_json(folder / ABOUT, str(folder))
+        lacking = {"task", "prompt_sha256", "weights", "max_seq_length", "max_new_tokens"} - about.keys()
+        if lacking:
+            raise UserError(f"{folder / ABOUT} lacks {', '.join(sorted(lacking))}: export the run again")
+        if about["prompt_sha256"] != prompt_sha256(about["task"], "instruction"):
+            raise UserError(
+                f"{folder} was trained with another prompt than prompts.py has now: put that back"
+            )
+        return about
+    if not (folder / "train.json").is_file():
+        raise UserError(f"{folder} is neither a run (no train.json) nor an export (no {ABOUT}): name one")
+    recorded = record.read(folder / "train.json") or {}
+    return runs.finished_training(folder, argparse.Namespace(task=recorded.get("task"), given=[]))
 
 
-def described(folder: Path) -> dict | None:
-    """What an export tells of itself; None of what is none."""
-    try:
-        return json.loads((folder / "export.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'export.json'} can't be read ({error}): export it again") from None
+def load(folder: Path, name: str, merging: str) -> Served:
+    """Load what `folder` holds, as scoring does, held to its record by content. `merging` is --merge."""
+    about = look(folder)
+    if (folder / ABOUT).is_file():
+        settings = argparse.Namespace(**{key: about[key] for key in ("max_seq_length", "max_new_tokens")})
+        tokenizer, model = load_export(folder, about)
+    else:
+        settings = argparse.Namespace(**about["config"])
+        tokenizer, model = load_run(folder, about)
+    return made_ready(name, about, settings, tokenizer, model, merging)
 
 
-def wait(url: str, pid: int, seconds: float) -> None:
-    """Until `url` answers with 200. Raises UserError where the process is gone or the time is over."""
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        try:
-            os.kill(pid, 0)
-        except OSError:
-            raise UserError("it ended before it was up") from None
-        try:
-            with urllib.request.urlopen(url, timeout=EACH):
-                return
-        except (urllib.error.URLError, OSError, ValueError):
-            time.sleep(0.2)
-    raise UserError(f"it was not up within {seconds:g} s")
+def load_run(folder: Path, trained: dict) -> tuple:
+    """Tokenizer, and base with adapter."""
+    from study import model
+
+    place = trained["config"]["pretrained_ckpt"]
+    checkpoint.refuse_other_kind(place, "causal")
+    here = checkpoint.identify(place, fetch=True)
+    checkpoint.check_same(
+        trained.get("checkpoint"), here, folder / "adapter", "put the one it was trained on back"
+    )
+    tokenizer = model.load_tokenizer(place)
+    base = model.load_base(place, model.quantization_from(trained["quantization"]))
+    hashes = (trained["train"].get(name) for name in ("adapter_sha256", "adapter_config_sha256"))
+    return tokenizer, model.load_adapter(base, folder / "adapter", *hashes)
 
 
-if __name__ == "__main__":
-    cli.run_script(main)
+def load_export(folder: Path, about: dict) -> tuple:
+    """Tokenizer and dense model, with the adapter where that is by itself."""
+    from transformers import AutoModelForCausalLM
+
+    from study import checks, model
+
+    for name, sha256 in about["weights"].items():
+        if not (folder / name).is_file() or model.fingerprint(folder, name) != sha256:
+            raise UserError(f"{folder / name} is not the file that {ABOUT} tells of: export the run again")
+    options = {
+        "dtype": device.compute_dtype(),
+        "device_map": {"": device.current()},
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
+    base, found = model.load_with_attention(AutoModelForCausalLM, str(folder), "auto", options)
+    checks.refuse_other_tensors(found, str(folder))
+    tokenizer = model.load_tokenizer(str(folder))
+    if about.get("adapter"):
+        base = model.load_adapter(base, folder / about["adapter"], about.get("adapter_sha256"))
+    return tokenizer, base.requires_grad_(False).eval()
+
+
+def made_ready(name: str, about: dict, settings, tokenizer, loaded, merging: str) -> Served:
+    from study import encoding, generation, model
+    from study.packing import common_prefix
+
+    base, task, labels = model.base_of(loaded), about["task"], about.get("labels")
+    settings.pretrained_ckpt = about.get("pretrained_ckpt", name)
+    model.check_length(base, tokenizer, settings)
+    prompts, _ = encoding.encode_prompts(tokenizer, task, TEXTS, settings)
+    ends = generation.stop_tokens(base, tokenizer)
+    allowed = labels and generation.with_all_ends(
+        encoding.label_answers(tokenizer, labels, settings.max_new_tokens), ends
+    )
+    loaded, slow, _ = generation.made_ready(loaded, prompts, merging)
+    return Served(
+        name=name,
+        task=task,
+        labels=labels,
+        settings=settings,
+        tokenizer=tokenizer,
+        model=loaded,
+        slow=slow,
+        ends=ends,
+        allowed=allowed,
+        longest=model.context_length(base, tokenizer),
+        vocabulary=model.base_of(loaded).get_input_embeddings().weight.shape[0],
+        prefix=prompts[0][: common_prefix(prompts)],
+    )

@@ -9,12 +9,12 @@ import hashlib
 import importlib.util
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor
+from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from study import checks, device
 from study.device import Process
@@ -22,7 +22,7 @@ from study.encoding import sha256_of
 from study.errors import UserError, is_out_of_memory
 from study.fast import decoder, self_check
 from study.files import write_text
-from study.model import base_of, merge, should_merge
+from study.model import base_of, four_bit_layers, merge, should_merge
 
 AUTO_EXAMPLES = 256
 
@@ -130,26 +130,33 @@ def generate(
     ends = stop_tokens(model, tokenizer)
     checks.refuse_unknown_tokens(base_of(model), tokenizer, [ends[:1], *prompts, *(allowed or [])])
     allowed = allowed and with_all_ends(allowed, ends)
+    model, slow, how = made_ready(model, prompts, merging)
+    kept.resume(prompts, how)
+    answer = fast_answers if slow is None else plain_answers
+    left = {i: prompt for i, prompt in enumerate(prompts) if i not in kept.answers}
+    most = None if batch_size == "auto" else batch_size
+    for index, found in answer(model, left, max_new_tokens, ends, allowed, most) if left else ():
+        kept.add(index, found)
+    return in_order(tokenizer, prompts, kept, how, ends)
+
+
+def made_ready(model, prompts: Sequence[list[int]], merging: str) -> tuple:
+    """The model as it will decode, merged or not, the reason why `generate` will do it or None where the fast
+    path has proven itself on `prompts`, and how, in words."""
     checks.prove_attention(base_of(model))
     slow = why_generate(model)
     witnesses = [] if slow or not prompts else self_check.witnesses(model, prompts)
-    merged = should_merge(model, merging)
-    if merged:
-        model = merge(model)
+    packed = bool(four_bit_layers(base_of(model)))
+    if packed and should_merge(model, merging):
+        model, packed = merge(model), False
     slow = slow or self_check.scoring(model, witnesses)
     if slow:
         device.attend_without_plans()
     dtype = str(device.compute_dtype()).removeprefix("torch.")
     how = f"plain generate ({slow})" if slow else "fused layers"
-    how += f", weights dense in {dtype}" if merged else ", weights in 4 bits"
+    how += ", weights in 4 bits" if packed else f", weights dense in {dtype}"
     print(f"decoding   {how}", flush=True)
-    kept.resume(prompts, how)
-    answer = fast_answers if slow is None else plain_answers
-    left = {i: prompt for i, prompt in enumerate(prompts) if i not in kept.answers}
-    most = None if batch_size == "auto" else batch_size
-    for index, found in answer(model.eval(), left, max_new_tokens, ends, allowed, most) if left else ():
-        kept.add(index, found)
-    return in_order(tokenizer, prompts, kept, how, ends)
+    return model.eval(), slow, how
 
 
 def in_order(
@@ -263,24 +270,31 @@ def fitting(model, tokens: int) -> int:
     return max(1, int(0.8 * device.free_memory() / (3 * cache)))
 
 
-def continue_batch(model, prompts, max_new_tokens, ends, allowed) -> list[tuple[list[int], float | None]]:
+def continue_batch(
+    model, prompts, max_new_tokens, ends, allowed, watch: Callable | None = None
+) -> list[tuple[list[int], float | None]]:
     """The new tokens of each prompt up to and including its EOS, greedily, and of `allowed` ones the
     confidence; prompts are padded on the left, or taken one by one where what else is in the batch would
-    change their answers."""
+    change their answers. After each step `watch(number, tokens)` of each prompt says whether it is to end
+    there."""
     base = base_of(model)
     checks.prove_attention(base)
     longest, shortest = max(map(len, prompts)), min(map(len, prompts))
     other_positions = longest + max_new_tokens > checks.same_up_to(base)
     if len(prompts) > 1 and (other_positions or (longest > shortest and not heeds_padding(model))):
-        alone = (continue_batch(model, [prompt], max_new_tokens, ends, allowed) for prompt in prompts)
-        return [answer for [answer] in alone]
+        answers = []
+        for i, prompt in enumerate(prompts):
+            alone = watch and (lambda _, tokens, i=i: watch(i, tokens))
+            answers += continue_batch(model, [prompt], max_new_tokens, ends, allowed, alone)
+        return answers
     if other_positions:
         checks.forget_longer(base)
+    options = {"stopping_criteria": [Watched(watch, longest, ends)]} if watch else {}
     if allowed is None:
-        output, sure = greedily(model, prompts, max_new_tokens, ends), [None] * len(prompts)
+        output, sure = greedily(model, prompts, max_new_tokens, ends, **options), [None] * len(prompts)
     else:
         following, confidence = follow_one_of(allowed, longest, ends[0]), Confidence(len(prompts), allowed)
-        options = {"prefix_allowed_tokens_fn": following, "logits_processor": [confidence]}
+        options |= {"prefix_allowed_tokens_fn": following, "logits_processor": [confidence]}
         output = greedily(model, prompts, max_new_tokens, ends, **options)
         sure = confidence.products.tolist()
     answers = (up_to_end(row, ends) for row in output[:, longest:].tolist())
@@ -360,6 +374,18 @@ def follow_one_of(allowed: Sequence[list[int]], width: int, pad: int):
         for i, token in enumerate(answer):
             nexts.setdefault(tuple(answer[:i]), set()).add(token)
     return lambda row, ids: sorted(nexts.get(tuple(ids[width:].tolist()), {pad}))
+
+
+class Watched(StoppingCriteria):
+    """Ends the rows of a `generate`, `width` prompt tokens and what follows, of which `watch` says so."""
+
+    def __init__(self, watch: Callable, width: int, ends: Sequence[int]):
+        self.watch, self.width, self.ends = watch, width, ends
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_) -> torch.Tensor:
+        rows = input_ids[:, self.width :].tolist()
+        done = [self.watch(i, up_to_end(row, self.ends)) for i, row in enumerate(rows)]
+        return torch.tensor(done, device=input_ids.device)
 
 
 class Confidence(LogitsProcessor):

@@ -256,7 +256,7 @@ def is_running(pid: int) -> bool:
 def told(folder: Path) -> list[str]:
     done = ran("serve_and_load.sh", "--help", cwd=folder)
     assert done.returncode == 0
-    words = [sys.executable, str(ROOT / "serving" / "served.py"), "about", str(folder)]
+    words = [sys.executable, str(ROOT / "serving" / "cells.py"), "about", str(folder)]
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout.splitlines()
 
 

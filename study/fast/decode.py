@@ -123,7 +123,7 @@ class Choices:
         return None if self.next[node] else rest
 
 
-@dataclass
+@dataclass(eq=False)
 class Running:
     """An example at work: its tokens beyond the shared ones, its place in the cache, its answer so far and
     the product of that answer's shares."""
@@ -247,9 +247,9 @@ class Engine:
         shares [n] where there are choices."""
         return self.choices.choose(logits, nodes) if self.choices else (logits.argmax(1), nodes, None)
 
-    def read(self, examples: Sequence[Running]) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Fill the cache with the prompts of `examples`. Returns the first tokens of their answers [n] and
-        their shares, as `choose` does."""
+    def read(self, examples: Sequence[Running]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Fill the cache with the prompts of `examples`. Returns what `choose` makes of the first tokens of
+        their answers, from the nodes on that they are at."""
         device, shared = self.embedding.device, self.cache.shared
         lengths = np.array([len(example.tokens) for example in examples])
         firsts = np.array([example.place for example in examples])
@@ -258,21 +258,20 @@ class Engine:
             np.concatenate([example.tokens for example in examples]),
             within + shared,
             within + np.repeat(firsts, lengths),
-            *(ends, firsts, lengths),
+            *(ends, firsts, lengths, np.array([example.node for example in examples])),
         )
         table = kernels.to_device(np.concatenate(columns), device)
-        ids, positions, places, last, firsts, lengths_there = table.split([len(column) for column in columns])
+        ids, positions, places, last, firsts, lengths_there, nodes = table.split(list(map(len, columns)))
         work = cache.prompts_work(lengths.tolist(), [example.place for example in examples], device)
         logits = self.forward(
             *(ids, positions, places, lambda *layer: self.cache.attend_prompts(*layer, work), last),
             lambda *layer: self.cache.attend_tokens(*layer, firsts, lengths_there),
         )
-        tokens, _, shares = self.choose(logits, torch.zeros_like(last))
-        return tokens, shares
+        return self.choose(logits, nodes)
 
     def advance(self, count: int) -> None:
         """One step of the first `count` examples in `state`, in place."""
-        ids, positions, places, firsts, lengths, nodes = (column[:count] for column in self.state)
+        ids, positions, places, lengths, firsts, nodes, moves = self.state[:, :count]
         logits = self.forward(
             ids, positions, places, lambda *layer: self.cache.attend_tokens(*layer, firsts, lengths)
         )
@@ -281,8 +280,7 @@ class Engine:
         nodes.copy_(following)
         if shares is not None:
             self.shares[:count].copy_(shares)
-        self.state[1:3, :count] += 1
-        lengths += 1
+        self.state[1:4, :count] += moves
 
     def step(self, count: int) -> Callable[[], list[tuple[int, float]]]:
         """Begin a step of the `count` examples in `state`. Returns what waits for their next tokens and these
@@ -329,7 +327,8 @@ class Engine:
         return max(16, kernels.power_of_2(count)) if count <= 32 else math.ceil(count / 64) * 64
 
     def load(self, examples: Sequence[Running]) -> None:
-        """Take `examples` over into `state`: last token, position, its place, first place, tokens, node."""
+        """Take `examples` over into `state`: last token, position, its place, tokens, first place, node, and
+        by how much a step moves on: 0 at an empty place."""
         shared, rows = self.cache.shared, []
         for example in examples:
             own = len(example.tokens) + len(example.answer)  # the last token is yet to be read
@@ -338,14 +337,18 @@ class Engine:
                     example.answer[-1],
                     shared + own - 1,
                     example.place + own - 1,
-                    example.place,
                     own,
+                    example.place,
                     example.node,
+                    1,
                 )
             )
-        idle = (0, 0, self.idle_place, self.idle_place, 1, 0)
-        rows += [idle] * (self.padded(len(rows)) - len(rows))
+        rows += [self.idle()] * (self.padded(len(rows)) - len(rows))
         self.state[:, : len(rows)] = kernels.to_device(np.array(rows).T.copy(), self.embedding.device)
+
+    def idle(self) -> tuple[int, ...]:
+        """An empty place's column of `state`."""
+        return 0, 0, self.idle_place, 1, self.idle_place, 0, 0
 
     # Many prompts
 
@@ -375,7 +378,8 @@ class Engine:
             free = self.most - len(active)
             fresh = [] if begun else self.admit(prompts, waiting, places, free, not active, max_new_tokens)
             if fresh:
-                found = self.read_all(fresh)
+                tokens, _, shares = self.read_all(fresh)
+                found = listed(tokens, shares if choices else None)
             else:
                 least = min((len(example.answer) for example in active), default=0)
                 while (
@@ -405,7 +409,7 @@ class Engine:
         self.choices = choices
         self.make_cache(shared, max(lengths), sum(lengths), max_new_tokens)
         self.most = min(self.most, most, len(prompts))
-        self.state = torch.zeros(6, self.most + 64, dtype=torch.long, device=device)
+        self.state = torch.zeros(7, self.most + 64, dtype=torch.long, device=device)
         self.shares = torch.ones(self.most + 64, device=device)  # of the last tokens in `state`
         if shared:
             self.read([Running(-1, prompts[0][:shared], 0)])
@@ -430,8 +434,8 @@ class Engine:
         places.top, places.freed = before
         return []
 
-    def read_all(self, examples: Sequence[Running]) -> list[tuple[int, float]]:
-        """`read` in groups of at most `at_once` tokens, without waiting for any but the last."""
+    def read_all(self, examples: Sequence[Running]) -> tuple[torch.Tensor, ...]:
+        """`read` in groups of at most `at_once` tokens, without waiting for any."""
         groups, count = [], 0
         for example in examples:
             if not groups or count + len(example.tokens) > self.at_once:
@@ -439,8 +443,8 @@ class Engine:
                 count = 0
             groups[-1].append(example)
             count += len(example.tokens)
-        tokens, shares = zip(*[self.read(group) for group in groups], strict=True)
-        return listed(torch.cat(tokens), torch.cat(shares) if self.choices else None)
+        *both, shares = zip(*[self.read(group) for group in groups], strict=True)
+        return *map(torch.cat, both), torch.cat(shares) if self.choices else None
 
     def accept(
         self, example: Running, token: int, share: float, max_new_tokens: int, ends: Sequence[int]
@@ -448,7 +452,7 @@ class Engine:
         """Take over an example's next token and its share. Returns whether its answer is whole, and sets
         `done`."""
         example.answer.append(token)
-        if self.choices:
+        if self.choices and example.node >= 0:
             example.confidence *= share
             example.node = self.choices.next[example.node][token]
             rest = self.choices.forced(example.node)

@@ -1,0 +1,41 @@
+"""From flags to a service that answers."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from serving import engine as engines
+from serving import served
+from serving.app import Limits, Service
+from study import device
+from study.errors import UserError
+
+SWITCH = 0.0005  # seconds after which threads give way: the engine's must launch the next step in time
+
+
+async def service(
+    args: argparse.Namespace, limits: Limits, share: float, gave_up: Callable[[], None]
+) -> Service:
+    """The service of RUN, once it has answered a first request, within `share` of the GPU's memory. Raises
+    UserError."""
+    sys.setswitchinterval(SWITCH)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on optional CPU kernels
+    loaded = served.load(Path(args.run), args.served_model_name, args.merge)
+    made = Service(loaded, engines.Engine(backend_of(loaded, share), limits.max_queue, gave_up), limits)
+    first = engines.Request(loaded.prompt("Hello")[0], 2, seconds=600)
+    made.engine.submit([first])
+    await first.done
+    if first.finish not in {"stop", "length"}:
+        raise UserError(f"{args.run}: the model does not answer here")
+    print(f"ready      {args.served_model_name} answers", flush=True)
+    return made
+
+
+def backend_of(loaded: served.Served, share: float) -> engines.Backend:
+    """The fast path where it has proven itself, else `generate`."""
+    if loaded.slow:
+        return engines.Plain(loaded.model, loaded.ends, loaded.allowed)
+    memory = 0.92 * device.free_memory() * share
+    return engines.Fused(loaded.model, memory, loaded.prefix, loaded.longest, loaded.ends, loaded.allowed)

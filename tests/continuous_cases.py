@@ -1,0 +1,87 @@
+"""Print, as JSON, what requests that join and leave between steps are answered with, and what `generate`
+answers to each alone, with a small random model in float32."""
+
+import copy
+import json
+import random
+
+import torch
+from transformers import GenerationConfig
+
+from study.fast import continuous, nf4
+from study.fast.continuous import FREE, Continuous, Request
+from study.generation import follow_one_of
+from study.model import merge
+from tests.engine_cases import ALLOWED, ENDS, make_prompts
+from tests.exactness import llama, with_adapters
+from tests.mutations import remember_unpacked
+
+SEATS = 4
+
+
+def plain_answer(model, ids: list[int], allowed, new: int) -> list[int]:
+    greedy = GenerationConfig(max_new_tokens=new, do_sample=False, eos_token_id=ENDS, pad_token_id=ENDS[0])
+    following = allowed and follow_one_of(allowed, len(ids), ENDS[0])
+    with torch.no_grad():
+        output = model.generate(
+            input_ids=torch.tensor([ids]), generation_config=greedy, prefix_allowed_tokens_fn=following
+        )
+    return output[0, len(ids) :].tolist()
+
+
+def requests_of(prompts, draw: random.Random) -> list[Request]:
+    return [
+        Request(i, list(prompt), max_new_tokens=draw.choice((1, 2, 5, 9)), node=draw.choice((FREE, 0)))
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def served(engine: Continuous, requests: list[Request], draw: random.Random) -> tuple[list[int], int]:
+    """Let them join by and by. Returns the numbers of those that left unanswered, and the most at work."""
+    waiting, gone, most, busy = list(requests), [], 0, True
+    while waiting or busy:
+        while waiting and draw.random() < 0.7 and engine.join(waiting[0]):
+            waiting.pop(0)
+        seated = [request for lane in engine.lanes for request in lane.seats if request]
+        most = max(most, len(seated))
+        if seated and draw.random() < 0.08:
+            leaving = draw.choice(seated)
+            engine.leave(leaving)
+            gone.append(leaving.index)
+        engine.turn()
+        busy = engine.busy
+    return gone, most
+
+
+def main() -> None:
+    remember_unpacked()
+    base = llama(hidden_size=nf4.PERMUTED_COLUMNS, intermediate_size=2 * nf4.PERMUTED_COLUMNS)
+    tuned, draw = with_adapters(base, 4, 0.0).train(), random.Random(5)
+    alike = make_prompts(20, (4, 11, 1, 23, 8, 2, 5, 9, 3, 7))
+    others = [prompt[17:] for prompt in alike[::2]] + [alike[0][:20]]
+    prompts = draw.sample(alike + others, len(alike + others))
+    results = {}
+    for name, model in {"4 bits": tuned, "merged": merge(copy.deepcopy(tuned))}.items():
+        requests = requests_of(prompts, random.Random(7))
+        engine = Continuous(model, 1e9, alike[0][:20], 60, ENDS, ALLOWED, SEATS)
+        engine.rows = continuous.Rows(20, 20 + 70)  # so that some wait for rows, and rows are used again
+        engine.at_once = 40
+        gone, most = served(engine, requests, draw)
+        expected = [
+            plain_answer(tuned, prompts[r.index], None if r.node == FREE else ALLOWED, r.max_new_tokens)
+            for r in requests_of(prompts, random.Random(7))
+        ]
+        results[name] = {
+            "answers": [r.answer for r in requests],
+            "expected": expected,
+            "confidences": [r.confidence for r in requests],
+            "gone": gone,
+            "most": most,
+            "free": engine.rows.free,
+            "lanes": sorted({len(prompts[r.index]) - len(r.tokens) for r in requests}),
+        }
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
