@@ -129,7 +129,7 @@ def label(word: str) -> str:
     """A text on one line."""
     line = " ".join(word.split())
     if not line or not line.isprintable():
-        raise argparse.ArgumentTypeError("it should hold a text")
+        raise argparse.ArgumentTypeError("it should be a text that can be printed")
     return line
 
 

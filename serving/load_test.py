@@ -30,7 +30,7 @@ from serving.load_prompts import Prompt
 from study import cli, data, device, encoding
 from study.errors import UserError
 from study.records import cost, record, runs
-from study.records.schema import READ, SCHEMA
+from study.records.schema import READ, SCHEMA, lookup
 
 SETTINGS = (  # that name a sweep
     *("url", "api", "model", "task", "prompts_file", *READ, "test_file", "max_eval_samples"),
@@ -51,7 +51,7 @@ def main(process: device.Process) -> None:
     name, source = load_prompts.read_source(args)
     with record.locked(path.parent, process, "--output_dir"):
         before = None if args.force else record.read(record.beside(path)) or record.read(path)
-        if before:
+        if lookup(before, "serve.rates"):  # else nothing was measured
             runs.check_same_data(before.get("data"), {name: source.describe()}, path)
         if before and before["status"] == "finished":
             return print(f"finished   {path}\n{load_shown.result_block(before)}")
@@ -137,7 +137,9 @@ def write_not_started(path: Path, args: argparse.Namespace, process: device.Proc
         if before and before["status"] == "finished":
             return print(f"finished   {path}: it stays as it is")
         content = begun(path, args, process, before)
-        content["model"] = (before or {}).get("model") or args.model or args.url
+        content |= {"model": args.model or args.url} | {
+            name: before[name] for name in ("model", "data") if name in (before or {})
+        }
         fill(content, args, process)
         advice = "start the server, then the same command without --not_started"
         error = {"type": "NotStarted", "message": args.not_started, "advice": advice}

@@ -268,7 +268,7 @@ def flags_of(content: dict) -> argparse.Namespace:
 
 def command(content: dict) -> str:
     """The command line of a record: its script with the flags that differ from their defaults."""
-    if "method" not in content:
+    if "serve" in content:
         return load_command(content)
     plain = defaults(flags_of(content))
     chosen = {name: value for name, value in content["config"].items() if value != plain.get(name, value)}

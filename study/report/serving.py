@@ -9,6 +9,7 @@ from study.report.sweeps import Sweep, comparable_sweeps
 
 KEYS = ("server", "model", "task", "GPU")
 LOAD = "Inference under load"  # the table that published figures stand beside
+ROUGH = 0.01  # served ends with the last answer, up to one request's interval before --seconds have passed
 
 
 def per_second(value: float) -> str:
@@ -89,11 +90,10 @@ def cost_table(group: Sequence[Sweep], prices: Sequence[dict]) -> Table:
     title = "what the sustained rate costs"
     table = Table("Cost under load", title, [*KEYS, "USD per hour", "served", *columns], len(KEYS))
     for sweep in group:
-        per_hour = cost.repriced(sweep.content["cost"], prices) if sweep.content.get("cost") else None
         both = [sweep.costs(prices, offered) if sweep.step else {} for offered in (False, True)]
         table.add(
             *sweep.keys(),
-            priced(sweep, per_hour),
+            priced(sweep, sweep.per_hour(prices)),
             measured(sweep, sweep.step and sweep.step["served"]),
             *(priced(sweep, costs.get(kind)) for costs in both for kind in kinds),
         )
@@ -124,9 +124,9 @@ def load_table(group: Sequence[Sweep], prices: Sequence[dict]) -> Table:
             measured(sweep, step and step["latency"]["p90"], seconds),
         )
     table.note = (
-        "At the sustained rate. RPS is that rate as offered, throughput the requests/s that were served. Cost "
-        "is the price of an hour over the tokens served in it; tokens in and tokens out bear the whole of it "
-        "each."
+        "At the sustained rate. RPS is that rate as offered, throughput the requests/s that were served. "
+        "Cost is the price of an hour over the tokens served in it; tokens in and tokens out bear the whole "
+        "of it each."
     )
     return table
 
@@ -144,7 +144,7 @@ def seconds(value: float) -> str:
 
 
 def remarks(group: Sequence[Sweep]) -> list[str]:
-    """A line on each sweep whose rate is none, a bound or too low."""
+    """A line on each sweep whose rate is none, a bound, too low or too high."""
     told = []
     for sweep in group:
         place = f"{sweep.label}, {sweep.task}, {sweep.gpu}"
@@ -160,6 +160,11 @@ def remarks(group: Sequence[Sweep]) -> list[str]:
             told.append(f"{place}: no higher rate was tried, so it may sustain more, for less.")
         if sweep.step and sweep.step["latency"]["p50"] * SHORT > sweep.config["seconds"]:
             told.append(f"{place}: an answer takes over 1/{SHORT} of --seconds, so served is too low.")
+        if sweep.step and sweep.step["served"] > (1 + ROUGH) * sweep.step["offered"]:
+            told.append(
+                f"{place}: more was served than offered, as of {sweep.step['requests']:,} requests can be: "
+                "raise --seconds."
+            )
     return told
 
 

@@ -15,7 +15,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from study.records.schema import SCORES
 from study.report.cells import Cell
-from study.report.plots import COLORS, DASHES, MARKERS, STYLE, apart, file_name
+from study.report.plots import COLORS, DASHES, MARKERS, STYLE, file_name
 from study.report.serving import priced, sustained_cell
 from study.report.sweeps import Sweep, comparable_sweeps
 
@@ -40,7 +40,7 @@ def figures(sweeps: Sequence[Sweep], prices: Sequence[dict]) -> Iterator[tuple]:
                     if figure:
                         title = f"{task}: {kind}" + (f", apart: {why}" if why else "")
                         figure.suptitle(textwrap.fill(title, 80), fontsize=11)
-                        yield file_name(f"{task} {kind} {apart(why)}"), title, figure
+                        yield file_name(f"{task} {kind}{' apart ' * bool(why)}{why}"), title, figure
                         plt.close(figure)
 
 
@@ -68,12 +68,18 @@ def draw_rates(axes, ours: dict[str, Sweep], measure: Callable[[dict], float]) -
             axes.plot(*point, **look | {"ls": "", "ms": 5.5} | fill)
 
 
-def logarithmic(axis, show: Callable[[float], str]) -> None:
-    """With its values at 1, 2 and 5."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: show(value)))
-    axis.set_minor_formatter(NullFormatter())
-    axis.set_minor_locator(NullLocator())
+def logarithmic(axes, names: str) -> None:
+    """The axes "x", "y" or both, with their values at 1, 2 and 5, and some of these in sight."""
+    for name in names:
+        axes.set(**{f"{name}scale": "log"})
+        low, high = getattr(axes, f"get_{name}lim")()
+        if high < 4 * low:
+            axes.set(**{f"{name}lim": (low / 2, 2 * high)})
+        axis = getattr(axes, f"{name}axis")
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+        axis.set_minor_locator(NullLocator())
 
 
 def legend(figure, ours: dict[str, Sweep], *more: Line2D) -> None:
@@ -96,12 +102,12 @@ def plot_latency(ours: dict[str, Sweep]):
     slos = sorted({sweep.config["slo_seconds"] for sweep in ours.values() if sweep.config.get("slo_seconds")})
     for axes, percentile in zip(panels, ("p50", "p90"), strict=True):
         draw_rates(axes, ours, lambda step, percentile=percentile: step["latency"][percentile])
-        axes.set(xscale="log", yscale="log", xlabel="requests/s offered", title=percentile)
+        axes.set(xlabel="requests/s offered", title=percentile)
         axes.title.set_fontsize(10)
-        logarithmic(axes.xaxis, "{:g}".format)
         for slo in slos if percentile == "p90" else ():
             axes.axhline(slo, color="0.3", lw=1, ls=(0, (2, 2)))
-    logarithmic(panels[0].yaxis, "{:g}".format)
+    for axes in panels:  # which share the axis of seconds
+        logarithmic(axes, "xy")
     panels[0].set_ylabel("latency (s)")
     words = " and ".join(f"{slo:g} s" for slo in slos)
     line = [Line2D([], [], color="0.3", lw=1, ls=(0, (2, 2)), label=f"SLO, p90 within {words}")]
@@ -119,9 +125,8 @@ def plot_served(ours: dict[str, Sweep]):
     axes.plot(ends, ends, color="0.3", lw=1)
     axes.fill_between(ends, [0.95 * end for end in ends], ends, color="0.8", lw=0)
     draw_rates(axes, ours, lambda step: step["served"])
-    axes.set(xscale="log", yscale="log", xlabel="requests/s offered", ylabel="requests/s served")
-    for axis in (axes.xaxis, axes.yaxis):
-        logarithmic(axis, "{:g}".format)
+    axes.set(xlabel="requests/s offered", ylabel="requests/s served")
+    logarithmic(axes, "xy")
     label = "all that is offered; grey: 95 % or more of it"
     legend(figure, ours, Line2D([], [], color="0.3", lw=1, label=label))
     return figure

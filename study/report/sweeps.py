@@ -79,7 +79,12 @@ class Sweep:
         """Dollars at the sustained rate, by what was served, or as if all that was `offered` had been."""
         step = self.step
         seconds = step["answered"] / step["offered"] if offered else step["seconds"]
-        return cost.of_served(cost.repriced(self.content["cost"], prices), step | {"seconds": seconds})
+        return cost.of_served(self.per_hour(prices), step | {"seconds": seconds})
+
+    def per_hour(self, prices: Sequence[dict]) -> float | None:
+        """USD, by `prices` or else as recorded."""
+        spent = self.content.get("cost")
+        return cost.repriced(spent, prices, spent.get("gpus") or 1) if spent else None
 
     def records(self) -> list[Path]:
         return [self.path if self.path.exists() else record.beside(self.path)]
