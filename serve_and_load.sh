@@ -105,7 +105,7 @@ is_finished() { [[ ! ${force[*]} ]] && compgen -G "$cell/serve-*.json" >/dev/nul
 export_of() { # export_of MODEL: sets $served to the export to serve
   served=$1
   [[ $kind == run ]] || return 0
-  served=$output/models/$task-${adapter::12}
+  served=$output/models/${adapter::12}/$(basename "$1")
   [[ ! -f $served/export.json ]] || return 0
   attend python "$root/serving/export.py" "$1" --output_dir "$served"
 }
@@ -125,14 +125,14 @@ for port in (int(sys.argv[1]), 0):
         pass' "$1"
 }
 
-start() { # start SERVER PORT: sets $server_pid; its words go to $cell/server.log
+start() { # start SERVER PORT NAME: sets $server_pid; its words go to $cell/server.log
   local command=("$root/serving/serve_$1.sh" "$served" --port "$2")
   case $1 in
     fastapi)
-      command=(python "$root/serving/serve_fastapi.py" "$served" --host 127.0.0.1 --port "$2")
+      command=(python "$root/serving/serve_fastapi.py" "$served" --host 127.0.0.1 --port "$2" --served_model_name "$3")
       [[ ! ${WORKERS:-} ]] || command+=(--workers "$WORKERS")
       ;;
-    ray) command=(python "$root/serving/serve_ray.py" "$served" --port "$2") ;;
+    ray) command=(python "$root/serving/serve_ray.py" "$served" --port "$2" --served_model_name "$3") ;;
   esac
   printf '$ %s\n' "${command[*]}" >"$cell/server.log"
   "${command[@]}" </dev/null >>"$cell/server.log" 2>&1 &
@@ -176,14 +176,10 @@ sweep() { # sweep SERVER MODEL: one cell
   port=$(free_port "$(cat "$cell/port" 2>/dev/null || echo 0)") # that which the cell had: its record has it in its name
   echo "$port" >"$cell/port"
   url=http://127.0.0.1:$port
-  load=(--url "$url" --server "$1" --output_dir "$cell")
-  case $1 in
-    tgi) load+=(--api tgi) ;;
-    vllm) load+=(--model "$(basename "$served")") ;;
-    transformers) load+=(--model "$(cd "$served" && pwd)") ;;
-  esac
+  load=(--url "$url" --server "$1" --model "$(basename "$2")" --output_dir "$cell") # all serve it under that name
+  [[ $1 != tgi ]] || load+=(--api tgi)
   eval "load+=($flags_of)" # quoted by cells.py
-  start "$1" "$port"
+  start "$1" "$port" "$(basename "$2")"
   if ! attend python "$root/serving/cells.py" wait "$url/health" "$server_pid" "${START_SECONDS:-900}" 2>"$cell/why"; then
     stop_server
     gap "$1" "$2" "$(why_down)"

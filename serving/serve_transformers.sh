@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Serve an exported model with `transformers serve`, under the path of its folder, in an environment of its own
+# Serve an exported model with `transformers serve`, under the name of its folder, in an environment of its own
 # (.venv-transformers).
 #
 #   serving/serve_transformers.sh FOLDER [--port 8000] [--host 127.0.0.1] [flags of transformers serve]
@@ -14,4 +14,5 @@ read_flags "$@"
   refuse "$folder has its adapter by itself, which transformers serve does not load: export it without --adapter_on_dequantized"
 own_environment "$root/.venv-transformers" "transformers[serving]==5.17.0" torch==2.13.0 requests
 export HF_HUB_OFFLINE=1
-exec "$(dirname "$python")/transformers" serve "$folder" --host "$host" --port "$port" "${flags[@]}"
+cd "$(dirname "$folder")" # its name for a model is the path that it is given
+exec "$(dirname "$python")/transformers" serve "$name" --host "$host" --port "$port" "${flags[@]}"
