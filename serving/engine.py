@@ -86,11 +86,11 @@ class Backend(Protocol):
 class Fused:
     """Backend on CUDA: the fast path, with requests that join and leave between steps."""
 
-    def __init__(self, model, memory: float, prefix, longest: int, ends, allowed):
+    def __init__(self, model, memory: float, prefix, longest: int, ends, allowed, most: int | None = None):
         from study.fast.continuous import FREE, Continuous
         from study.fast.continuous import Request as Inner
 
-        self.engine, self.ends = Continuous(model, memory, prefix, longest, ends, allowed), ends
+        self.engine, self.ends = Continuous(model, memory, prefix, longest, ends, allowed, most), ends
         self.inner = lambda request: Inner(
             *(request, request.tokens),
             max_new_tokens=request.max_new_tokens,

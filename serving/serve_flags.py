@@ -31,6 +31,12 @@ def parser(description: str) -> argparse.ArgumentParser:
         default="auto",
         help="make a run's weights dense, its adapter merged; auto: where a GPU's memory allows (auto)",
     )
+    add(
+        "--max_batch",
+        type=cli.positive_int,
+        metavar="N",
+        help="requests that the model is at together; 1: one after the other (512 on CUDA, 16 elsewhere)",
+    )
     add = made.add_argument_group("limits").add_argument
     add(
         "--max_queue",

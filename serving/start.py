@@ -23,7 +23,9 @@ async def service(
     sys.setswitchinterval(SWITCH)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on optional CPU kernels
     loaded = served.load(Path(args.run), args.served_model_name, args.merge)
-    made = Service(loaded, engines.Engine(backend_of(loaded, share), limits.max_queue, gave_up), limits)
+    made = Service(
+        loaded, engines.Engine(backend_of(loaded, share, args.max_batch), limits.max_queue, gave_up), limits
+    )
     first = engines.Request(loaded.prompt("Hello")[0], 2, seconds=600)
     made.engine.submit([first])
     await first.done
@@ -33,9 +35,10 @@ async def service(
     return made
 
 
-def backend_of(loaded: served.Served, share: float) -> engines.Backend:
-    """The fast path where it has proven itself, else `generate`."""
+def backend_of(loaded: served.Served, share: float, most: int | None) -> engines.Backend:
+    """The fast path where it has proven itself, else `generate`; for at most so many requests at once."""
     if loaded.slow:
-        return engines.Plain(loaded.model, loaded.ends, loaded.allowed)
+        return engines.Plain(loaded.model, loaded.ends, loaded.allowed, most or engines.BATCH)
     memory = 0.92 * device.free_memory() * share
-    return engines.Fused(loaded.model, memory, loaded.prefix, loaded.longest, loaded.ends, loaded.allowed)
+    shape = loaded.prefix, loaded.longest, loaded.ends, loaded.allowed
+    return engines.Fused(loaded.model, memory, *shape, most)

@@ -89,7 +89,7 @@ class Continuous(Engine):
         longest: int,
         ends: Sequence[int],
         allowed: Sequence[list[int]] | None = None,
-        seats: int = GRAPH_MOST,
+        seats: int | None = None,
     ):
         """For prompts that most often begin with `prefix` and have, with their answers, at most `longest`
         tokens; `allowed` answers (token ids) are the choices of a request at node 0. Raises
@@ -97,7 +97,7 @@ class Continuous(Engine):
         super().__init__(model, memory)
         self.ends, self.prefix, self.longest = set(ends), list(prefix), longest
         self.choices = Choices(allowed, self.embedding.device) if allowed else None
-        self.wanted_seats = seats
+        self.wanted_seats = min(seats or GRAPH_MOST, GRAPH_MOST)
         self.reset()
 
     @torch.inference_mode()
