@@ -19,6 +19,7 @@ work_pid=   # of what this loop waits for, likewise
 cells=0
 gaps=()
 failed=()
+declare -A about=() # what cells.py says of each model
 
 refuse() { # refuse WORD...
   echo "error: $*" >&2
@@ -93,9 +94,8 @@ stop_all() { # on every way out
 }
 
 name_cell() { # name_cell SERVER MODEL: sets task, adapter, kind, flags_of (the test split), cell (its folder)
-  local about hash
-  about=$(python "$root/serving/cells.py" about "$2") || exit 2
-  { read -r task && read -r adapter && read -r kind && read -r flags_of; } <<<"$about"
+  local hash
+  { read -r task && read -r adapter && read -r kind && read -r flags_of; } <<<"${about[$2]}"
   hash=$(printf '%s\0' "$1" "$adapter" "${WORKERS:-1}" "${flags[@]}" | sha256sum)
   cell=$output/$1/$(basename "$2")-${hash::8}
 }
@@ -205,7 +205,7 @@ for server in $servers; do # all of them before the first, which takes minutes
     refuse "SERVERS: $server is none of fastapi, ray, transformers, vllm, tgi"
 done
 for model in "${models[@]}"; do
-  python "$root/serving/cells.py" about "$model" >/dev/null || exit 2
+  about[$model]=$(python "$root/serving/cells.py" about "$model") || exit 2
 done
 set -m # every command in the background is a process group of its own
 trap stop_all EXIT
