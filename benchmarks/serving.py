@@ -9,6 +9,7 @@ of --new tokens at most. The sustained rate over HTTP is serving/load_test.py's,
 
 import argparse
 import asyncio
+import gc
 import json
 import statistics
 import sys
@@ -135,6 +136,8 @@ async def http(loaded, texts: list[str], new: int) -> list[dict]:
     import uvicorn
 
     sys.setswitchinterval(start.SWITCH)
+    gc.collect()
+    gc.freeze()  # as a server does
     made = app.Service(loaded, engine.Engine(Nothing(), 10_000), app.Limits(max_queue=10_000))
 
     @contextlib.asynccontextmanager

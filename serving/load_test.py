@@ -15,6 +15,7 @@ tables of these.
 
 import argparse
 import contextlib
+import gc
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -68,6 +69,8 @@ def main(process: device.Process) -> None:
                 content["prompt_sha256"] = prompt_sha256(args.task, "instruction")
             texts = [prompt.text for prompt in prompts]
             content["serve"] |= {"prompts": len(texts), "prompts_sha256": encoding.sha256_of(texts)}
+            gc.collect()
+            gc.freeze()  # what the libraries are made of: to look through it takes longer than a lag may be
             say_sweep(args, server, prompts, content["serve"]["rates"])
             sweep(server, prompts, labels_of(source, args), content, path, args, process)
         record.beside(rows_beside(path)).unlink(missing_ok=True)

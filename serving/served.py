@@ -72,7 +72,9 @@ def load(folder: Path, name: str, merging: str) -> Served:
     """Load what `folder` holds, as scoring does, held to its record by content. `merging` is --merge."""
     about = look(folder)
     if (folder / ABOUT).is_file():
-        settings = argparse.Namespace(**{key: about[key] for key in ("max_seq_length", "max_new_tokens")})
+        settings = argparse.Namespace(
+            **{key: about[key] for key in ("max_seq_length", "max_new_tokens")}, pretrained_ckpt=str(folder)
+        )
         tokenizer, model = load_export(folder, about)
     else:
         settings = argparse.Namespace(**about["config"])
@@ -124,7 +126,6 @@ def made_ready(name: str, about: dict, settings, tokenizer, loaded, merging: str
     from study.packing import common_prefix
 
     base, task, labels = model.base_of(loaded), about["task"], about.get("labels")
-    settings.pretrained_ckpt = about.get("pretrained_ckpt", name)
     model.check_length(base, tokenizer, settings)
     prompts, _ = encoding.encode_prompts(tokenizer, task, TEXTS, settings)
     ends = generation.stop_tokens(base, tokenizer)
