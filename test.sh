@@ -8,5 +8,5 @@ set_up requirements.txt tests/requirements.txt
 
 ruff check .
 ruff format --check .
-shellcheck ./*.sh study/*.sh demo/*.sh benchmarks/*.sh .ci/run
+shellcheck ./*.sh study/*.sh demo/*.sh benchmarks/*.sh serving/*.sh .ci/run
 python -m pytest "$@"

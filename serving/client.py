@@ -170,16 +170,20 @@ async def send_all(
 
 def run(work: Coroutine):
     """What `work` comes to, as asyncio.run says it. SIGTERM ends that as Ctrl-C does: not in the midst of a
-    task, but by cancelling them all."""
+    task, but by cancelling them all; also where Ctrl-C is ignored, as in the background of a script."""
 
-    async def stopped_alike():
-        before = signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # which asyncio.run has set
+    async def stoppable():
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        before = signal.signal(signal.SIGTERM, lambda *_: loop.call_soon_threadsafe(task.cancel))
         try:
             return await work
         finally:
             signal.signal(signal.SIGTERM, before)
 
-    return asyncio.run(stopped_alike())
+    try:
+        return asyncio.run(stoppable())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
 
 def more_files() -> None:

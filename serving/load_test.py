@@ -14,6 +14,7 @@ tables of these.
 """
 
 import argparse
+import atexit
 import contextlib
 import gc
 import json
@@ -71,6 +72,7 @@ def main(process: device.Process) -> None:
             content["serve"] |= {"prompts": len(texts), "prompts_sha256": encoding.sha256_of(texts)}
             gc.collect()
             gc.freeze()  # what the libraries are made of: to look through it takes longer than a lag may be
+            atexit.register(gc.unfreeze)  # or the libraries tell at the end of what was never freed
             say_sweep(args, server, prompts, content["serve"]["rates"])
             sweep(server, prompts, labels_of(source, args), content, path, args, process)
         record.beside(rows_beside(path)).unlink(missing_ok=True)

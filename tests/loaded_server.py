@@ -74,7 +74,8 @@ class LoadedServer:
             details = {"generated_tokens": 2, "prefill": [{}] * 7}
             return web.json_response({"generated_text": answer, "details": details})
         usage = {"prompt_tokens": 7, "completion_tokens": 2}
-        return web.json_response({"choices": [{"text": answer, "finish_reason": "stop"}], "usage": usage})
+        told = {"object": "text_completion", "usage": usage}  # without it AIPerf reads no answer
+        return web.json_response({"choices": [{"text": answer, "finish_reason": "stop"}], **told})
 
     async def stream(self, request: web.Request) -> web.StreamResponse:
         """WORDS, `token` seconds between two."""

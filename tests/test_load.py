@@ -4,6 +4,8 @@ service time and capacity."""
 import ast
 import asyncio
 import json
+import os
+import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -460,6 +462,20 @@ def test_a_url_that_is_none(capsys, url):
         load_flags.parse("", ["--url", url, "--rates", "1"])
     line = f"argument --url: {url} is not like http://127.0.0.1:8000"
     assert capsys.readouterr().err.splitlines()[-1].endswith(line)
+
+
+@pytest.mark.parametrize("ctrl_c", [signal.default_int_handler, signal.SIG_IGN])
+def test_sigterm_ends_a_run_also_where_ctrl_c_is_ignored(ctrl_c):
+    async def terminated():
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(10)
+
+    before = signal.signal(signal.SIGINT, ctrl_c)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            client.run(terminated())
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_url_may_end_with_its_version():
