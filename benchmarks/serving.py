@@ -9,7 +9,6 @@ of --new tokens at most. The sustained rate over HTTP is serving/load_test.py's,
 
 import argparse
 import asyncio
-import gc
 import json
 import statistics
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.provenance import headline, provenance
 from serving import app, engine, load_flags, load_prompts, served, start
+from study import device
 
 ROUNDS = 3
 HTTP_RATES = (250, 500, 1000, 2000)
@@ -95,7 +95,6 @@ def offline(loaded, rows: list[list[int]], new: int) -> dict:
     """All prompts as one set, as scoring answers them."""
     import torch
 
-    from study import device
     from study.fast.decode import Engine
 
     decoding = Engine(loaded.model, 0.92 * device.free_memory())
@@ -136,8 +135,7 @@ async def http(loaded, texts: list[str], new: int) -> list[dict]:
     import uvicorn
 
     sys.setswitchinterval(start.SWITCH)
-    gc.collect()
-    gc.freeze()  # as a server does
+    device.pass_over_libraries()
     made = app.Service(loaded, engine.Engine(Nothing(), 10_000), app.Limits(max_queue=10_000))
 
     @contextlib.asynccontextmanager

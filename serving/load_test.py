@@ -14,9 +14,7 @@ tables of these.
 """
 
 import argparse
-import atexit
 import contextlib
-import gc
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -70,9 +68,7 @@ def main(process: device.Process) -> None:
                 content["prompt_sha256"] = prompt_sha256(args.task, "instruction")
             texts = [prompt.text for prompt in prompts]
             content["serve"] |= {"prompts": len(texts), "prompts_sha256": encoding.sha256_of(texts)}
-            gc.collect()
-            gc.freeze()  # what the libraries are made of: to look through it takes longer than a lag may be
-            atexit.register(gc.unfreeze)  # or the libraries tell at the end of what was never freed
+            device.pass_over_libraries()
             say_sweep(args, server, prompts, content["serve"]["rates"])
             sweep(server, prompts, labels_of(source, args), content, path, args, process)
         record.beside(rows_beside(path)).unlink(missing_ok=True)

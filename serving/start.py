@@ -1,7 +1,6 @@
 """From flags to a service that answers."""
 
 import argparse
-import gc
 import logging
 import sys
 from collections.abc import Callable
@@ -32,8 +31,7 @@ async def service(
     await first.done
     if first.finish not in {"stop", "length"}:
         raise UserError(f"{args.run}: the model does not answer here")
-    gc.collect()
-    gc.freeze()  # what the libraries are made of: to look through it again takes a quarter of a second
+    device.pass_over_libraries()
     print(f"ready      {args.served_model_name} answers", flush=True)
     return made
 

@@ -1,7 +1,6 @@
 """What several tests need: the scripts as commands, the demo checkpoint, and small random ones of other
 architectures."""
 
-import gc
 import json
 import os
 import subprocess
@@ -12,7 +11,7 @@ from threading import Event
 
 import pytest
 
-from study.device import Process
+from study.device import Process, pass_over_libraries
 
 # Before torch loads. Models this small gain little from a second thread and lose much where cores are shared;
 # no test takes a GPU or the network.
@@ -69,7 +68,7 @@ def pytest_collection_modifyitems(items: list) -> None:
 
 def pytest_collection_finish(session) -> None:
     """Start the programs of the tests that will run."""
-    gc.freeze()  # what is there by now stays: a collection need not look through all libraries each time
+    pass_over_libraries()
     if session.config.option.collectonly:
         return
     modules = dict.fromkeys(item.module for item in session.items)
