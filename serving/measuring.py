@@ -60,10 +60,10 @@ def seconds_per_token(row: dict) -> float:
 def measure(rows: Sequence[dict], seconds: float, timeout: float) -> dict:
     """What a record says of the run of one rate, whose requests were due within `seconds`. Rates are per
     second: `offered` of what was due, `sent` of what the client sent, `served` of successes from the first
-    due to the last answer."""
+    due to the last answer, or over `seconds` where that is earlier: no more can be served than is offered."""
     answered = [row for row in rows if row["status"] == "ok"]
     first_due = min(row["due"] for row in rows)
-    drained = max(max(row["end"] for row in rows) - first_due, 1e-9)
+    drained = max(seconds, max(row["end"] for row in rows) - first_due)
     last_sent = max(row["sent"] for row in rows) - first_due
     streamed = [row for row in answered if row["first_token"] is not None]
     failed = [row for row in rows if row["status"] != "ok"]

@@ -104,6 +104,11 @@ def test_percentiles_are_those_of_numpy():
     assert measuring.percentile([2.0], 90) == 2
 
 
+def test_no_more_is_served_than_is_offered():
+    found = measuring.measure([row(0, 0.1), row(0.5, 0.6)], seconds=1, timeout=10)
+    assert (found["offered"], found["served"], found["seconds"]) == (2, 2, 1)
+
+
 def test_a_rate_in_numbers_as_worked_out_by_hand():
     # 2 a second for 2 s; the last answer 4 s after the first due; one failed at once, one was sent late
     rows = [row(0, 0.5), row(0.5, 2.5, sent=0.6), row(1, 1.1, "http 500"), row(1.5, 4)]

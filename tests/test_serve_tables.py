@@ -165,14 +165,6 @@ def test_an_answer_that_is_long_beside_the_run_is_told(tmp_path):
     assert "an answer takes over 1/20 of --seconds, so served is too low" in notes(tmp_path)
 
 
-def test_more_served_than_offered_is_told(tmp_path):
-    save(tmp_path, "ray", [step(10, 1.02)])
-    assert "more was served than offered, as of 300 requests can be: raise --seconds" in notes(tmp_path)
-    save(tmp_path, "ray", [step(20, 1.005)])
-    assert "300 requests" in notes(tmp_path)
-    assert "600 requests" not in notes(tmp_path)
-
-
 def test_a_server_without_a_name_is_its_urls_host_and_a_model_without_one_a_dash(tmp_path):
     save(tmp_path, None, [step(10)], model="http://127.0.0.1:8000")
     [row] = tables_of(tmp_path)[SUSTAINED]

@@ -9,7 +9,6 @@ from study.report.sweeps import Sweep, comparable_sweeps
 
 KEYS = ("server", "model", "task", "GPU")
 LOAD = "Inference under load"  # the table that published figures stand beside
-ROUGH = 0.01  # served ends with the last answer, up to one request's interval before --seconds have passed
 
 
 def per_second(value: float) -> str:
@@ -160,11 +159,6 @@ def remarks(group: Sequence[Sweep]) -> list[str]:
             told.append(f"{place}: no higher rate was tried, so it may sustain more, for less.")
         if sweep.step and sweep.step["latency"]["p50"] * SHORT > sweep.config["seconds"]:
             told.append(f"{place}: an answer takes over 1/{SHORT} of --seconds, so served is too low.")
-        if sweep.step and sweep.step["served"] > (1 + ROUGH) * sweep.step["offered"]:
-            told.append(
-                f"{place}: more was served than offered, as of {sweep.step['requests']:,} requests can be: "
-                "raise --seconds."
-            )
     return told
 
 
