@@ -3,7 +3,7 @@ HTTP, and by its HTTP side without a model.
 
     python -m benchmarks.serving RUN --test_file posts.jsonl --output serving.json
 
-The prompts are those of the load test: test texts near 100 tokens, drawn with repetition. Answers are free,
+The prompts are those of the load test: test texts near --prompt_tokens, drawn with repetition. Answers are free,
 of --new tokens at most. The sustained rate over HTTP is serving/load_test.py's, on the same prompts.
 """
 
@@ -56,7 +56,8 @@ def main() -> None:
     loaded = served.load(Path(args.run), "model", "auto")
     flags = ["--url", "http://x", "--rates", "1", "--task_type", loaded.task, "--test_file", args.test_file]
     flags += ["--pretrained_ckpt", loaded.settings.pretrained_ckpt, "--max_new_tokens", str(args.new)]
-    flags = load_flags.parse("", [*flags, "--repeat_prompts"])
+    flags += ["--prompt_tokens", str(args.prompt_tokens), "--repeat_prompts"]
+    flags = load_flags.parse("", flags)
     prompts = load_prompts.build(load_prompts.read_source(flags)[1], flags)
     texts = [prompt.text for prompt in load_prompts.draw(prompts, args.examples, 1, flags)]
     rows = [loaded.tokens(text) for text in texts]
@@ -80,6 +81,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("run", metavar="RUN", help="a finished run or an export")
     parser.add_argument("--test_file", required=True, help="texts, as of the scripts")
     parser.add_argument("--new", type=int, default=20, help="tokens of an answer")
+    parser.add_argument("--prompt_tokens", type=int, default=100, help="of a prompt, a quarter more or less")
     parser.add_argument("--examples", type=int, default=3000, help="prompts")
     parser.add_argument("--output", help="JSON file for the result")
     return parser.parse_args()
