@@ -3,8 +3,8 @@ HTTP, and by its HTTP side without a model.
 
     python -m benchmarks.serving RUN --test_file posts.jsonl --output serving.json
 
-The prompts are those of the load test: test texts near --prompt_tokens, drawn with repetition. Answers are free,
-of --new tokens at most. The sustained rate over HTTP is serving/load_test.py's, on the same prompts.
+The prompts are those of the load test: test texts near --prompt_tokens, drawn with repetition. Answers are
+free, of --new tokens at most. The sustained rate over HTTP is serving/load_test.py's, on the same prompts.
 """
 
 import argparse
