@@ -64,12 +64,14 @@ def main() -> None:
     result = provenance() | {"run": args.run, "new": args.new, "examples": len(rows), "prompts": len(prompts)}
     result["prompt_tokens"] = statistics.mean(map(len, rows))
     result["tokenizing_seconds_each"] = timed(lambda: [loaded.tokens(text) for text in texts[:500]]) / 500
-    result["http"] = asyncio.run(http(loaded, texts, args.new))
-    if not loaded.slow:
-        result["offline"] = offline(loaded, rows, args.new)
-        result["engine"] = asyncio.run(by_engine(loaded, rows, args.new))
+    measuring = {
+        "http": lambda: asyncio.run(http(loaded, texts, args.new)),
+        "offline": lambda: offline(loaded, rows, args.new),
+        "engine": lambda: asyncio.run(by_engine(loaded, rows, args.new)),
+    }
+    result |= {mode: measuring[mode]() for mode in args.modes.split(",")}
     print(headline(result))
-    print(json.dumps({key: result[key] for key in ("http", "offline", "engine") if key in result}, indent=1))
+    print(json.dumps({mode: result[mode] for mode in args.modes.split(",")}, indent=1))
     if args.output:
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
@@ -82,6 +84,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--test_file", required=True, help="texts, as of the scripts")
     parser.add_argument("--new", type=int, default=20, help="tokens of an answer")
     parser.add_argument("--prompt_tokens", type=int, default=100, help="of a prompt, a quarter more or less")
+    parser.add_argument("--modes", default="http,offline,engine", help="what to measure; http alone on a CPU")
     parser.add_argument("--examples", type=int, default=3000, help="prompts")
     parser.add_argument("--output", help="JSON file for the result")
     return parser.parse_args()
