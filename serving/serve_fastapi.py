@@ -48,18 +48,7 @@ def run(args: argparse.Namespace) -> None:
     from uvicorn.config import STARTUP_FAILURE
     from uvicorn.supervisors import Multiprocess
 
-    config = uvicorn.Config(
-        "serving.serve_fastapi:app",
-        factory=True,
-        host=args.host,
-        port=args.port,
-        workers=args.workers,
-        log_level="warning",
-        access_log=False,
-        timeout_worker_healthcheck=60,
-        timeout_graceful_shutdown=int(args.deadline_seconds) + 30,
-        server_header=False,
-    )
+    config = configured("serving.serve_fastapi:app", args)
     socket = bound(config)
     print(f"listening  http://{args.host}:{socket.getsockname()[1]} as {args.served_model_name}", flush=True)
     for signum in (signal.SIGTERM, signal.SIGINT):
@@ -70,10 +59,32 @@ def run(args: argparse.Namespace) -> None:
         good = all(worker.exitcode != STARTUP_FAILURE for worker in workers.processes)
     else:
         server = uvicorn.Server(config)
-        server.run([socket])
+        try:
+            server.run([socket])
+        except OSError as error:  # of another server that began at the same time
+            raise not_to_be_had(config, error) from None
         good = server.started
     if not good:
         sys.exit(1)
+
+
+def configured(app, args: argparse.Namespace):
+    """uvicorn's settings. `app` makes the app, or is the name of what does."""
+    import uvicorn
+
+    return uvicorn.Config(
+        app,
+        factory=True,
+        http="serving.protocol:BoundedHead",
+        host=args.host,
+        port=args.port,
+        workers=args.workers,
+        log_level="warning",
+        access_log=False,
+        timeout_worker_healthcheck=60,
+        timeout_graceful_shutdown=int(args.deadline_seconds) + 30,
+        server_header=False,
+    )
 
 
 def bound(config):
@@ -88,9 +99,13 @@ def bound(config):
         made.set_inheritable(True)
         return made
     except OSError as error:
-        raise UserError(
-            f"--host {config.host} --port {config.port} can't be listened at ({error.strerror}): name another"
-        ) from None
+        raise not_to_be_had(config, error) from None
+
+
+def not_to_be_had(config, error: OSError) -> UserError:
+    return UserError(
+        f"--host {config.host} --port {config.port} can't be listened at ({error.strerror}): name another"
+    )
 
 
 def app():

@@ -1,0 +1,43 @@
+"""uvicorn's HTTP, with bounds on the head of a request, which uvicorn lets a client send at any length and for
+ever. What is over them is cut off."""
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+HEAD_BYTES = 2**16  # of a request's line and headers
+HEAD_SECONDS = 15  # in which they are to come, from their first byte or from the connection on
+
+
+class BoundedHead(HttpToolsProtocol):
+    """A connection."""
+
+    def connection_made(self, transport) -> None:
+        super().connection_made(transport)
+        self.begin_head()
+
+    def on_message_begin(self) -> None:
+        self.begin_head()
+        super().on_message_begin()
+
+    def begin_head(self) -> None:
+        self.end_head()
+        self.head_bytes = 0
+        self.head_late = self.loop.call_later(HEAD_SECONDS, self.transport.abort)
+
+    def end_head(self) -> None:
+        if getattr(self, "head_late", None):
+            self.head_late.cancel()
+        self.head_late = None
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self.head_bytes += len(data)
+        if self.head_late and self.head_bytes > HEAD_BYTES:
+            self.transport.abort()
+
+    def on_headers_complete(self) -> None:
+        self.end_head()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.end_head()
+        super().connection_lost(exc)
