@@ -140,8 +140,9 @@ def build(start: Callable[[], AsyncIterator[Service]], limits: Limits) -> "Guard
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
         async with start() as service:
-            app.state.service = service
+            app.state.service, looking = service, asyncio.create_task(metrics.keep_looking(service.engine))
             yield
+            looking.cancel()
 
     app = FastAPI(title="A fine-tuned model", lifespan=lifespan, docs_url=None, redoc_url=None)
     add = lambda path, kind: app.post(path, openapi_extra=described(kind))

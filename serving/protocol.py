@@ -1,14 +1,15 @@
-"""uvicorn's HTTP, with bounds on the head of a request, which uvicorn lets a client send at any length and for
-ever. What is over them is cut off."""
+"""What uvicorn leaves open: the head of a request, which a client may send at any length and for ever, and the
+socket of a parent that only waits for its workers."""
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.supervisors import Multiprocess
 
 HEAD_BYTES = 2**16  # of a request's line and headers
 HEAD_SECONDS = 15  # in which they are to come, from their first byte or from the connection on
 
 
 class BoundedHead(HttpToolsProtocol):
-    """A connection."""
+    """A connection. What is over the bounds is cut off."""
 
     def connection_made(self, transport) -> None:
         super().connection_made(transport)
@@ -41,3 +42,12 @@ class BoundedHead(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.end_head()
         super().connection_lost(exc)
+
+
+class Workers(Multiprocess):
+    """Processes that serve. Once they end, nobody is let in to wait for none."""
+
+    def terminate_all(self) -> None:
+        for socket in self.sockets:
+            socket.close()
+        super().terminate_all()

@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> None:
     """Serve until a signal comes. Raises UserError where that can't begin."""
     import uvicorn
     from uvicorn.config import STARTUP_FAILURE
-    from uvicorn.supervisors import Multiprocess
+
+    from serving.protocol import Workers
 
     config = configured("serving.serve_fastapi:app", args)
     socket = bound(config)
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: None)  # uvicorn raises it again once it has stopped
     if args.workers > 1:
-        workers = Multiprocess(config, [socket])
+        workers = Workers(config, [socket])
         workers.run()
         good = all(worker.exitcode != STARTUP_FAILURE for worker in workers.processes)
     else:
