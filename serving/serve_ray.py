@@ -102,9 +102,7 @@ def cluster(args: argparse.Namespace):
         )
         yield serve
     finally:
-        if not args.address:
-            serve.shutdown()
-        ray.shutdown()
+        ray.shutdown()  # ends what was started here; serve.shutdown() would wait 30 s for a controller it killed
 
 
 def start(serve, args: argparse.Namespace) -> None:

@@ -12,6 +12,7 @@ from study.fast import continuous, nf4
 from study.fast.continuous import FREE, Continuous, Request
 from study.generation import follow_one_of
 from study.model import merge
+from tests.conftest import confidence_by_hand
 from tests.engine_cases import ALLOWED, ENDS, make_prompts
 from tests.exactness import llama, with_adapters
 from tests.mutations import remember_unpacked
@@ -53,33 +54,65 @@ def served(engine: Continuous, requests: list[Request], draw: random.Random) -> 
     return gone, most
 
 
+def after_another(engine: Continuous, prompts) -> list[list[list[int]]]:
+    """Answers to a prompt that joins when another, whose step is on its way, has just left its seat and rows to
+    it; and to the same prompt in an engine that has forgotten all."""
+    longest = max((i for i in range(len(prompts)) if len(prompts[i]) > 20), key=lambda i: len(prompts[i]))
+    pairs = []
+    for turns in (1, 2, 3):
+        first, answers = Request(0, list(prompts[longest]), max_new_tokens=9), []
+        engine.reset()
+        assert engine.join(first)
+        for _ in range(turns):
+            engine.turn()
+        engine.leave(first)
+        for _ in range(2):
+            request = Request(1, list(prompts[longest][:-2]), max_new_tokens=9)
+            assert engine.join(request)
+            assert answers or (request.seat, request.place) == (first.seat, first.place)
+            while engine.busy:
+                engine.turn()
+            answers.append(request.answer)
+            engine.reset()
+        pairs.append(answers)
+    return pairs
+
+
 def main() -> None:
     remember_unpacked()
     base = llama(hidden_size=nf4.PERMUTED_COLUMNS, intermediate_size=2 * nf4.PERMUTED_COLUMNS)
     tuned, draw = with_adapters(base, 4, 0.0).train(), random.Random(5)
-    alike = make_prompts(20, (4, 11, 1, 23, 8, 2, 5, 9, 3, 7))
+    alike = make_prompts(20, (4, 11, 1, 23, 8, 2, 5, 9))
     others = [prompt[17:] for prompt in alike[::2]] + [alike[0][:20]]
     prompts = draw.sample(alike + others, len(alike + others))
-    results = {}
+    results, asked = {}, requests_of(prompts, random.Random(7))
+    alloweds = [None if r.node == FREE else ALLOWED for r in asked]
+    expected = [
+        plain_answer(tuned, prompts[r.index], allowed, r.max_new_tokens)
+        for r, allowed in zip(asked, alloweds, strict=True)
+    ]
+    by_hand = [
+        allowed and confidence_by_hand(tuned, prompts[r.index], answer, allowed, ENDS)
+        for r, allowed, answer in zip(asked, alloweds, expected, strict=True)
+    ]
     for name, model in {"4 bits": tuned, "merged": merge(copy.deepcopy(tuned))}.items():
         requests = requests_of(prompts, random.Random(7))
         engine = Continuous(model, 1e9, alike[0][:20], 60, ENDS, ALLOWED, SEATS)
         engine.rows = continuous.Rows(20, 20 + 70)  # so that some wait for rows, and rows are used again
         engine.at_once = 40
         gone, most = served(engine, requests, draw)
-        expected = [
-            plain_answer(tuned, prompts[r.index], None if r.node == FREE else ALLOWED, r.max_new_tokens)
-            for r in requests_of(prompts, random.Random(7))
-        ]
         results[name] = {
             "answers": [r.answer for r in requests],
             "expected": expected,
             "confidences": [r.confidence for r in requests],
+            "by hand": by_hand,
             "gone": gone,
             "most": most,
             "free": engine.rows.free,
             "lanes": sorted({len(prompts[r.index]) - len(r.tokens) for r in requests}),
         }
+        if name == "merged":
+            results["after another"] = after_another(engine, prompts)
     print(json.dumps(results))
 
 

@@ -24,11 +24,12 @@ import openai
 import pytest
 import torch
 from conftest import DEMO_DATA, DEMO_MODEL, ROOT, error_line
-from preloaded import run_preloaded
+from preloaded import run_preloaded, start_preloaded
 from served_here import Here, Steps, ask, begin, stub, until
 from starlette.requests import ClientDisconnect
 from test_export import POSTS, change_adapter, run_of
 
+from prompts import prompt_sha256
 from serving import app, engine, protocol, start
 from study import device, generation
 
@@ -551,22 +552,37 @@ def test_a_fault_of_the_app_shows_a_client_nothing_of_it(stubbed, monkeypatch, c
 # The script
 
 
+class Alone(subprocess.Popen):
+    """A process, with the names that multiprocessing has for its doings."""
+
+    exitcode = property(lambda self: self.returncode)
+
+    def join(self, timeout: float) -> None:
+        self.wait(timeout)
+
+
+def start_alone(script: str, *flags: object, stdout: str, stderr: str):
+    """As `start_preloaded`, but not forked: uvicorn makes its workers out of the script that was started."""
+    command = [sys.executable, str(ROOT / script), *map(str, flags)]
+    return Alone(command, stdout=open(stdout, "w"), stderr=open(stderr, "w"))  # noqa: SIM115
+
+
 @contextlib.contextmanager
 def serving(run: Path, *flags: object):
-    """The script as its user starts it, on a port that is free, once every worker has answered: process, port,
-    what it said so far, and its errors."""
+    """The script on a port that is free, once every worker has answered: process, port, what it said so far,
+    and its errors."""
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as errors:
-        command = [sys.executable, str(ROOT / SCRIPT), str(run), "--port", "0", *map(str, flags)]
-        process = subprocess.Popen(command, stdout=open(out.name, "w"), stderr=open(errors.name, "w"))  # noqa: SIM115
+        begin_script = start_alone if "--workers" in flags else start_preloaded
+        process = begin_script(SCRIPT, run, "--port", 0, *flags, stdout=out.name, stderr=errors.name)
         said, faults = lambda: Path(out.name).read_text(), lambda: own_lines(Path(errors.name).read_text())
         try:
-            until(lambda: said().count("ready ") == (2 if "--workers" in flags else 1) or process.poll(), 300)
+            until(lambda: said().count("ready ") == (2 if "--workers" in flags else 1), 300)
             port = int(re.search(r"listening .*:(\d+) ", said())[1])
             until(lambda: not refuses(port))
             yield process, port, said, faults
         finally:
             process.terminate()
-            process.wait(120)
+            process.join(120)
 
 
 def own_lines(errors: str) -> str:
@@ -589,12 +605,13 @@ def begin_stream(port: int) -> socket.socket:
     return connection
 
 
-def ends_well(process: subprocess.Popen, port: int, under_way: list[socket.socket]) -> bool:
+def ends_well(process, port: int, under_way: list[socket.socket]) -> bool:
     """By SIGTERM: no new requests, those under way are answered, status 0."""
-    process.send_signal(signal.SIGTERM)
+    process.terminate()
     until(lambda: refuses(port))
     whole = [closed(connection).rstrip().endswith(b"[DONE]\n\n\r\n0") for connection in under_way]
-    return all(whole) and process.wait(120) == 0
+    process.join(120)
+    return all(whole) and process.exitcode == 0
 
 
 def test_labels_and_confidences_are_those_of_the_runs_predictions_and_it_ends_when_all_is_answered(run):
@@ -613,7 +630,7 @@ def test_labels_and_confidences_are_those_of_the_runs_predictions_and_it_ends_wh
         assert "warning" not in said()
 
 
-def children_of(process: subprocess.Popen) -> set[int]:
+def children_of(process) -> set[int]:
     """Those of its child processes that serve."""
     found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return {int(pid) for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()}
@@ -644,3 +661,125 @@ def keep_asking(port: int, over: threading.Event, statuses: list) -> None:
             statuses.append(ask(port, "/v1/completions", {"prompt": "a", "max_tokens": 5})[0])
         except (OSError, http.client.HTTPException):
             statuses.append("failed")
+
+
+def test_a_model_that_keeps_failing_ends_the_server_in_one_line(run, tmp_path):
+    script = tmp_path / "failing.py"
+    script.write_text(FAILING.format(root=ROOT, script=ROOT / SCRIPT))
+    done = run_preloaded(script, run, "--port", 0)
+    assert done.returncode == 1
+    assert own_lines(done.stderr).splitlines()[-1] == "error: the model keeps failing: the server stops"
+
+
+FAILING = """
+import runpy, sys
+sys.path.insert(0, "{root}")
+from serving import engine
+def turn(*_):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+engine.Plain.turn = turn
+engine.Engine.submit = lambda self, requests, submit=engine.Engine.submit: submit(
+    self, [*requests, *(engine.Request([5], 1) for _ in range(40))]
+)
+runpy.run_path("{script}", run_name="__main__")
+"""
+
+
+# What it does not start with
+
+
+def refused(*words: object) -> str:
+    """The one line of a script that does not start."""
+    done = run_preloaded(*words)
+    return error_line(subprocess.CompletedProcess(words, done.returncode, done.stdout, own_lines(done.stderr)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--port", "65536"], "65536 is not between 0 and 65535"),
+        (["--port", "http"], "http is not between 0 and 65535"),
+        (["--workers", "0"], "0 is not 1 or more"),
+        (["--max_queue", "-1"], "-1 is not 1 or more"),
+        (["--deadline_seconds", "0"], "0 is not above 0"),
+        (["--merge", "maybe"], "invalid choice"),
+        (["--api_key_file", "nowhere"], "--api_key_file nowhere can't be read"),
+        (["--host", "no.such.host.invalid"], "--host no.such.host.invalid --port 8000 can't be listened at"),
+    ],
+    ids=lambda value: value[0][2:] if isinstance(value, list) else "",
+)
+def test_flags_that_are_wrong_are_named(run, flags, words):
+    done = run_preloaded(SCRIPT, run, *flags)
+    assert done.returncode == (1 if "can't be" in words else 2)
+    assert words in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("taken", [True, False], ids=["taken", "not this machine's"])
+def test_an_address_that_is_not_to_be_had_is_named(run, taken):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        flags = ("--port", other.getsockname()[1]) if taken else ("--port", 0, "--host", "192.0.2.1")
+        assert "can't be listened at" in refused(SCRIPT, run, *flags)
+
+
+def about(folder: Path, **changes: object) -> None:
+    """Write or change what an export says of itself."""
+    path = folder / "export.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | changes))
+
+
+FOLDERS = {
+    "is neither a run": lambda folder: (folder / "train.json").unlink(),
+    "lacks": lambda folder: about(folder, task="classification"),
+    "export.json is damaged": lambda folder: (folder / "export.json").write_text("{"),
+    "is not a JSON object": lambda folder: (folder / "export.json").write_text("[]"),
+    "another prompt": lambda folder: about(folder, **WHOLE, prompt_sha256="0"),
+    "lacks task": lambda folder: about(folder, **WHOLE | {"task": "poetry"}, prompt_sha256="0"),
+    "lacks max_seq_length": lambda folder: about(folder, **WHOLE | {"max_seq_length": "9"}, prompt_sha256=""),
+    "is not the file": lambda folder: about(folder, **WHOLE | {"weights": {"a": ""}}, prompt_sha256=SHA256),
+    "is not the adapter": change_adapter,
+}
+WHOLE = {"max_seq_length": 512, "max_new_tokens": 20, "weights": {}, "task": "classification"}
+
+SHA256 = prompt_sha256("classification", "instruction")
+
+
+@pytest.mark.parametrize("words", FOLDERS)
+def test_a_folder_that_holds_no_whole_model_is_named(run, tmp_path, words):
+    folder = Path(shutil.copytree(run, tmp_path / "run"))
+    FOLDERS[words](folder)
+    assert words in refused(SCRIPT, folder, "--port", 0)
+    shutil.rmtree(folder)
+    assert "there is no such folder" in refused(SCRIPT, folder)
+
+
+def test_two_adapters_mixed_up_are_not_served(run, tmp_path):
+    other = run_of(DEMO_MODEL, tmp_path / "other", targets=["q_proj"])
+    shutil.rmtree(other / "adapter")
+    shutil.copytree(run / "adapter", other / "adapter")
+    assert "is not the adapter" in refused(SCRIPT, other, "--port", 0)
+
+
+def test_an_export_with_the_weights_of_another_is_not_served(run, tmp_path):
+    done = run_preloaded("serving/export.py", run, "--output_dir", tmp_path / "export")
+    assert done.returncode == 0, done.stderr
+    [weights] = (tmp_path / "export").glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert "is not the file that export.json tells of" in refused(SCRIPT, tmp_path / "export", "--port", 0)
+
+
+def test_it_listens_to_this_machine_alone_and_warns_where_it_does_not(capsys):
+    from serving import serve_flags
+
+    assert serve_flags.parser("").parse_args(["run"]).host == "127.0.0.1"
+    for host, key, words in (
+        ("127.0.0.1", None, ""),
+        ("0.0.0.0", None, "open to anybody who reaches it"),
+        ("::", "file", "open to whoever has the key"),
+    ):
+        serve_flags.warn_of_strangers(argparse.Namespace(host=host, api_key_file=key))
+        said = capsys.readouterr().out
+        assert (words in said) == bool(words or not said)
