@@ -47,10 +47,11 @@ def run(args: argparse.Namespace) -> None:
     import uvicorn
     from uvicorn.config import STARTUP_FAILURE
 
+    from serving import serve_flags
     from serving.protocol import Workers
 
     config = configured("serving.serve_fastapi:app", args)
-    socket = bound(config)
+    socket = serve_flags.bound(args.host, args.port)
     print(f"listening  http://{args.host}:{socket.getsockname()[1]} as {args.served_model_name}", flush=True)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: None)  # uvicorn raises it again once it has stopped
@@ -63,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         try:
             server.run([socket])
         except OSError as error:  # of another server that began at the same time
-            raise not_to_be_had(config, error) from None
+            raise serve_flags.not_to_be_had(args.host, args.port, error) from None
         good = server.started
     if not good:
         sys.exit(1)
@@ -85,27 +86,6 @@ def configured(app, args: argparse.Namespace):
         timeout_worker_healthcheck=60,
         timeout_graceful_shutdown=int(args.deadline_seconds) + 30,
         server_header=False,
-    )
-
-
-def bound(config):
-    """A socket at the address. Raises UserError where it is taken or not to be had."""
-    import socket
-
-    try:
-        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        made = socket.socket(family)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((config.host, config.port))
-        made.set_inheritable(True)
-        return made
-    except OSError as error:
-        raise not_to_be_had(config, error) from None
-
-
-def not_to_be_had(config, error: OSError) -> UserError:
-    return UserError(
-        f"--host {config.host} --port {config.port} can't be listened at ({error.strerror}): name another"
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable
 import uvicorn
 from conftest import DEMO_MODEL
 
-from serving import app, engine, serve_fastapi
+from serving import app, engine, serve_fastapi, serve_flags
 from serving.app import Limits, Service
 from serving.served import Served
 
@@ -73,7 +73,20 @@ def stub(backend: Steps, task: str = "classification") -> Callable[[Limits], Awa
     labels = ["red", "blue"] if task == "classification" else None
     settings = argparse.Namespace(max_seq_length=256, max_new_tokens=8)
     served = Served(
-        *("served", task, labels, settings, load_tokenizer(str(DEMO_MODEL)), None, "", [2], None, 512, 2048, [])
+        *(
+            "served",
+            task,
+            labels,
+            settings,
+            load_tokenizer(str(DEMO_MODEL)),
+            None,
+            "",
+            [2],
+            None,
+            512,
+            2048,
+            [],
+        )
     )
 
     async def made(limits: Limits) -> Service:
@@ -91,7 +104,7 @@ class Here:
         flags = {"host": "127.0.0.1", "port": 0, "workers": 1}
         args = argparse.Namespace(**flags, deadline_seconds=self.limits.deadline_seconds)
         config = serve_fastapi.configured(lambda: app.build(self.start, self.limits), args)
-        self.socket, self.server = serve_fastapi.bound(config), uvicorn.Server(config)
+        self.socket, self.server = serve_flags.bound(args.host, args.port), uvicorn.Server(config)
         self.port = self.socket.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
 
@@ -113,7 +126,9 @@ class Here:
         self.thread.join(60)
         assert not self.thread.is_alive(), "it did not end"
 
-    def ask(self, path: str, body: object = None, key: str | None = None, **headers) -> tuple[int, dict, dict]:
+    def ask(
+        self, path: str, body: object = None, key: str | None = None, **headers
+    ) -> tuple[int, dict, dict]:
         """(status, headers, answer) of one request: GET without a body; one that is no bytes is sent as JSON."""
         return ask(self.port, path, body, key, **headers)
 

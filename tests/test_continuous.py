@@ -75,9 +75,7 @@ def test_rows_are_given_out_once_first_fit_and_taken_back_whole(seed):
         else:
             size = draw.choice((1, 2, 5, 13, 30))
             used = {row for first, length in taken.items() for row in range(first, first + length)}
-            fitting = (
-                first for first in range(5, 66 - size) if used.isdisjoint(range(first, first + size))
-            )
+            fitting = (first for first in range(5, 66 - size) if used.isdisjoint(range(first, first + size)))
             expected = next(fitting, None)
             assert rows.take(size) == expected
             if expected is not None:

@@ -143,7 +143,10 @@ def test_a_stream_is_the_answer_in_pieces(exact):
     pieces = list(client.completions.create(model="run", prompt=prompt, max_tokens=20, **options))
     assert "".join(piece.choices[0].text for piece in pieces[:-1]) == whole.choices[0].text
     assert len(pieces) > 3
-    assert [piece.choices[0].finish_reason for piece in pieces[-3:-1]] == [None, whole.choices[0].finish_reason]
+    assert [piece.choices[0].finish_reason for piece in pieces[-3:-1]] == [
+        None,
+        whole.choices[0].finish_reason,
+    ]
     assert pieces[-1].usage == whole.usage
 
 
@@ -290,7 +293,9 @@ def broken_bodies(draw: random.Random) -> list[tuple[str, bytes]]:
         body = {main: draw.choice([*odd, *["Hello"] * len(odd)])}
         body |= {"max_tokens": 2} if main == "prompt" else {}
         body |= {draw.choice(options): draw.choice(odd)} if draw.random() < 0.4 else {}
-        changed = bytearray(json.dumps(body, ensure_ascii=draw.random() < 0.5).encode("utf-8", "surrogatepass"))
+        changed = bytearray(
+            json.dumps(body, ensure_ascii=draw.random() < 0.5).encode("utf-8", "surrogatepass")
+        )
         for _ in range(draw.choice((0, 0, 1, 4))):
             changed[draw.randrange(len(changed))] = draw.randrange(256)
         found.append((path, bytes(changed)))
@@ -331,7 +336,9 @@ def test_what_is_over_the_queue_is_told_to_come_again():
         backend.go.clear()
         for number in range(5):
             stack.enter_context(here.begin("/v1/completions", SHORT))
-            until(lambda n=number: len(here.engine.open) == n + 1 and len(here.engine.at_work) == min(n + 1, 2))
+            until(
+                lambda n=number: len(here.engine.open) == n + 1 and len(here.engine.at_work) == min(n + 1, 2)
+            )
         assert here.engine.queued == 3
         status, headers, answer = here.ask("/v1/completions", SHORT)
         assert (status, headers["retry-after"]) == (429, "1")
@@ -654,12 +661,12 @@ def test_of_two_workers_one_is_killed_and_comes_back_and_both_end_when_all_is_an
         assert faults() == ""
 
 
-def keep_asking(port: int, over: threading.Event, statuses: list) -> None:
+def keep_asking(port: int, over: threading.Event, statuses: list, key: str | None = None) -> None:
     """One request after the other, with the pauses of a client that has other work."""
     while not over.wait(0.05):
         try:
-            statuses.append(ask(port, "/v1/completions", {"prompt": "a", "max_tokens": 5})[0])
-        except (OSError, http.client.HTTPException):
+            statuses.append(ask(port, "/v1/completions", {"prompt": "a", "max_tokens": 5}, key)[0])
+        except (OSError, http.client.HTTPException, ValueError):  # cut off, or with an answer that is none
             statuses.append("failed")
 
 
@@ -691,7 +698,9 @@ runpy.run_path("{script}", run_name="__main__")
 def refused(*words: object) -> str:
     """The one line of a script that does not start."""
     done = run_preloaded(*words)
-    return error_line(subprocess.CompletedProcess(words, done.returncode, done.stdout, own_lines(done.stderr)))
+    return error_line(
+        subprocess.CompletedProcess(words, done.returncode, done.stdout, own_lines(done.stderr))
+    )
 
 
 @pytest.mark.parametrize(
