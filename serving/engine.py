@@ -281,7 +281,7 @@ class Engine:
                 self.tell([request])
 
     def admit(self) -> None:
-        """Those that there is room for go to work. One that the backend fails at is of those at work by then."""
+        """Those that there is room for go to work; one that the backend fails at is of them by then."""
         while self.waiting:
             request = self.waiting.popleft()
             self.at_work.add(request)

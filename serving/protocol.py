@@ -1,5 +1,5 @@
-"""What uvicorn leaves open: the head of a request, which a client may send at any length and for ever, and the
-socket of a parent that only waits for its workers."""
+"""What uvicorn leaves open: the head of a request, which a client may send at any length and for ever, and
+the socket of a parent that only waits for its workers."""
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess

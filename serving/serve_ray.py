@@ -108,7 +108,7 @@ def cluster(args: argparse.Namespace):
         )
         yield serve
     finally:
-        ray.shutdown()  # ends what was started here; serve.shutdown() would wait 30 s for a controller it killed
+        ray.shutdown()  # serve.shutdown() would wait 30 s for a controller that it has killed
 
 
 def start(serve, args: argparse.Namespace) -> None:

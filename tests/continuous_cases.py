@@ -55,28 +55,27 @@ def served(engine: Continuous, requests: list[Request], draw: random.Random) -> 
     return gone, most
 
 
-def after_another(engine: Continuous, prompts) -> list[list[list[int]]]:
-    """Answers to a prompt that joins when another, whose step is on its way, has just left its seat and rows to
-    it; and to the same prompt in an engine that has forgotten all."""
-    longest = max((i for i in range(len(prompts)) if len(prompts[i]) > 20), key=lambda i: len(prompts[i]))
-    pairs = []
-    for turns in (1, 2, 3):
-        first, answers = Request(0, list(prompts[longest]), max_new_tokens=9), []
-        engine.reset()
-        assert engine.join(first)
-        for _ in range(turns):
-            engine.turn()
-        engine.leave(first)
-        for _ in range(2):
-            request = Request(1, list(prompts[longest][:-2]), max_new_tokens=9)
-            assert engine.join(request)
-            assert answers or (request.seat, request.place) == (first.seat, first.place)
-            while engine.busy:
+def after_another(engine: Continuous, prompts) -> list[list[int]]:
+    """The answer to a prompt in an engine that has forgotten all; then to the same when it joins as another,
+    whose step is on its way, has just left its seat and rows."""
+    first = max((prompt for prompt in prompts if prompt[:20] == engine.prefix), key=len)
+    answers = []
+    engine.reset()
+    for turns in (0, 1, 3):
+        other = Request(0, list(first), max_new_tokens=9)
+        request = Request(1, list(first[:-2]), max_new_tokens=9)
+        if turns:
+            assert engine.join(other)
+            for _ in range(turns):
                 engine.turn()
-            answers.append(request.answer)
-            engine.reset()
-        pairs.append(answers)
-    return pairs
+            assert engine.begun
+            engine.leave(other)
+        assert engine.join(request)
+        assert not turns or (request.seat, request.place) == (other.seat, other.place)
+        while engine.busy:
+            engine.turn()
+        answers.append(request.answer)
+    return answers
 
 
 def main() -> None:
@@ -101,7 +100,7 @@ def main() -> None:
         requests = asked_of(name)
         engine = Continuous(model, 1e9, alike[0][:20], 60, ENDS, ALLOWED, SEATS)
         engine.rows = continuous.Rows(20, 20 + 70)  # so that some wait for rows, and rows are used again
-        engine.at_once = 40
+        engine.at_once, engine.few_rows = 40, 0  # products from 4 bits are engine_cases.py's to try
         gone, most = served(engine, requests, draw)
         results[name] = {
             "answers": [r.answer for r in requests],

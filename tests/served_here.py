@@ -1,8 +1,7 @@
-"""A server in a thread of the tests' process: uvicorn, the app and the engine as they are, over a model or over
-a backend whose answers are known."""
+"""A server in a thread of the tests' process: uvicorn, the app and the engine as they are, over a model or
+over a backend whose answers are known."""
 
 import argparse
-import asyncio
 import contextlib
 import http.client
 import json
@@ -129,7 +128,7 @@ class Here:
     def ask(
         self, path: str, body: object = None, key: str | None = None, **headers
     ) -> tuple[int, dict, dict]:
-        """(status, headers, answer) of one request: GET without a body; one that is no bytes is sent as JSON."""
+        """(status, headers, answer) of one request: GET without a body; what is no bytes is sent as JSON."""
         return ask(self.port, path, body, key, **headers)
 
     def begin(self, path: str, body: dict, key: str | None = None) -> socket.socket:
@@ -160,7 +159,3 @@ def begin(port: int, path: str, body: dict, key: str | None = None) -> socket.so
     head += f"Authorization: Bearer {key}\r\n" if key else ""
     connection.sendall(head.encode() + b"\r\n" + content)
     return connection
-
-
-async def all_of(works: list[Awaitable]) -> list:
-    return await asyncio.gather(*works)
