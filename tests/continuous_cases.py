@@ -32,27 +32,33 @@ def plain_answer(model, ids: list[int], allowed, new: int) -> list[int]:
 
 
 def requests_of(prompts, draw: random.Random) -> list[Request]:
+    """Every other one is constrained."""
     return [
-        Request(i, list(prompt), max_new_tokens=draw.choice((1, 2, 5, 9)), node=draw.choice((FREE, 0)))
+        Request(i, list(prompt), max_new_tokens=draw.choice((1, 5, 5, 9)), node=0 if i % 2 else FREE)
         for i, prompt in enumerate(prompts)
     ]
+
+
+def seated(engine: Continuous) -> list[Request]:
+    return [request for lane in engine.lanes for request in lane.seats if request]
 
 
 def served(engine: Continuous, requests: list[Request], draw: random.Random) -> tuple[list[int], int]:
     """Let them join by and by. Returns the numbers of those that left unanswered, and the most at work."""
     waiting, gone, most, busy = list(requests), [], 0, True
     while waiting or busy:
+        at_work = seated(engine)
         while waiting and draw.random() < 0.7 and engine.join(waiting[0]):
             waiting.pop(0)
-        seated = [request for lane in engine.lanes for request in lane.seats if request]
-        most = max(most, len(seated))
-        if seated and draw.random() < 0.08:
-            leaving = draw.choice(seated)
-            engine.leave(leaving)
-            gone.append(leaving.index)
+        most = max(most, len(seated(engine)))
+        # In the midst of its answer, or as often before its prompt is read.
+        leaving = draw.choice([at_work, seated(engine)])
+        if leaving and draw.random() < 0.12:
+            gone.append(draw.choice(leaving))
+            engine.leave(gone[-1])
         engine.turn()
         busy = engine.busy
-    return gone, most
+    return [request.index for request in gone], most
 
 
 def after_another(engine: Continuous, prompts) -> list[list[int]]:

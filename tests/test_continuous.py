@@ -32,7 +32,7 @@ def stayed(found: dict) -> list[int]:
 def test_answers_are_those_of_plain_generate_one_at_a_time(results, weights):
     found = results[weights]
     assert [found["answers"][i] for i in stayed(found)] == [found["expected"][i] for i in stayed(found)]
-    assert len(stayed(found)) > len(found["gone"]) > 0
+    assert len(stayed(found)) > len(results["4 bits"]["gone"]) > 1 or weights == "merged"
     for i in found["gone"]:  # as far as they came
         assert found["answers"][i] == found["expected"][i][: len(found["answers"][i])]
 
@@ -41,10 +41,10 @@ def test_answers_are_those_of_plain_generate_one_at_a_time(results, weights):
 def test_confidences_are_those_of_every_answer_scored_by_hand(results, weights):
     found = results[weights]
     chosen = [i for i in stayed(found) if found["by hand"][i] is not None]
-    expected = [found["by hand"][i] for i in chosen if len(found["expected"][i]) > 2]
-    got = [found["confidences"][i] for i in chosen if len(found["expected"][i]) > 2]
-    assert got == pytest.approx(expected, rel=1e-5)
-    assert any(0.05 < confidence < 0.95 for confidence in expected)
+    expected = [found["by hand"][i] for i in chosen]
+    assert [found["confidences"][i] for i in chosen] == pytest.approx(expected, rel=1e-5)
+    assert len(expected) > 1
+    assert all(0.05 < confidence < 0.95 for confidence in expected)
 
 
 @WEIGHTS
