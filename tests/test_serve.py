@@ -574,12 +574,12 @@ def start_alone(script: str, *flags: object, stdout: str, stderr: str):
 
 
 @contextlib.contextmanager
-def serving(run: Path, *flags: object):
+def serving(run: Path, *flags: object, script: str | Path = SCRIPT):
     """The script on a port that is free, once every worker has answered: process, port, what it said so far,
     and its errors."""
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as errors:
         begin_script = start_alone if "--workers" in flags else start_preloaded
-        process = begin_script(SCRIPT, run, "--port", 0, *flags, stdout=out.name, stderr=errors.name)
+        process = begin_script(script, run, "--port", 0, *flags, stdout=out.name, stderr=errors.name)
         said, faults = lambda: Path(out.name).read_text(), lambda: own_lines(Path(errors.name).read_text())
         try:
             until(lambda: said().count("ready ") == (2 if "--workers" in flags else 1), 300)
@@ -672,21 +672,28 @@ def keep_asking(port: int, over: threading.Event, statuses: list, key: str | Non
 def test_a_model_that_keeps_failing_ends_the_server_in_one_line(run, tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(FAILING.format(root=ROOT, script=ROOT / SCRIPT))
-    done = run_preloaded(script, run, "--port", 0)
-    assert done.returncode == 1
-    assert own_lines(done.stderr).splitlines()[-1] == "error: the model keeps failing: the server stops"
+    with serving(run, script=script) as (process, port, _, faults):
+        for _ in range(2):
+            assert ask(port, "/v1/classify", {"text": "a"})[0] == 500
+        with contextlib.suppress(OSError, http.client.HTTPException):  # it may be gone before it answers
+            ask(port, "/v1/classify", {"text": "a"})
+        process.join(60)
+        assert process.exitcode == 1
+        lines = faults().splitlines()
+        assert lines[-1] == "error: the model keeps failing: the server stops"
+        assert len([line for line in lines if line.startswith("error")]) == 1
 
 
 FAILING = """
 import runpy, sys
 sys.path.insert(0, "{root}")
 from serving import engine
-def turn(*_):
+def turn(*words, whole=engine.Plain.turn):
+    engine.Plain.turn = fail
+    whole(*words)
+def fail(*_):
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 engine.Plain.turn = turn
-engine.Engine.submit = lambda self, requests, submit=engine.Engine.submit: submit(
-    self, [*requests, *(engine.Request([5], 1) for _ in range(40))]
-)
 runpy.run_path("{script}", run_name="__main__")
 """
 
