@@ -1,6 +1,7 @@
 """What uvicorn leaves open: the head of a request, which a client may send at any length and for ever, and
-the socket of a parent that only waits for its workers."""
+in a parent of workers the socket once they end, and how soon it sees that one was killed."""
 
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
@@ -51,3 +52,16 @@ class Workers(Multiprocess):
         for socket in self.sockets:
             socket.close()
         super().terminate_all()
+
+    def keep_subprocess_alive(self) -> None:
+        """One that died is replaced. uvicorn also asks each whether it is well: one that is killed meanwhile
+        is waited for as long as the slowest answer may take, and so are signals."""
+        for i, worker in enumerate(self.processes):
+            if worker.process.is_alive() or self.should_exit.is_set():
+                continue
+            worker.join()
+            if worker.exitcode == STARTUP_FAILURE:  # as it would be again
+                self.should_exit.set()
+                return
+            self.processes[i] = type(worker)(self.config, self.sockets)
+            self.processes[i].start()

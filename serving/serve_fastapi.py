@@ -83,7 +83,6 @@ def configured(app, args: argparse.Namespace):
         workers=args.workers,
         log_level="warning",
         access_log=False,
-        timeout_worker_healthcheck=60,
         timeout_graceful_shutdown=int(args.deadline_seconds) + 30,
         server_header=False,
     )
