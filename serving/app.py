@@ -31,6 +31,7 @@ from serving.bodies import Classify, Completion, Refused, Strict, Summarize, rea
 from serving.served import Served
 
 BODY_SECONDS = 15  # in which a request's body is to come
+LATE = 1  # seconds behind a request's deadline in which the engine itself may say that it is late
 UNSURE = "\ufffd"  # what a decoder shows of a character whose last bytes are in the next token
 
 
@@ -79,9 +80,9 @@ class Service:
         left = asyncio.create_task(gone(http))
         try:
             whole = asyncio.gather(*(request.done for request in requests))
-            await asyncio.wait([whole, left], return_when=asyncio.FIRST_COMPLETED)
-            if not whole.done():
-                whole.cancel()
+            late = self.limits.deadline_seconds + LATE  # where the engine is at something long
+            await asyncio.wait([whole, left], timeout=late, return_when=asyncio.FIRST_COMPLETED)
+            if left.done() and not whole.done():
                 raise ClientDisconnect
         finally:
             left.cancel()
@@ -106,7 +107,7 @@ async def gone(http: Request) -> None:
 
 def refuse_unanswered(request: engines.Request) -> None:
     """Raise Refused for a request that ended without a whole answer."""
-    if request.finish == "expired":
+    if request.finish in {"expired", None}:
         raise Refused(504, "there was no answer within the server's deadline", "timeout_error")
     if request.finish not in {"stop", "length"}:
         raise Refused(500, "the model failed at this request", "server_error")
@@ -120,12 +121,16 @@ async def body_of(http: Request, most: int) -> bytes:
             async for chunk in http.stream():
                 body += chunk
                 if len(body) > most:
-                    raise Refused(413, f"the body has more than {most:,} bytes")
+                    raise too_large(most)
     except TimeoutError:
         raise Refused(
             408, f"the body did not come within {BODY_SECONDS} s", headers={"Connection": "close"}
         ) from None
     return bytes(body)
+
+
+def too_large(most: int) -> Refused:
+    return Refused(413, f"the body has more than {most:,} bytes", headers={"Connection": "close"})
 
 
 def build(start: Callable[[], AsyncIterator[Service]], limits: Limits) -> "Guard":
@@ -135,8 +140,9 @@ def build(start: Callable[[], AsyncIterator[Service]], limits: Limits) -> "Guard
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI):
         async with start() as service:
-            app.state.service = service
+            app.state.service, looking = service, asyncio.create_task(metrics.keep_looking(service.engine))
             yield
+            looking.cancel()
 
     app = FastAPI(title="A fine-tuned model", lifespan=lifespan, docs_url=None, redoc_url=None)
     add = lambda path, kind: app.post(path, openapi_extra=described(kind))
@@ -187,12 +193,17 @@ def build(start: Callable[[], AsyncIterator[Service]], limits: Limits) -> "Guard
         HTTPException, lambda _, error: refusal(Refused(error.status_code, error.detail))
     )
     app.add_exception_handler(ClientDisconnect, lambda *_: Response(status_code=499))
+    app.add_exception_handler(Exception, lambda *_: refusal(failed()))  # and it is raised again
     return Guard(app, limits)
 
 
 def described(kind: type[Strict]) -> dict:
     """For /openapi.json."""
     return {"requestBody": {"content": {"application/json": {"schema": kind.model_json_schema()}}}}
+
+
+def failed() -> Refused:
+    return Refused(500, "the server failed", "server_error")
 
 
 def refusal(error: Refused) -> JSONResponse:
@@ -226,8 +237,7 @@ async def complete(service: Service, content: Completion, http: Request) -> Resp
     if content.stream:
         service.submit(requests)
         usage = content.stream_options is not None and content.stream_options.include_usage
-        events = stream(service, requests, head, usage)
-        return StreamingResponse(events, media_type="text/event-stream")
+        return Stream(service, requests, stream(requests, head, usage, served.text))
     await service.answers(requests, http)
     choices = [choice(i, served.text(request.answer), request.finish) for i, request in enumerate(requests)]
     return JSONResponse(head | {"choices": choices, "usage": usage_of(requests)})
@@ -244,32 +254,49 @@ def usage_of(requests: list[engines.Request]) -> dict:
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
 
 
-async def stream(service: Service, requests: list[engines.Request], head: dict, usage: bool):
+class Stream(StreamingResponse):
+    """Of `requests`, which are abandoned as soon as nobody reads it any more."""
+
+    def __init__(self, service: Service, requests: list[engines.Request], events: AsyncIterator[bytes]):
+        super().__init__(events, media_type="text/event-stream")
+        self.service, self.requests = service, requests
+
+    async def __call__(self, scope, receive, send) -> None:
+        try:
+            async with asyncio.timeout(2 * self.service.limits.deadline_seconds):  # a client may never read
+                await super().__call__(scope, receive, send)
+        except TimeoutError:
+            raise ClientDisconnect from None
+        finally:
+            self.service.engine.abandon([request for request in self.requests if not request.finish])
+
+
+async def stream(requests: list[engines.Request], head: dict, usage: bool, text_of: Callable):
     """Server-sent events: what each answer grew by, how it ended, and where asked for what was used."""
     try:
-        async with asyncio.timeout(2 * service.limits.deadline_seconds):  # a client that never reads
-            for index, request in enumerate(requests):
-                sent = ""
-                while True:
-                    await request.news.wait()
-                    request.news.clear()
-                    finish, text = request.finish, service.served.text(request.answer[:])
-                    whole = finish in {"stop", "length"}
-                    if finish and not whole:
-                        refuse_unanswered(request)
-                    if whole or (len(text) > len(sent) and not text.endswith(UNSURE)):
-                        grown, sent = text[len(sent) :], text
-                        yield event(head | {"choices": [choice(index, grown, finish)]})
-                    if whole:
-                        metrics.answered(request)
-                        break
-            if usage:
-                yield event(head | {"choices": [], "usage": usage_of(requests)})
-            yield b"data: [DONE]\n\n"
+        for index, request in enumerate(requests):
+            async for grown, finish in growth(request, text_of):
+                yield event(head | {"choices": [choice(index, grown, finish)]})
+            metrics.answered(request)
+        if usage:
+            yield event(head | {"choices": [], "usage": usage_of(requests)})
+        yield b"data: [DONE]\n\n"
     except Refused as error:
         yield event(error.content)
-    finally:
-        service.engine.abandon([request for request in requests if not request.finish])
+
+
+async def growth(request: engines.Request, text_of: Callable):
+    """(what the text of an answer grew by, how it ended or None), up to its end. Raises Refused."""
+    sent, finish = "", None
+    while not finish:
+        await request.news.wait()
+        request.news.clear()
+        finish, text = request.finish, text_of(request.answer[:])  # in this order: then it is whole
+        if finish:
+            refuse_unanswered(request)
+        if finish or (len(text) > len(sent) and not text.endswith(UNSURE)):
+            grown, sent = text[len(sent) :], text
+            yield grown, finish
 
 
 def event(content: dict) -> bytes:
@@ -305,7 +332,7 @@ class Guard:
         except Exception:
             traceback.print_exc(file=sys.stderr)
             with contextlib.suppress(RuntimeError):  # the answer has begun: it is cut
-                await refusal(Refused(500, "the server failed", "server_error"))(scope, receive, counted)
+                await refusal(failed())(scope, receive, counted)
         finally:
             metrics.counted(scope["path"], status, time.perf_counter() - began)
 
@@ -320,5 +347,5 @@ class Guard:
                 )
         length = headers.get(b"content-length", b"0")
         if not length.isdigit() or int(length) > self.limits.max_body_bytes:
-            return Refused(413, f"the body has more than {self.limits.max_body_bytes:,} bytes")
+            return too_large(self.limits.max_body_bytes)
         return None

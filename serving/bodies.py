@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError
 
 Token = Annotated[StrictInt, Field(ge=0)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
+LONGEST = 100  # characters of a field's name in an error
 Text = Annotated[str, Field(min_length=1)]
 
 
@@ -89,6 +90,6 @@ def read(kind: type[Strict], body: bytes) -> Strict:
         return kind.model_validate_json(body)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-        field = str(first["loc"][0]) if first["loc"] else None
+        field = str(first["loc"][0])[:LONGEST] if first["loc"] else None  # a client's own where it is unknown
         message = f"{field}: {first['msg']}" if field else first["msg"]
-        raise Refused(400, message[:300], param=field) from None
+        raise Refused(400, message[: 2 * LONGEST], param=field) from None

@@ -227,31 +227,32 @@ class Engine:
             if request.answer and request.first is None:
                 request.first = time.monotonic()
             request.news.set()
-            if request.finish and not request.done.done():
-                request.done.set_result(None)
+            if request.finish:
                 self.open.discard(request)
+                if not request.done.done():  # nor cancelled, by who waited
+                    request.done.set_result(None)
 
     # For the thread
 
     def serve(self) -> None:
-        failures = 0
+        failures, broken = 0, False
         while not self.stopping and failures < FAILURES:
             self.beat = time.monotonic()
             try:
-                if failures:
+                if broken:
                     self.backend.reset()
+                broken = False
                 self.fetch()
                 self.drop()
-                while self.waiting and self.backend.join(self.waiting[0]):
-                    self.at_work.add(self.waiting.popleft())
+                self.admit()
                 if self.backend.busy:
                     self.backend.turn(self.tell)
                     failures = 0
             except Exception:  # whatever a device or a library can come to: those at work pay for it, not all
-                failures += 1
+                failures, broken = failures + 1, True
                 traceback.print_exc(file=sys.stderr)
                 self.fail(self.at_work)
-        if failures:
+        if failures == FAILURES:
             self.failed = True
             self.fail(self.waiting)
             self.loop.call_soon_threadsafe(self.gave_up)
@@ -278,6 +279,16 @@ class Engine:
                 else:
                     self.waiting.remove(request)
                 self.tell([request])
+
+    def admit(self) -> None:
+        """Those that there is room for go to work; one that the backend fails at is of them by then."""
+        while self.waiting:
+            request = self.waiting.popleft()
+            self.at_work.add(request)
+            if not self.backend.join(request):
+                self.at_work.remove(request)
+                self.waiting.appendleft(request)
+                return
 
     def tell(self, changed: list[Request]) -> None:
         """Let the event loop know of answers that grew or ended."""

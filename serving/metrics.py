@@ -1,7 +1,9 @@
 """What /metrics shows, for Prometheus. Of several workers with PROMETHEUS_MULTIPROC_DIR set it is of all."""
 
+import asyncio
 import os
 import time
+from pathlib import Path
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -38,12 +40,34 @@ def answered(request) -> None:
     WRITTEN.inc(len(request.answer))
 
 
-def shown(engine) -> tuple[bytes, str]:
-    """The text and its type."""
+async def keep_looking(engine) -> None:
+    """So that what another worker shows of this one is not of old."""
+    while True:
+        look(engine)
+        await asyncio.sleep(1)
+
+
+def look(engine) -> None:
     QUEUED.set(engine.queued)
     AT_WORK.set(len(engine.at_work))
-    registry = REGISTRY
-    if os.environ.get("PROMETHEUS_MULTIPROC_DIR"):
+
+
+def forget_killed(folder: Path) -> None:
+    """Workers that are no more have nothing at work."""
+    for path in folder.glob("gauge_live*.db"):
+        pid = int(path.stem.rpartition("_")[2])
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            multiprocess.mark_process_dead(pid)
+
+
+def shown(engine) -> tuple[bytes, str]:
+    """The text and its type."""
+    look(engine)
+    registry, folder = REGISTRY, os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    if folder:
+        forget_killed(Path(folder))
         registry = CollectorRegistry()
         multiprocess.MultiProcessCollector(registry)
     return generate_latest(registry), CONTENT_TYPE_LATEST

@@ -46,51 +46,46 @@ def run(args: argparse.Namespace) -> None:
     """Serve until a signal comes. Raises UserError where that can't begin."""
     import uvicorn
     from uvicorn.config import STARTUP_FAILURE
-    from uvicorn.supervisors import Multiprocess
 
-    config = uvicorn.Config(
-        "serving.serve_fastapi:app",
-        factory=True,
-        host=args.host,
-        port=args.port,
-        workers=args.workers,
-        log_level="warning",
-        access_log=False,
-        timeout_worker_healthcheck=60,
-        timeout_graceful_shutdown=int(args.deadline_seconds) + 30,
-        server_header=False,
-    )
-    socket = bound(config)
+    from serving import serve_flags
+    from serving.protocol import Workers
+
+    config = configured("serving.serve_fastapi:app", args)
+    socket = serve_flags.bound(args.host, args.port)
     print(f"listening  http://{args.host}:{socket.getsockname()[1]} as {args.served_model_name}", flush=True)
     for signum in (signal.SIGTERM, signal.SIGINT):
         signal.signal(signum, lambda *_: None)  # uvicorn raises it again once it has stopped
     if args.workers > 1:
-        workers = Multiprocess(config, [socket])
+        workers = Workers(config, [socket])
         workers.run()
         good = all(worker.exitcode != STARTUP_FAILURE for worker in workers.processes)
     else:
         server = uvicorn.Server(config)
-        server.run([socket])
+        try:
+            server.run([socket])
+        except OSError as error:  # of another server that began at the same time
+            raise serve_flags.not_to_be_had(args.host, args.port, error) from None
         good = server.started
     if not good:
         sys.exit(1)
 
 
-def bound(config):
-    """A socket at the address. Raises UserError where it is taken or not to be had."""
-    import socket
+def configured(app, args: argparse.Namespace):
+    """uvicorn's settings. `app` makes the app, or is the name of what does."""
+    import uvicorn
 
-    try:
-        family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-        made = socket.socket(family)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind((config.host, config.port))
-        made.set_inheritable(True)
-        return made
-    except OSError as error:
-        raise UserError(
-            f"--host {config.host} --port {config.port} can't be listened at ({error.strerror}): name another"
-        ) from None
+    return uvicorn.Config(
+        app,
+        factory=True,
+        http="serving.protocol:BoundedHead",
+        host=args.host,
+        port=args.port,
+        workers=args.workers,
+        log_level="warning",
+        access_log=False,
+        timeout_graceful_shutdown=int(args.deadline_seconds) + 30,
+        server_header=False,
+    )
 
 
 def app():

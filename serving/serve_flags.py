@@ -1,6 +1,7 @@
 """The flags of the servers, and what they name."""
 
 import argparse
+import socket
 from pathlib import Path
 
 from serving import load_flags, served
@@ -84,6 +85,23 @@ def limits_of(args: argparse.Namespace) -> Limits:
     return Limits(
         load_flags.read_key(args.api_key_file), args.max_body_bytes, args.max_queue, args.deadline_seconds
     )
+
+
+def bound(host: str, port: int) -> socket.socket:
+    """A socket at the address. Raises UserError where it is taken or not to be had."""
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host, port))
+    except OSError as error:
+        made.close()
+        raise not_to_be_had(host, port, error) from None
+    made.set_inheritable(True)
+    return made
+
+
+def not_to_be_had(host: str, port: int, error: OSError) -> UserError:
+    return UserError(f"--host {host} --port {port} can't be listened at ({error.strerror}): name another")
 
 
 def warn_of_strangers(args: argparse.Namespace) -> None:

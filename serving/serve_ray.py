@@ -10,6 +10,7 @@ or Ctrl-C: no new requests, those under way are answered, exit 0.
 
 import argparse
 import contextlib
+import logging
 import os
 import signal
 import sys
@@ -36,6 +37,10 @@ def main(process: device.Process) -> None:
     if args.gpus_per_replica is None:
         args.gpus_per_replica = 1.0 if args.address or device.gpu_name() else 0.0
     stopped = threading.Event()
+    if not args.address:
+        serve_flags.bound(
+            args.host, args.port
+        ).close()  # Ray would say what else can be the matter, at length
     with cluster(args) as serve:
         for signum in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own, which abort
             signal.signal(signum, lambda *_: stopped.set())
@@ -78,6 +83,7 @@ def cluster(args: argparse.Namespace):
         from ray import serve
     except ImportError:
         raise UserError("Ray is not installed: pip install -r requirements-serving.txt") from None
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
     settings = {
         "log_to_driver": False,
         "logging_level": "error",
@@ -102,9 +108,7 @@ def cluster(args: argparse.Namespace):
         )
         yield serve
     finally:
-        if not args.address:
-            serve.shutdown()
-        ray.shutdown()
+        ray.shutdown()  # serve.shutdown() would wait 30 s for a controller that it has killed
 
 
 def start(serve, args: argparse.Namespace) -> None:

@@ -11,6 +11,15 @@ from study import checkpoint, device
 from study.errors import UserError
 from study.records import record, runs
 
+# What a server needs of an export.json, and whether that is what `export.py` writes.
+TOLD = {
+    "task": ("classification", "summarization").__contains__,
+    "prompt_sha256": lambda value: isinstance(value, str),
+    "weights": lambda value: isinstance(value, dict),
+    "max_seq_length": lambda value: isinstance(value, int),
+    "max_new_tokens": lambda value: isinstance(value, int),
+}
+
 
 @dataclass
 class Served:
@@ -54,9 +63,9 @@ def look(folder: Path) -> dict:
     UserError for what is neither, or of another prompt than prompts.py has."""
     if (folder / ABOUT).is_file():
         about = checkpoint.read_json(folder / ABOUT, str(folder))
-        lacking = {"task", "prompt_sha256", "weights", "max_seq_length", "max_new_tokens"} - about.keys()
+        lacking = [name for name, holds in TOLD.items() if not holds(about.get(name))]
         if lacking:
-            raise UserError(f"{folder / ABOUT} lacks {', '.join(sorted(lacking))}: export the run again")
+            raise UserError(f"{folder / ABOUT} lacks {', '.join(lacking)}: export the run again")
         if about["prompt_sha256"] != prompt_sha256(about["task"], "instruction"):
             raise UserError(
                 f"{folder} was trained with another prompt than prompts.py has now: put that back"

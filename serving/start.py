@@ -10,7 +10,7 @@ from serving import engine as engines
 from serving import served
 from serving.app import Limits, Service
 from study import device
-from study.errors import UserError
+from study.errors import UserError, is_out_of_memory
 
 SWITCH = 0.0005  # seconds after which threads give way: the engine's must launch the next step in time
 
@@ -22,10 +22,16 @@ async def service(
     UserError."""
     sys.setswitchinterval(SWITCH)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on optional CPU kernels
-    loaded = served.load(Path(args.run), args.served_model_name, args.merge)
-    made = Service(
-        loaded, engines.Engine(backend_of(loaded, share, args.max_batch), limits.max_queue, gave_up), limits
-    )
+    try:
+        loaded = served.load(Path(args.run), args.served_model_name, args.merge)
+        backend = backend_of(loaded, share, args.max_batch)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"{args.run}: the GPU has too little memory for it: stop what else is there, or --merge off"
+        ) from None
+    made = Service(loaded, engines.Engine(backend, limits.max_queue, gave_up), limits)
     first = engines.Request(loaded.prompt("Hello")[0], 2, seconds=600)
     made.engine.submit([first])
     await first.done

@@ -25,7 +25,7 @@ set_up() { # set_up REQUIREMENTS_FILE...
   PATH=$PWD/.venv/bin:$PATH
   export PATH
   for file in "$@"; do
-    stamp=.venv/installed-$(basename "$(dirname "$PWD/$file")")
+    stamp=.venv/installed-${file//\//-}
     if ! cmp -s "$file" "$stamp"; then
       echo "installing $file into .venv (once)"
       python -m pip install --quiet --disable-pip-version-check -r "$file"
