@@ -58,7 +58,7 @@ def exact(run):
     """The run's server in this process, in float32, in which answers do not depend on their batch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "compute_dtype", lambda: torch.float32)
-        args = argparse.Namespace(run=run, served_model_name="run", merge="off")
+        args = argparse.Namespace(run=run, served_model_name="run", merge="off", max_batch=None)
         made = lambda limits: start.service(args, limits, 1.0, gave_up=lambda: None)
         with Here(made, deadline_seconds=300) as here:
             yield here
