@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 from benchmarks.provenance import headline, provenance
-from serving import app, engine, load_flags, load_prompts, served, start
+from serving import app, engine, load_flags, load_prompts, measuring, served, start
 from study import device
 
 ROUNDS = 3
@@ -64,12 +64,13 @@ def main() -> None:
     result = provenance() | {"run": args.run, "new": args.new, "examples": len(rows), "prompts": len(prompts)}
     result["prompt_tokens"] = statistics.mean(map(len, rows))
     result["tokenizing_seconds_each"] = timed(lambda: [loaded.tokens(text) for text in texts[:500]]) / 500
-    measuring = {
+    modes = {
         "http": lambda: asyncio.run(http(loaded, texts, args.new)),
         "offline": lambda: offline(loaded, rows, args.new),
         "engine": lambda: asyncio.run(by_engine(loaded, rows, args.new)),
+        "arrivals": lambda: asyncio.run(by_arrivals(loaded, rows, args)),
     }
-    result |= {mode: measuring[mode]() for mode in args.modes.split(",")}
+    result |= {mode: modes[mode]() for mode in args.modes.split(",")}
     print(headline(result))
     print(json.dumps({mode: result[mode] for mode in args.modes.split(",")}, indent=1))
     if args.output:
@@ -85,6 +86,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--new", type=int, default=20, help="tokens of an answer")
     parser.add_argument("--prompt_tokens", type=int, default=100, help="of a prompt, a quarter more or less")
     parser.add_argument("--modes", default="http,offline,engine", help="what to measure; http alone on a CPU")
+    parser.add_argument("--rates", default="200,300,350,400", help="of arrivals, requests a second")
+    parser.add_argument("--seconds", type=float, default=6, help="of arrivals at a rate")
+    parser.add_argument("--least", nargs="+", default=["1024,4"], help="tokens, turns: continuous.LEAST_*")
     parser.add_argument("--examples", type=int, default=3000, help="prompts")
     parser.add_argument("--output", help="JSON file for the result")
     return parser.parse_args()
@@ -123,6 +127,39 @@ async def by_engine(loaded, rows: list[list[int]], new: int) -> dict:
         assert all(request.finish in {"stop", "length"} for request in requests)
     await made.stop()
     return rates(rows, seconds[1:])
+
+
+async def by_arrivals(loaded, rows: list[list[int]], args: argparse.Namespace) -> list[dict]:
+    """Latencies of the engine at constant rates, without HTTP, for several ways of reading prompts."""
+    from study.fast import continuous
+
+    made, found = engine.Engine(start.backend_of(loaded, 1.0, None), len(rows)), []
+    for least in args.least:
+        continuous.LEAST_TOKENS, continuous.LEAST_TURNS = map(int, least.split(","))
+        for rate in map(int, args.rates.split(",")):
+            latencies = await arriving(made, rows, rate, args)
+            percentiles = {f"p{p}": measuring.percentile(latencies, p) for p in (50, 90, 99)}
+            found.append({"least": least, "rate": rate, "requests": len(latencies), **percentiles})
+            print(found[-1], flush=True)
+    await made.stop()
+    return found
+
+
+async def arriving(made: engine.Engine, rows, rate: int, args: argparse.Namespace) -> list[float]:
+    """Seconds from when each request was due to its answer."""
+    loop, tasks = asyncio.get_running_loop(), []
+    began = loop.time()
+
+    async def one(row: list[int], due: float) -> float:
+        request = engine.Request(row, args.new, seconds=600)
+        made.submit([request])
+        await request.done
+        return loop.time() - began - due
+
+    for i in range(round(rate * args.seconds)):
+        await asyncio.sleep(began + i / rate - loop.time())
+        tasks.append(asyncio.create_task(one(rows[i % len(rows)], i / rate)))
+    return await asyncio.gather(*tasks)
 
 
 def rates(rows, seconds: list[float]) -> dict:
