@@ -240,6 +240,8 @@ async def complete(service: Service, content: Completion, http: Request) -> Resp
     new = content.max_tokens or served.settings.max_new_tokens
     rows = [served.tokens(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     requests = [service.asked(row, new) for row in rows]
+    for request in requests:
+        request.watched = bool(content.stream)
     head = {"id": f"cmpl-{uuid.uuid4().hex}", "object": "text_completion", "created": int(time.time())}
     head["model"] = served.name
     if content.stream:

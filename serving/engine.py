@@ -44,6 +44,7 @@ class Request:
     confidence: float | None = None
     finish: str | None = None
     abandoned: bool = False  # nobody waits for it any more
+    watched: bool = False  # somebody wants each token as it comes
     came: float = field(default_factory=time.monotonic)
     first: float | None = None  # when its first token came
     inner: object = None  # what the backend calls it
@@ -116,7 +117,8 @@ class Fused:
             if inner.done:
                 inner.index.finish = inner.index.whole(self.ends) or "stop"
                 inner.index.confidence = inner.confidence
-        tell([inner.index for inner in changed])
+        asked = [inner.index for inner in changed]
+        tell([request for request in asked if request.finish or request.watched or request.first is None])
 
     def reset(self) -> None:
         self.engine.reset()

@@ -12,7 +12,7 @@ from serving.app import Limits, Service
 from study import device
 from study.errors import UserError, is_out_of_memory
 
-SWITCH = 0.0005  # seconds after which threads give way: the engine's must launch the next step in time
+SWITCH = 0.0001  # seconds after which threads give way: the engine's must launch the next step in time
 
 
 async def service(
