@@ -5,9 +5,13 @@ import socket
 from pathlib import Path
 
 from serving import load_flags, served
-from serving.app import Limits
 from study import cli
 from study.errors import UserError
+
+try:
+    from serving.app import Limits
+except ModuleNotFoundError as error:
+    raise UserError(f"{error.name} is not installed: pip install -r requirements-serving.txt") from None
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 

@@ -38,9 +38,8 @@ def main(process: device.Process) -> None:
         args.gpus_per_replica = 1.0 if args.address or device.gpu_name() else 0.0
     stopped = threading.Event()
     if not args.address:
-        serve_flags.bound(
-            args.host, args.port
-        ).close()  # Ray would say what else can be the matter, at length
+        # Of a port that is taken Ray would say at length what else can be the matter.
+        serve_flags.bound(args.host, args.port).close()
     with cluster(args) as serve:
         for signum in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own, which abort
             signal.signal(signum, lambda *_: stopped.set())

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prompts import parse_label, parse_summary, prompt_sha256
 from serving.export import ABOUT, TEXTS
-from study import checkpoint, device
+from study import checkpoint, device, several
 from study.errors import UserError
 from study.records import record, runs
 
@@ -93,18 +93,16 @@ def load(folder: Path, name: str, merging: str) -> Served:
 
 def load_run(folder: Path, trained: dict) -> tuple:
     """Tokenizer, and base with adapter."""
-    from study import model
-
     place = trained["config"]["pretrained_ckpt"]
     checkpoint.refuse_other_kind(place, "causal")
     here = checkpoint.identify(place, fetch=True)
     checkpoint.check_same(
         trained.get("checkpoint"), here, folder / "adapter", "put the one it was trained on back"
     )
-    tokenizer = model.load_tokenizer(place)
-    base = model.load_base(place, model.quantization_from(trained["quantization"]))
-    hashes = (trained["train"].get(name) for name in ("adapter_sha256", "adapter_config_sha256"))
-    return tokenizer, model.load_adapter(base, folder / "adapter", *hashes)
+    bases = several.Base(several=False)
+    tokenizer = bases.tokenizer(place)
+    bases.load(folder, place, here, trained["quantization"])
+    return tokenizer, bases.with_adapter(folder, trained)
 
 
 def load_export(folder: Path, about: dict) -> tuple:

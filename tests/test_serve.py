@@ -798,3 +798,14 @@ def test_it_listens_to_this_machine_alone_and_warns_where_it_does_not(capsys):
         serve_flags.warn_of_strangers(argparse.Namespace(host=host, api_key_file=key))
         said = capsys.readouterr().out
         assert (words in said) == bool(words or not said)
+
+
+@pytest.mark.parametrize("script", ["serve_fastapi.py", "serve_ray.py"])
+def test_what_is_not_installed_is_said_in_one_line(script):
+    code = (
+        "import runpy, sys; sys.modules['fastapi'] = None; path = sys.argv[1]; "
+        "sys.argv = [path, 'run']; runpy.run_path(path, run_name='__main__')"
+    )
+    command = [sys.executable, "-c", code, str(ROOT / "serving" / script)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert error_line(done) == "error: fastapi is not installed: pip install -r requirements-serving.txt"

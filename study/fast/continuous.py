@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from study.fast import kernels
-from study.fast.decode import GRAPH_MOST, GRAPH_USES, Choices, Engine, Running, listed
+from study.fast.decode import GRAPH_MOST, GRAPH_USES, Choices, Engine, Running
 
 TURN_TOKENS = 4096  # of prompts that a turn reads at most, or the longest: those at work wait meanwhile
 # Reading few tokens takes as long as launching the layers for them does, which a step's graph need not. So
@@ -218,7 +218,8 @@ class Continuous(Engine):
         if fresh:
             tokens, nodes, shares = self.read_all(fresh)  # [fresh] each
             table[0, -len(fresh) :], table[5, -len(fresh) :] = tokens, nodes
-            self.begun.append(self.found(fresh, tokens, shares))
+            wait = self.on_its_way(tokens, shares)
+            self.begun.append(lambda: self.take_over(zip(fresh, wait(), strict=True)))
         self.state[:, table[7]] = table[:7]
 
     def begin_step(self, lane: Lane) -> None:
@@ -227,19 +228,6 @@ class Continuous(Engine):
         seats = [None if request in unread else request for request in lane.seats[: lane.taken()]]
         wait = self.step(len(seats))
         self.begun.append(lambda: self.take_over(zip(seats, wait(), strict=True)))
-
-    def found(self, fresh: list[Request], tokens, shares) -> Callable[[], list[Request]]:
-        """What waits for the first tokens of `fresh` and takes them over."""
-        columns = [tokens] if shares is None else [tokens, shares]
-        there = [column.to("cpu", non_blocking=True, copy=True) for column in columns]
-        done = torch.cuda.current_stream().record_event() if tokens.is_cuda else None
-
-        def wait() -> list[Request]:
-            if done:
-                done.synchronize()
-            return self.take_over(zip(fresh, listed(*there), strict=True))
-
-        return wait
 
     def take_over(self, found) -> list[Request]:
         """Take over pairs of a request and its next token and share: those that are still at work."""

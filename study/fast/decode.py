@@ -293,9 +293,13 @@ class Engine:
             self.graphs[padded].replay()
         else:
             self.advance(padded)
-        columns = [self.state[0], self.shares] if self.choices else [self.state[0]]
-        found = [column[:count].to("cpu", non_blocking=True, copy=True) for column in columns]
-        done = torch.cuda.current_stream().record_event() if self.state.is_cuda else None
+        return self.on_its_way(self.state[0, :count], self.shares[:count] if self.choices else None)
+
+    def on_its_way(self, tokens, shares) -> Callable[[], list[tuple[int, float]]]:
+        """What waits for tokens [n] and their shares [n], or None, to come from the GPU."""
+        columns = [tokens] if shares is None else [tokens, shares]
+        found = [column.to("cpu", non_blocking=True, copy=True) for column in columns]
+        done = torch.cuda.current_stream().record_event() if tokens.is_cuda else None
 
         def wait() -> list[tuple[int, float]]:
             if done:
