@@ -52,6 +52,11 @@ class Run:
         """The model's name, with what tells this run from others of the same cell."""
         return self.name + (f" ({self.variant})" if self.variant else "")
 
+    @property
+    def random(self) -> bool:
+        """Whether nobody trained its weights: what it took is measured, what it scores says nothing."""
+        return bool(lookup(self.content, "checkpoint.random_weights"))
+
     def records(self) -> list[Path]:
         beside = self.path.with_name("train.json")
         return [self.path] if self.train is None or self.path == beside else [beside, self.path]
@@ -230,6 +235,12 @@ def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     return result
 
 
+def meant(groups: Sequence[tuple[str, str, list[Run]]]) -> list[tuple[str, str, list[Run]]]:
+    """The groups without runs of random weights, which have time, memory and cost but no score to show."""
+    kept = [(task, why, [run for run in group if not run.random]) for task, why, group in groups]
+    return [(task, why, group) for task, why, group in kept if group]
+
+
 def most_common(values: Iterable, otherwise):
     counts = Counter(values)
     return max(counts, key=counts.get, default=otherwise)
@@ -264,7 +275,8 @@ def name_runs(group: Sequence[Run]) -> None:
     models = {run.content["model"] for run in group}
     for run in group:
         run.name = name_of(run.content["model"], models)
-        told = [named for name in varying(run, group) if (named := setting_named(run, name))]
+        told = ["random weights"] * run.random
+        told += [named for name in varying(run, group) if (named := setting_named(run, name))]
         same = [other for other in group if other.scored and other.content["model"] == run.content["model"]]
         if run in same and len({other.weights() for other in same}) > 1:
             told.append(f"weights {run.weights()}")
