@@ -31,6 +31,7 @@ from study.records import record
 
 HELD_OUT = 50  # one text in so many
 WARM_UP = 100  # steps
+SAVE_SECONDS = 60  # between two checkpoints at least
 FALLING = 0.4  # share of the steps, at the end, over which the learning rate falls to 0
 
 
@@ -204,6 +205,16 @@ def make_llama(args: argparse.Namespace, tokenizer):
     return model
 
 
+def cross_entropy(hidden, head, ids):
+    """Of tokens `ids` [rows, block] given what the model has before each, [rows, block, hidden]; the mean of
+    each row [rows]."""
+    import torch
+
+    logits = (hidden @ head.T).float()  # [rows, block, vocabulary]
+    each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten(), reduction="none")
+    return each.view(ids.shape).mean(1)
+
+
 class Training:
     """The model, its optimizers, and how far it has come."""
 
@@ -231,11 +242,13 @@ class Training:
         rate, decay = args.learning_rate, args.weight_decay
         muon = torch.optim.Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         self.optimizers = [muon, torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.95), weight_decay=0.0)]
+        self.cross_entropy = cross_entropy
         if torch.cuda.is_available():
+            self.cross_entropy = torch.compile(cross_entropy)
             for layer in self.model.model.layers:
                 layer.compile()
         self.history: list[dict] = []
-        self.step, self.spent = 0, 0.0
+        self.step, self.spent, self.kept = 0, 0.0, time.monotonic()
         self.resume(about)
         resumed = f"; resumed at {self.step}" if self.step else ""
         print(
@@ -250,9 +263,7 @@ class Training:
         ids = torch.from_numpy(rows.astype(np.int64)).to(device.current(), non_blocking=True)
         with torch.autocast(ids.device.type, dtype=torch.bfloat16):
             hidden = self.model.model(input_ids=ids, use_cache=False).last_hidden_state
-            logits = self.model.lm_head(hidden[:, :-1])  # [rows, block - 1, vocabulary]
-        each = torch.nn.functional.cross_entropy(logits.mT.float(), ids[:, 1:], reduction="none")
-        return each.mean(1)
+            return self.cross_entropy(hidden[:, :-1], self.model.lm_head.weight, ids[:, 1:])
 
     def run(self) -> None:
         """Train to the end, or until a better perplexity is no longer to be had."""
@@ -328,16 +339,20 @@ class Training:
                 yield from ((f"{i} {number} {name}", value) for name, value in values.items())
 
     def keep(self) -> None:
-        """Save the best weights, and all that going on needs."""
+        """Save the best weights, and now and then all that going on needs."""
+        import torch
         from safetensors.torch import save_file
 
         weights = {name: weight.detach() for name, weight in self.named.items()}
         if self.best() == len(self.history) - 1:
-            save_whole(weights, self.state / "best.safetensors", save_file)
-        more = {f"weights {name}": weight for name, weight in weights.items()}
-        history = json.dumps({"history": self.history, "spent": self.spent, "about": self.about})
-        more |= dict(self.tensors())
-        save_whole(more, self.state / "last.safetensors", save_file, {"progress": history})
+            rounded = {name: weight.to(torch.bfloat16) for name, weight in weights.items()}
+            save_whole(rounded, self.state / "best.safetensors", save_file)
+        if time.monotonic() - self.kept < SAVE_SECONDS and self.step < self.steps:
+            return
+        progress = json.dumps({"history": self.history, "spent": self.spent, "about": self.about})
+        more = {f"weights {name}": weight for name, weight in weights.items()} | dict(self.tensors())
+        save_whole(more, self.state / "last.safetensors", save_file, {"progress": progress})
+        self.kept = time.monotonic()
 
     def resume(self, about: dict) -> None:
         """Go on from what `keep` saved, if anything. Raises UserError where that is of another training."""
