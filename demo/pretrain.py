@@ -25,7 +25,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from study import cli, device, files
+from study import cli, data, device, files
 from study.errors import UserError
 from study.records import record
 
@@ -122,10 +122,10 @@ def read_column(place: str, flag: str) -> tuple[str, list[str]]:
     name, colon, column = place.rpartition(":")
     if not colon:
         raise UserError(f"{flag} {place}: name the column too, as in {place}:text")
-    rows = [row[column] for _, row in files.read_file(Path(name), flag, {flag: column})]
-    if not all(isinstance(text, str) for text in rows):
-        raise UserError(f"{flag} {place}: not every row has a text there")
-    return hashlib.sha256(Path(name).read_bytes()).hexdigest(), [text for text in rows if text.strip()]
+    columns = {flag: column}
+    rows = files.read_file(Path(name), flag, columns)
+    texts = [data.read_text(row, flag, columns, f"{name}, row {number}") for number, row in rows]
+    return hashlib.sha256(Path(name).read_bytes()).hexdigest(), [text for text in texts if text.strip()]
 
 
 def read_sources(places: Sequence[str], exclude: Sequence[str]) -> list[Source]:
@@ -137,11 +137,13 @@ def read_sources(places: Sequence[str], exclude: Sequence[str]) -> list[Source]:
         source = Source(f"{Path(place).name}", sha256, [], [])
         for text in texts:
             name = key(text)
-            source.excluded += name in never
-            source.repeated += name in seen and name not in never
-            if name not in never | seen:
+            if name in never:
+                source.excluded += 1
+            elif name in seen:
+                source.repeated += 1
+            else:
                 (source.held if int(name, 16) % HELD_OUT == 0 else source.learned).append(text)
-            seen.add(name)
+                seen.add(name)
         if not source.learned or not source.held:
             raise UserError(
                 f"--texts {place}: no text is left to {'hold out' if source.learned else 'learn'}"
