@@ -4,11 +4,16 @@ had.
     python -m benchmarks.checkpoint 7b FOLDER --tokenizer CKPT
 
 It takes the time and the memory of the real one and scores nothing. It never ends an answer by itself. A
-causal model is in 4 bits already.
+causal model is in 4 bits already, and made layer by layer: of Llama-2-70B's 140 GB in full precision no more
+than a layer and the embeddings are ever in memory.
 """
 
 import argparse
+import json
+import os
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from study import cli, device
@@ -24,9 +29,12 @@ NEOX |= {"use_parallel_residual": False, "num_hidden_layers": 32, "num_attention
 LLAMA = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 
 
-def llama(hidden: int, inner: int, layers: int, heads: int) -> dict:
+LAYER = re.compile(r"(\.(?:layers|h)\.)0\.")  # in a tensor's name, of the first layer
+
+
+def llama(hidden: int, inner: int, layers: int, heads: int, key_heads: int | None = None) -> dict:
     sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers}
-    return LLAMA | sizes | {"num_attention_heads": heads, "num_key_value_heads": heads}
+    return LLAMA | sizes | {"num_attention_heads": heads, "num_key_value_heads": key_heads or heads}
 
 
 def flan(width: int, inner: int, layers: int, heads: int) -> dict:
@@ -36,6 +44,7 @@ def flan(width: int, inner: int, layers: int, heads: int) -> dict:
 MODELS = {  # as their hub pages have them
     "7b": llama(4096, 11008, 32, 32),  # Touvron et al., 2023
     "13b": llama(5120, 13824, 40, 40),
+    "70b": llama(8192, 28672, 80, 64, 8),
     "falcon-7b": FALCON | {"hidden_size": 4544, "num_hidden_layers": 32, "num_attention_heads": 71},
     "redpajama-3b": NEOX | {"hidden_size": 2560, "intermediate_size": 10240},
     "redpajama-7b": NEOX | {"hidden_size": 4096, "intermediate_size": 16384},
@@ -50,22 +59,16 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("folder", type=Path, help="where to write it, 4 GB for 7b and 7 GB for 13b")
+    sizes = "4 GB for 7b, 7 GB for 13b and 37 GB for 70b"
+    parser.add_argument("folder", type=Path, help=f"where to write it, {sizes}")
     parser.add_argument("--tokenizer", required=True, metavar="CKPT", help="hub id or folder of a tokenizer")
     args = parser.parse_args()
     if args.folder.exists():
         raise UserError(f"{args.folder} exists: remove it or name another folder")
 
     import torch
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForMaskedLM,
-        AutoModelForSeq2SeqLM,
-        AutoTokenizer,
-    )
+    from transformers import AutoConfig, AutoTokenizer
 
-    from benchmarks.workers import nf4
     from study.model import use_plain_layers
 
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
@@ -73,27 +76,62 @@ def main() -> None:
     config.vocab_size = VOCABULARY.get(args.model, len(tokenizer))
     config.random_weights = True  # which every record of it says, and no table shows a score of
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    kind = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}.get(
-        config.model_type, AutoModelForCausalLM
-    )
     if config.model_type == "falcon":
         use_plain_layers()
     torch.manual_seed(0)
-    causal = kind is AutoModelForCausalLM
-    torch.set_default_dtype(torch.bfloat16 if causal else torch.float32)
-    with torch.device(device.current()):
-        model = kind.from_config(config)
-    torch.set_default_dtype(torch.float32)
+    causal = config.model_type not in ("bert", "t5")
     if causal:
-        options = {
-            "quantization_config": nf4(),
-            "dtype": torch.bfloat16,
-            "device_map": {"": device.current()},
-        }
-        model = type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), **options)
-    model.save_pretrained(args.folder)
+        write_by_layers(in_4_bits, config, args.folder)
+    else:
+        dense(config, torch.float32).save_pretrained(args.folder)
     tokenizer.save_pretrained(args.folder)
     print(f"{args.folder}: {args.model}, random weights" + " in 4 bits" * causal)
+
+
+def dense(config, dtype):
+    """A model of this configuration with random weights."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+    kinds = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}
+    with torch.device(device.current()):
+        return kinds.get(config.model_type, AutoModelForCausalLM).from_config(config, dtype=dtype)
+
+
+def in_4_bits(config):
+    """A causal one as it is loaded: bfloat16, its linear layers in 4 bits."""
+    import torch
+
+    from benchmarks.workers import nf4
+
+    model = dense(config, torch.bfloat16)
+    options = {"quantization_config": nf4(), "dtype": torch.bfloat16, "device_map": {"": device.current()}}
+    return type(model).from_pretrained(None, config=config, state_dict=model.state_dict(), **options)
+
+
+def write_by_layers(make: Callable, config, folder: Path) -> None:
+    """Write the model of `config` as its save_pretrained would, a layer a file: of models of one layer, which
+    `make` makes one after the other, each another one. The first has what is no layer's, too."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    count, files = config.num_hidden_layers, {}
+    config.num_hidden_layers = 1
+    for i in range(count):
+        model, file = make(config), folder / f"model-{i + 1:05}-of-{count:05}.safetensors"
+        model.config.num_hidden_layers = count
+        if i == 0:
+            model.save_pretrained(folder)
+            os.replace(folder / "model.safetensors", file)
+        else:
+            of_layer = {name: tensor for name, tensor in model.state_dict().items() if LAYER.search(name)}
+            tensors = {LAYER.sub(rf"\g<1>{i}.", name): tensor for name, tensor in of_layer.items()}
+            save_file(tensors, file, metadata={"format": "pt"})
+        with safe_open(file, "pt") as written:
+            files |= dict.fromkeys(written.keys(), file.name)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    index = {"metadata": {"total_size": size}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

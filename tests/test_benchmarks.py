@@ -374,6 +374,64 @@ def test_a_random_falcon_is_in_4_bits(tmp_path, monkeypatch):
     assert len(model.four_bit_layers(model.load_base(str(tmp_path / "falcon"), workers.nf4()))) == 2 * 4
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        checkpoint.llama(128, 192, 3, 8, 1),
+        checkpoint.FALCON | {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+        checkpoint.NEOX
+        | {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2},
+    ],
+    ids=["llama", "falcon", "neox"],
+)
+def test_a_random_checkpoint_written_by_layers_is_what_saving_the_whole_model_writes(
+    tmp_path, monkeypatch, shape
+):
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    from study import checkpoint as checkpoints
+
+    drawn, draw, options = [], checkpoint.dense, {"dtype": torch.bfloat16, "device_map": {"": "cpu"}}
+
+    def drawing(config, dtype):
+        assert config.num_hidden_layers == 1  # never more in memory
+        drawn.append(draw(config, dtype))
+        return drawn[-1]
+
+    monkeypatch.setattr(checkpoint, "MODELS", {"7b": shape})
+    monkeypatch.setattr(checkpoint, "dense", drawing)
+    by_layers = tmp_path / "by-layers"
+    monkeypatch.setattr("sys.argv", ["checkpoint", "7b", str(by_layers), "--tokenizer", str(DEMO_MODEL)])
+    checkpoint.main()
+
+    weights = drawn[0].state_dict()
+    for i, model in enumerate(drawn):
+        weights |= {
+            checkpoint.LAYER.sub(rf"\g<1>{i}.", name): tensor
+            for name, tensor in model.state_dict().items()
+            if checkpoint.LAYER.search(name)
+        }
+    config = drawn[0].config
+    config.num_hidden_layers = len(drawn)
+    whole = type(drawn[0]).from_pretrained(
+        None, config=config, state_dict=weights, quantization_config=workers.nf4(), **options
+    )
+    whole.save_pretrained(tmp_path / "whole")
+    assert (by_layers / "config.json").read_text() == (tmp_path / "whole" / "config.json").read_text()
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    files = checkpoints.weight_files(by_layers, "here")
+    assert len(files) == len(drawn) > 1
+    found = [load_file(file) for file in files]
+    assert sum(map(len, found)) == len(expected)  # none is in two files
+    for name, tensor in {name: tensor for part in found for name, tensor in part.items()}.items():
+        assert tensor.dtype == expected[name].dtype, name
+        assert torch.equal(tensor, expected[name]), name
+    _, info = AutoModelForCausalLM.from_pretrained(by_layers, output_loading_info=True, **options)
+    assert not any(info.values())
+
+
 def test_every_result_names_the_commit_that_it_is_of():
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
