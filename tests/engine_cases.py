@@ -92,6 +92,16 @@ def main() -> None:
             case = f"{name}, {kind}, {reading}, {room if memory else 'little room'}"
             results[case] = [answers[i][0] for i in range(len(prompts))]
             results[f"confidence, {case}"] = [answers[i][1] for i in range(len(prompts))]
+    # As in Llama-2-70B, eight heads read the keys and values of one.
+    sizes = {"num_attention_heads": 16, "num_key_value_heads": 2, "head_dim": 32}
+    grouped = with_adapters(
+        llama(hidden_size=nf4.PERMUTED_COLUMNS, intermediate_size=nf4.PERMUTED_COLUMNS, **sizes), 4, 0.0
+    )
+    few = dict(enumerate(prompts[:3]))
+    results["eight heads a key head, plain"] = [plain_answer(grouped, ids, None) for ids in few.values()]
+    for cache.APART in (1000, 10):
+        answers = dict(decode.Engine(grouped, 1e9).answers(few, NEW_TOKENS, ENDS))
+        results[f"eight heads a key head, {cache.APART}"] = [answers[i][0] for i in few]
     partly = copy.deepcopy(base)
     partly.model.layers[1].mlp.up_proj = torch.nn.Linear(
         nf4.PERMUTED_COLUMNS, 2 * nf4.PERMUTED_COLUMNS, bias=False

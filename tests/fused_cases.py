@@ -108,6 +108,13 @@ def main() -> None:
         expected = truth(model, fused, examples, "answer")
         results[f"rank {rank}, dropout {dropout}"] = error(ours(fused, examples, "answer"), expected)
 
+    # As in Llama-2-70B, eight heads read the keys and values of one.
+    grouped = with_adapters(llama(num_attention_heads=16, num_key_value_heads=2, head_dim=32), 4, 0.3)
+    for keep in ("all", "input"):
+        fused = FusedModel(grouped, Plan(45, keep))
+        got, expected = ours(fused, alike, "answer"), truth(grouped, fused, alike, "answer")
+        results[f"eight heads a key head, {keep}"] = error(got, expected)
+
     ones = torch.ones(64, 300)
     masks = [torch.empty_like(ones) for _ in range(5)]
     for mask, (seed, dropout) in zip(masks, ((1, 0.1), (1, 0.3), (1, 0.5), (2, 0.5), (1, 0.5)), strict=True):

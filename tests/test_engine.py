@@ -42,6 +42,13 @@ def test_answers_are_those_of_plain_generate_one_at_a_time(results, decoding, we
     assert len({tuple(answer) for answer in expected}) > 1
 
 
+@pytest.mark.parametrize("apart", [1000, 10])
+def test_answers_are_those_of_plain_generate_where_eight_heads_share_a_key_head(results, apart):
+    expected = results["eight heads a key head, plain"]
+    assert results[f"eight heads a key head, {apart}"] == expected
+    assert len({tuple(answer) for answer in expected}) > 1
+
+
 @pytest.mark.parametrize("weights", ["4 bits", "merged"])
 @pytest.mark.parametrize("how", ["together, all at once", "apart, 2 at once", "together, little room"])
 def test_confidences_are_those_of_every_answer_scored_by_hand(results, weights, how):

@@ -52,6 +52,14 @@ def test_what_examples_begin_with_alike_is_computed_once_and_changes_nothing(err
     assert worst < 1e-5
 
 
+@pytest.mark.parametrize("keep", ["all", "input"])
+def test_loss_and_gradients_are_right_where_eight_heads_share_a_key_head(errors, keep):
+    loss, gradients, worst = errors[f"eight heads a key head, {keep}"]
+    assert loss < 1e-6
+    assert gradients < 1e-5
+    assert worst < 1e-5
+
+
 def test_dropout_keeps_the_share_it_should_and_differs_by_seed(errors):
     shares, agreement = errors["dropout"]
     assert shares == pytest.approx([0.9, 0.7, 0.5], abs=0.01)

@@ -34,6 +34,15 @@ SEVEN = model(  # Llama-2-7B
     num_attention_heads=32,
     num_key_value_heads=32,
 )
+SEVENTY = model(  # Llama-2-70B, dropout as classification has it
+    *(8, 0.1, 103_546_880),
+    vocab_size=32000,
+    hidden_size=8192,
+    intermediate_size=28672,
+    num_hidden_layers=80,
+    num_attention_heads=64,
+    num_key_value_heads=8,
+)
 FEW = model(  # Mistral-7B, few key heads, with dropout
     *(64, 0.1, 167_772_160),
     vocab_size=32768,
@@ -141,6 +150,35 @@ def test_the_fastest_plan_that_fits_is_chosen(of, gib, asked, expected):
     assert (plan.tokens, plan.keep, plan.on_host) == expected
 
 
+# Of a card's bytes Llama-2-70B takes 36.4e9: 68.45e9 weights of 0.5 + 1/64 + 4/(64 * 256) bytes, embedding
+# and head in bfloat16. What is left but for 0.7 GiB of CUDA's own times 0.92, as paths.plan_for plans.
+
+
+@pytest.mark.parametrize(
+    ("gib", "step", "expected"),
+    [
+        (79.1, 3072, (2048, "all")),  # an H100: 16 posts of the default batch
+        (79.1, 8192, (2560, "all")),
+        (79.1, 16384, (2700, "all")),
+        (139.8, 3072, (3072, "all")),  # an H200
+        (139.8, 8192, (4608, "all")),
+        (139.8, 16384, (5974, "all")),
+    ],
+)
+def test_llama_2_70b_trains_on_one_card(gib, step, expected):
+    weights = 68_451_041_280 * (1 / 2 + 1 / 64 + 4 / (64 * 256)) + 2 * 32000 * 8192 * 2
+    free = 0.92 * ((gib - 0.7) * 2**30 - weights)
+    plan = choose_plan(SEVENTY, free, 512, (step, 400), shared=21)
+    assert (plan.tokens, plan.keep) == expected
+    fixed, each, _ = costs(SEVENTY, plan.keep, plan.on_host, 400, 21)
+    assert fixed + each * plan.tokens <= free
+
+
+def test_a_post_longer_than_fits_is_computed_twice_before_it_is_refused():
+    plans = [choose_plan(SEVENTY, 41 * 2**30, longest, (longest, 400)) for longest in (2048, 4096, 20000)]
+    assert [plan.keep for plan in plans] == ["all", "attention", "input"]
+
+
 def test_a_plan_says_what_it_computes_twice():
     assert [str(Plan(1, keep)) for keep in KEEPS] == [
         "nothing computed twice",
@@ -191,7 +229,7 @@ def symbols(of) -> dict:
     }
 
 
-@pytest.mark.parametrize("of", [SEVEN, FEW, WIDE])
+@pytest.mark.parametrize("of", [SEVEN, FEW, WIDE, SEVENTY])
 def test_the_pages_table_of_what_is_kept_is_the_dataclass(of):
     rows, known = rows_of("## What a layer keeps"), symbols(of)
     assert [row[0] for row in rows] == [part.name for part in fields(Activations)]
@@ -203,7 +241,7 @@ def test_the_pages_table_of_what_is_kept_is_the_dataclass(of):
         assert eval(product or "0", known) == about["product"](sizes)
 
 
-@pytest.mark.parametrize("of", [SEVEN, FEW, WIDE])
+@pytest.mark.parametrize("of", [SEVEN, FEW, WIDE, SEVENTY])
 @pytest.mark.parametrize(("learned", "shared"), [(400, 21), (9000, 0)])
 @pytest.mark.parametrize(("keep", "on_host"), [*((keep, False) for keep in KEEPS), ("input", True)])
 def test_the_pages_memory_formula_is_the_codes(of, keep, on_host, learned, shared):

@@ -26,10 +26,12 @@ TRAINED_BYTES, LOGIT_BYTES = 20, 14
 
 # Time, of Llama-2-7B. To unpack all weights twice takes 10 of a step's 657 ms for 16,384 tokens on an H200
 # (benchmarks/results/training-7b.json): some 250 tokens, and a little more. Launches bound steps below some
-# 2,400 tokens on an H100 (training-7b-tokens.json). Half of a step's products are the forward's, and products
-# are nine tenths of a step (training-7b.json). Copies to the host run beside the kernels: they only come
-# second where both plans fit (chosen).
-UNPACK_TOKENS, LAUNCH_TOKENS = 300, 2400  # tokens in whose time weights are unpacked, and kernels launched
+# 2,400 tokens on an H100 (training-7b-tokens.json): fewer, the larger a layer than its 4096 (3 * 11008 + 4 *
+# 4096) weights. Half of a step's products are the forward's, and products are nine tenths of a step
+# (training-7b.json). Copies to the host run beside the kernels: they only come second where both plans fit
+# (chosen).
+UNPACK_TOKENS = 300  # in whose time all weights are unpacked
+LAUNCH_PRODUCTS = 4.86e11  # a layer's multiply-adds in whose time its kernels are launched
 FORWARD_SHARE, HOST_SHARE = 0.45, 0.01  # of a step: products of all layers computed again, copies to the host
 
 Saved = torch.Tensor | None
@@ -45,6 +47,10 @@ class Sizes:
     qkv: int  # out + 2 key heads * head size
     rank: int  # of an adapter
     adapter_columns: int  # beside a product's input, for h: the ranks of q, k and v, in whole tiles of 64
+
+    def weights(self) -> int:
+        """Of a layer, frozen: as many multiply-adds as a row takes forward."""
+        return self.hidden * (3 * self.inner + self.qkv + self.out)
 
 
 def sizes_of(config, rank: int) -> Sizes:
@@ -141,6 +147,8 @@ def choose_plan(
     step_tokens, learned = max(step[0], longest), step[1]
     keeps = {"on": ("input",), "off": ("all",)}.get(checkpointing, KEEPS)
     best, least_time = Plan(tokens or longest, keeps[-1], keeps[-1] == "input"), math.inf
+    lora = next(iter(model.peft_config.values()))
+    launch_tokens = LAUNCH_PRODUCTS / sizes_of(model.config, lora.r).weights()
     for keep, on_host in [*((keep, False) for keep in keeps), *[("input", True)] * ("input" in keeps)]:
         fixed, each, extra = costs(model, keep, on_host, learned, shared)
         fitting = int((free - fixed) / each)
@@ -148,7 +156,7 @@ def choose_plan(
             continue
         most = tokens or min(fitting, step_tokens)
         passes = math.ceil(step_tokens / most)
-        time = (1 + extra) * max(LAUNCH_TOKENS, step_tokens / passes + UNPACK_TOKENS) * passes
+        time = (1 + extra) * max(launch_tokens, step_tokens / passes + UNPACK_TOKENS) * passes
         if time < least_time:
             least_time = time
             best = Plan(min(most, math.ceil(step_tokens / passes) + longest), keep, on_host)
@@ -175,11 +183,10 @@ def costs(model, keep: str, on_host: bool, learned: int, shared: int) -> tuple[f
     # `Attention.shared_dkv`, in float32, for each chunk of rows
     chunk = shared * config.num_key_value_heads * 2 * head_size(config) * 4
     again = sum(part.metadata["product"](s) for part in dropped)
-    products = s.hidden * (3 * s.inner + s.qkv + s.out)
     return (
         weight + trained * TRAINED_BYTES + logits + chunk,
         2 * (columns * config.num_hidden_layers + work) + chunk / SHARED_CHUNK,
-        FORWARD_SHARE * again / products + HOST_SHARE * on_host,
+        FORWARD_SHARE * again / s.weights() + HOST_SHARE * on_host,
     )
 
 
