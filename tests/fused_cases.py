@@ -66,6 +66,13 @@ def shared_gradient(model) -> list[bool]:
     return fits
 
 
+def grouped(keep: str, examples) -> tuple:
+    """The errors where eight heads read the keys and values of one, as in Llama-2-70B."""
+    model = with_adapters(llama(num_attention_heads=16, num_key_value_heads=2, head_dim=32), 4, 0.3)
+    fused = FusedModel(model, Plan(45, keep))
+    return error(ours(fused, examples, "answer"), truth(model, fused, examples, "answer"))
+
+
 def main() -> None:
     base, results = llama(), {}
     remember_unpacked()
@@ -108,12 +115,7 @@ def main() -> None:
         expected = truth(model, fused, examples, "answer")
         results[f"rank {rank}, dropout {dropout}"] = error(ours(fused, examples, "answer"), expected)
 
-    # As in Llama-2-70B, eight heads read the keys and values of one.
-    grouped = with_adapters(llama(num_attention_heads=16, num_key_value_heads=2, head_dim=32), 4, 0.3)
-    for keep in ("all", "input"):
-        fused = FusedModel(grouped, Plan(45, keep))
-        got, expected = ours(fused, alike, "answer"), truth(grouped, fused, alike, "answer")
-        results[f"eight heads a key head, {keep}"] = error(got, expected)
+    results |= {f"eight heads a key head, {keep}": grouped(keep, alike) for keep in ("all", "input")}
 
     ones = torch.ones(64, 300)
     masks = [torch.empty_like(ones) for _ in range(5)]
