@@ -566,7 +566,7 @@ def run_script(main: Callable[[Process], None], distributed: bool = False) -> No
     SIGTERM).
 
     Of several processes (`accelerate launch`) only the first speaks, and unless `distributed` only the first
-    runs.
+    runs, alone.
     """
     process = Process(script_name(Path(sys.argv[0])))
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on optional CPU kernels
