@@ -32,6 +32,8 @@ def join() -> None:
         if gpus < here:
             raise UserError(f"{here} processes, and {gpus} GPUs in sight: launch with --num_processes {gpus}")
         torch.cuda.set_device(device.current())
+    else:  # where accelerate would say cpu:0, to which no checkpoint can be loaded
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
     with heard():
         dist.init_process_group(backend, timeout=PATIENCE)

@@ -119,12 +119,15 @@ def score_each(args: argparse.Namespace, method: str | None, process: Process, s
         except UserError as error:
             print(f"error: {folder}: {error}", file=sys.stderr, flush=True)
             failed.append(str(folder))
+        if failed and process.count > 1:  # which must stay in step
+            failed = [str(folder) for folder in list(each)[list(each).index(folder) :]]
+            break
         if failed[-1:] == [str(folder)]:  # here, where the error holds no tensors any more
             base.forget()  # it may be half merged
         if records_in(folder) != before:
             process = process.from_here()
         print(flush=True)
-    if failed and of_a_loop:
+    if failed and of_a_loop and process.main:
         write_text(Path(of_a_loop), "".join(f"{folder}\n" for folder in failed))
     if failed:
         raise UserError(f"{len(failed)} of {len(each)} runs failed: {', '.join(failed)}")

@@ -113,9 +113,9 @@ def usd_text(usd: float | None) -> str:
     return f"${usd:,.{2 if usd >= 0.1 or usd == 0 else 1 - math.floor(math.log10(usd))}f}"
 
 
-def gpus_of(train: dict) -> int:
-    """How many GPUs the `train` of a record took: one for each process."""
-    return lookup(train, "batching.processes") or 1
+def gpus_of(part: dict) -> int:
+    """How many GPUs the `train` or `eval` of a record took: one for each process."""
+    return lookup(part, "batching.processes") or lookup(part, "processes") or 1
 
 
 def device_of(cost: dict) -> str:
