@@ -34,14 +34,22 @@ def join() -> None:
         torch.cuda.set_device(device.current())
     else:  # where accelerate would say cpu:0, to which no checkpoint can be loaded
         os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    backend = "cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo"
-    with heard():
-        dist.init_process_group(backend, timeout=PATIENCE)
+    meet("cuda:nccl,cpu:gloo" if torch.cuda.is_available() else "gloo")
     names = everyone(device.name())
     if len(set(names)) > 1:
         raise UserError(
             f"the GPUs are not alike ({', '.join(dict.fromkeys(names))}): choose some by CUDA_VISIBLE_DEVICES"
         )
+
+
+def meet(backend: str) -> None:
+    """Make the connections, and the memory that they take, now: what is free is asked for later."""
+    try:
+        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.all_reduce(torch.zeros(1, device=device.current()))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"the processes can't exchange anything by {backend} ({reason})") from error
 
 
 def count() -> int:

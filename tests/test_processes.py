@@ -234,7 +234,7 @@ def test_too_few_gpus_and_unlike_ones_are_refused(monkeypatch, names, sight, mes
     ):
         monkeypatch.setattr(processes.torch.cuda, name, value)
     monkeypatch.setattr(processes.device, "name", lambda: names[0])
-    monkeypatch.setattr(processes.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(processes, "meet", lambda _: None)
     monkeypatch.setattr(processes, "everyone", lambda _: names)
     monkeypatch.setenv("WORLD_SIZE", str(len(names)))
     with pytest.raises(UserError, match=message):

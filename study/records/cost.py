@@ -131,9 +131,10 @@ def measured_on(content: dict) -> str | None:
 
 
 def shown(cost: dict) -> str:
-    """A record's device, with what it is priced as where that has another name."""
-    device, gpu = device_of(cost), cost["gpu"]
-    return device if device == gpu else f"{device}, priced as {gpu}"
+    """A record's device, or devices, with what it is priced as where that has another name."""
+    device, gpu, count = device_of(cost), cost["gpu"], cost.get("gpus") or 1
+    named = device if device == gpu else f"{device}, priced as {gpu}"
+    return named if count == 1 else f"{count} x {named}"
 
 
 def of_run(args: argparse.Namespace, device: str, seconds: float, gpus: int = 1) -> dict:
