@@ -160,6 +160,34 @@ def test_three_processes_score_and_two_go_on_with_their_answers(scripts, alone, 
     assert not [*folder.glob(".eval*")]
 
 
+NO_MEMORY = """
+import os, runpy, sys
+import torch
+from study import paths
+
+plain = paths.loss_sum
+
+def loss_sum(*given):
+    if os.environ["RANK"] == "1":
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return plain(*given)
+
+paths.loss_sum = loss_sum
+sys.argv[0] = "{script}"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_a_process_that_is_out_of_memory_says_so_with_its_number_and_ends_the_others(tmp_path):
+    script = tmp_path / TRAINING
+    script.write_text(NO_MEMORY.format(script=ROOT / TRAINING))
+    first, other = run_together(2, script, *DATA, *SHORT, "--experiment_dir", tmp_path / "run")
+    assert (first.returncode, other.returncode) == (1, 1)
+    assert said_at_the_end(other.stderr).startswith("error: process 1: out of memory; train with a smaller")
+    assert "another process of this run has ended" in said_at_the_end(first.stderr)
+    assert record(tmp_path / "run", "train.json")["status"] == "failed"
+
+
 def test_what_all_refuse_is_said_once(tmp_path):
     first, other = run_together(2, TRAINING, *DATA, "--experiment_dir", tmp_path, "--train_file=none.jsonl")
     assert (first.returncode, other.returncode) == (1, 1)
