@@ -15,10 +15,12 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NoReturn
 
 from study.device import Process
 from study.errors import UserError
@@ -586,19 +588,29 @@ def run_script(main: Callable[[Process], None], distributed: bool = False) -> No
             return
         leave_the_others()
         process = replace(process, count=1)
-    if not process.main:
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
-    if process.count > 1:
-        end_though_stuck(process)
-    code = run(main, process)
-    if process.count > 1:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        os._exit(
-            code
-        )  # with gloo's threads, leaving the process group may hang and the interpreter's end abort
+    code = run(main, process) if process.count == 1 else run_together(main, process)
     if code:
         sys.exit(code)
+
+
+def run_together(main: Callable[[Process], None], process: Process) -> NoReturn:
+    """Run this one of several processes, and exit."""
+    if not process.main:
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    end_though_stuck(process)
+    try:
+        code = run(main, process)
+    except SystemExit as error:  # of wrong usage, or --help
+        code = error.code
+        if code and not process.main:
+            let_the_first_speak()
+    except BaseException:
+        traceback.print_exc(file=sys.__stderr__)
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    # With gloo's threads, leaving the process group may hang and the interpreter's end abort.
+    os._exit(code)
 
 
 def run(main: Callable[[Process], None], process: Process) -> int:
@@ -609,10 +621,9 @@ def run(main: Callable[[Process], None], process: Process) -> int:
         if process.main:
             print(f"error: {error}", file=sys.stderr)
         elif error.__cause__:  # it went wrong here: the first process has nothing to say of it
-            print(f"error: process {os.environ['RANK']}: {error}", file=sys.stderr)
+            print(f"error: process {os.environ['RANK']}: {error}", file=sys.__stderr__, flush=True)
         else:
-            with contextlib.suppress(KeyboardInterrupt):
-                time.sleep(FIRST_SPEAKS)
+            let_the_first_speak()
         return 1
     except BrokenPipeError:  # of `| head`: whoever read has enough
         pass
@@ -623,6 +634,12 @@ def run(main: Callable[[Process], None], process: Process) -> int:
     finally:
         flush_stdout()
     return 0
+
+
+def let_the_first_speak() -> None:
+    """Of what all processes refuse: as soon as one has ended, the launcher ends the others."""
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(FIRST_SPEAKS)
 
 
 def interrupted() -> str:
