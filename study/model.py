@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from study import checkpoint as checkpoints
-from study import checks, device, processes
+from study import checks, device, processes, sharding
 from study.errors import UserError, is_out_of_memory
 
 transformers.logging.set_verbosity_error()
@@ -94,7 +94,7 @@ def load_base(checkpoint: str, quantization, attn_implementation: str = "auto"):
     Weights come from safetensors only, never pickle. A checkpoint that is in 4 bits already stays as it is
     but for the dtype that it computes in; `model.config.quantization_config` says how it is in fact. Raises
     UserError for a checkpoint whose tensors are not those of its configuration, or that can't be trained and
-    scored alike."""
+    scored alike. Where the launcher asks for FSDP, each process has a part of it (sharding.py)."""
     processes.join()
     if torch.cuda.is_available():
         torch.cuda.set_device(device.current())  # also for what is not told a device
@@ -106,7 +106,6 @@ def load_base(checkpoint: str, quantization, attn_implementation: str = "auto"):
         "config": config,
         "quantization_config": quantization,
         "dtype": device.compute_dtype(),
-        "device_map": {"": device.current()},
         "use_safetensors": True,
         "output_loading_info": True,
         # Nothing of the checkpoint's own counts in greedy decoding but the ends of sequence.
@@ -114,13 +113,18 @@ def load_base(checkpoint: str, quantization, attn_implementation: str = "auto"):
             eos_token_id=checkpoints.ends_of(*place_of(checkpoint)) or None
         ),
     }
-    model, found = load_with_attention(AutoModelForCausalLM, checkpoint, attn_implementation, options)
+    with sharding.loading() as place:
+        options["device_map"] = {"": place}
+        model, found = load_with_attention(AutoModelForCausalLM, checkpoint, attn_implementation, options)
     where = f"--pretrained_ckpt {checkpoint}"
     checks.refuse_other_tensors(found, where)
     for refuse in (checks.refuse_other_shapes, checks.refuse_other_bits, checks.refuse_untied_head):
         refuse(model, where)
     model.name_or_path = checkpoint
     keep_unpacked(model)
+    model.requires_grad_(False)
+    if sharding.asked():
+        sharding.share_out(model)
     try:
         checks.prove_attention(model)
     except (RuntimeError, ValueError, AttributeError, TypeError, IndexError) as error:
@@ -129,7 +133,7 @@ def load_base(checkpoint: str, quantization, attn_implementation: str = "auto"):
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{where}: {type(model).__name__} can't compute in 4 bits here: {reason}") from None
     say_what_differs(model, config)
-    return model.requires_grad_(False)
+    return model
 
 
 def place_of(checkpoint: str) -> tuple[Path, str]:

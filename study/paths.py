@@ -20,7 +20,7 @@ from collections.abc import Sequence
 
 import torch
 
-from study import checks, device, processes
+from study import checks, device, processes, sharding
 from study.dropout import ByExample
 from study.encoding import Example
 from study.errors import is_out_of_memory
@@ -150,6 +150,8 @@ def choose(
 
 def why_plain(model, args, padded: bool, training) -> str | None:
     """The reason why training can't take the fast path, or None."""
+    if sharding.asked():
+        return "each process has a part of every layer, by FSDP2"
     if training.device.type != "cuda":
         return "no CUDA"
     if device.compute_dtype() != torch.bfloat16 or not importlib.util.find_spec("triton"):
@@ -207,7 +209,7 @@ def fit_memory(
         return (4096 if tokens == "auto" else tokens), checkpointing == "on"
     enough = max(longest, min(ENOUGH_TOKENS, args.batch_size * longest)) if tokens == "auto" else tokens
     for on in [checkpointing == "on"] if checkpointing != "auto" else [False, True]:
-        fitting = tokens_that_fit(model, examples, args.loss_on, padded, on, where)
+        fitting = min(processes.everyone(tokens_that_fit(model, examples, args.loss_on, padded, on, where)))
         if fitting >= enough:
             break
     return (max(longest, min(MOST_TOKENS, fitting)) if tokens == "auto" else tokens), on

@@ -36,8 +36,9 @@ class Base:
     def load(self, folder: Path, checkpoint: str, here: dict, quantization: dict):
         """The base for the run in `folder`, as `model.load_base` leaves it: one that is loaded already only
         where the checkpoint is the same by content, as `here` says."""
-        from study import model
+        from study import model, sharding
 
+        sharding.refuse("scoring")
         kind = checkpoint, here, quantization
         if self.model is not None and self.kind == kind:
             self.model, self.tuned = model.take_off(self.tuned or self.model), None

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from study import checks, device, paths, processes, resuming
+from study import checks, device, paths, processes, resuming, sharding
 from study.device import Process
 from study.encoding import Example, sha256_of
 from study.errors import UserError, is_out_of_memory
@@ -44,7 +44,8 @@ class PackedTrainer(Trainer):
     def create_accelerator_and_postprocess(self) -> None:
         """Without DistributedDataParallel around the model: the path exchanges what is to be exchanged, once
         a step. In evaluation mode accelerate prepares a model as for training but for that."""
-        super().create_accelerator_and_postprocess()
+        with sharding.hidden():
+            super().create_accelerator_and_postprocess()
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
     def store_flos(self) -> None:
@@ -85,11 +86,13 @@ class PackedTrainer(Trainer):
         mine = processes.mine(path.sizes())
         while True:
             try:
-                total = self.pass_by_pass(mine, learned)
+                with sharding.computing():
+                    total = self.pass_by_pass(mine, learned)
                 break
             except RuntimeError as error:
                 longest = max(len(step[i].ids) for i in mine)
-                if path.max_tokens <= longest or not is_out_of_memory(error):
+                given_up = path.max_tokens <= longest or sharding.asked()  # there no other would wait
+                if given_up or not is_out_of_memory(error):
                     raise
                 model.zero_grad(set_to_none=True)
                 path.max_tokens = max(longest, path.max_tokens // 2)
@@ -100,10 +103,14 @@ class PackedTrainer(Trainer):
         return total
 
     def pass_by_pass(self, places: list[int], learned: int) -> torch.Tensor:
-        """Gradients of these examples of the step. Returns their share of its loss."""
+        """Gradients of these examples of the step. Returns their share of its loss. Where the processes share
+        the layers, one with fewer passes than another computes the first example again, for nothing."""
         total = torch.zeros((), device=self.args.device)
-        for group in self.path.passes(places):
-            loss = self.path.loss_sum(group) / learned
+        groups = [(group, 1) for group in self.path.passes(places)]
+        if sharding.asked():
+            groups += [([0], 0)] * (max(processes.everyone(len(groups))) - len(groups))
+        for group, weight in groups:
+            loss = weight * self.path.loss_sum(group) / learned
             self.accelerator.backward(loss)
             total += loss.detach()
         return total
