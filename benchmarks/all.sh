@@ -7,8 +7,9 @@
 # trained runs go to experiments/benchmarks/, results to benchmarks/results/. Steps, all by default:
 #   training training_13b training_samsum sizes exactness mutations curves
 #   inference inference_sizes inference_13b inference_samsum equality scripts competitors
-# and, only where it is named, on a machine with several GPUs (GPUS, 2 of them): scaling
-# The last takes BERT_TOKENIZER and T5_TOKENIZER, hub ids or folders, from the environment.
+# and, only where they are named, on a machine with several GPUs (GPUS, 2 of them) scaling, and with a GPU of
+# 80 GB or more seventy (Llama-2-70B).
+# "competitors" takes BERT_TOKENIZER and T5_TOKENIZER, hub ids or folders, from the environment.
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
 data=$(realpath -s --relative-to="$root" "${1:?usage: benchmarks/all.sh DATA TOKENIZER [STEP...]}")
@@ -123,10 +124,15 @@ scaling() { # on a machine with several GPUs: GPUS (2) beside one
     --output "$results/scaling-7b.json"
 }
 
+seventy() { # on one card of 80 GB or more
+  train 70b training-70b --modes fast --tokens 3072,16384 --steps 5
+  infer 70b inference-70b "${posts[@]}" --modes fast --examples 1000
+}
+
 steps=(training training_13b training_samsum sizes exactness mutations curves
   inference inference_sizes inference_13b inference_samsum equality scripts competitors)
 (($#)) || set -- "${steps[@]}"
-steps+=(scaling) # only where it is named
+steps+=(scaling seventy) # only where they are named
 for step in "$@"; do
   [[ " ${steps[*]} " == *" $step "* ]] || {
     echo "error: there is no step $step: the head of this script lists them" >&2
