@@ -208,7 +208,9 @@ def fit_memory(
     if where.type != "cuda" or (tokens != "auto" and checkpointing != "auto"):
         return (4096 if tokens == "auto" else tokens), checkpointing == "on"
     enough = max(longest, min(ENOUGH_TOKENS, args.batch_size * longest)) if tokens == "auto" else tokens
-    for on in [checkpointing == "on"] if checkpointing != "auto" else [False, True]:
+    # Processes that share layers can't try what may not fit: one that stops leaves the others waiting.
+    both = checkpointing == "auto" and not sharding.asked()
+    for on in [False, True] if both else [checkpointing != "off"]:
         fitting = min(processes.everyone(tokens_that_fit(model, examples, args.loss_on, padded, on, where)))
         if fitting >= enough:
             break
@@ -233,7 +235,7 @@ def tokens_that_fit(
         path.loss_sum(range(len(group))).backward()
         used = torch.cuda.max_memory_allocated(where) - before
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if sharding.asked() or not is_out_of_memory(error):
             raise
         used = math.inf
     model.zero_grad(set_to_none=True)
