@@ -254,6 +254,19 @@ def weight_files(folder: Path, where: str) -> list[Path]:
     return files
 
 
+def least_bytes(folder: Path, where: str, quantized: bool) -> int:
+    """What the weights of a checkpoint take at least once they are loaded in 4 bits: as much as in its files,
+    if it is `quantized` already, else half a byte each."""
+    total = 0
+    for path in weight_files(folder, where):
+        with open(path, "rb") as file:
+            tensors = header_of(file, path.stat().st_size, f"{where}: {path.name}").values()
+        for dtype, begin, end in tensors:
+            bits = int((re.search("[0-9]+", dtype) or ["8"])[0])  # of F32, BF16, F8_E4M3, BOOL
+            total += end - begin if quantized else (end - begin) * 4 // bits
+    return total
+
+
 def hash_of_weights(path: Path, where: str, quantized: bool) -> str:
     """The SHA-256 of the SHA-256s of a safetensors file's pieces, each of PIECE bytes; remembered for a file
     that has not changed since. Raises UserError if it is damaged, a weight is infinite or no number, or is of

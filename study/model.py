@@ -100,6 +100,9 @@ def load_base(checkpoint: str, quantization, attn_implementation: str = "auto"):
         torch.cuda.set_device(device.current())  # also for what is not told a device
     config = from_checkpoint(AutoConfig, checkpoint)
     settle_quantization(config, f"--pretrained_ckpt {checkpoint}")
+    if torch.cuda.is_available():
+        quantized = getattr(config, "quantization_config", None) is not None
+        refuse_too_large(checkpoint, quantized, device.free_memory())
     if config.model_type == "falcon":
         use_plain_layers()
     options = {
@@ -134,6 +137,20 @@ def load_base(checkpoint: str, quantization, attn_implementation: str = "auto"):
         raise UserError(f"{where}: {type(model).__name__} can't compute in 4 bits here: {reason}") from None
     say_what_differs(model, config)
     return model
+
+
+def refuse_too_large(checkpoint: str, quantized: bool, free: int) -> None:
+    """Raise UserError for a checkpoint that can't fit `free` bytes of a GPU in 4 bits, or of each that shares
+    its layers."""
+    least, parts = checkpoints.least_bytes(*place_of(checkpoint), quantized), 1
+    if sharding.asked():
+        parts = processes.count()
+    if least / parts > free:
+        raise UserError(
+            f"--pretrained_ckpt {checkpoint} takes {least / device.GIB:.1f} GiB in 4 bits or more, and "
+            f"{free / device.GIB:.1f} GiB of {'each' if parts > 1 else 'the'} GPU are free: name a smaller one, "
+            f"or let {'more' if parts > 1 else 'several'} GPUs share its layers (docs/fsdp2.yaml)"
+        )
 
 
 def place_of(checkpoint: str) -> tuple[Path, str]:

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.workers import nf4
-from study.model import load_base
+from study.errors import UserError
+from study.model import load_base, refuse_too_large
 
 
 class Alive(TorchDispatchMode):
@@ -73,3 +74,15 @@ def test_what_is_in_4_bits_already_is_in_memory_once(checkpoint, tmp_path, monke
         model = load_base(str(tmp_path), nf4())
     own = sum(parameter.nbytes for parameter in model.parameters())
     assert alive.most < own + 0.1 * size
+
+
+def test_what_can_not_fit_the_gpu_in_4_bits_is_refused_with_what_it_takes(checkpoint, tmp_path):
+    folder, size = checkpoint
+    model = load_base(str(folder), nf4())
+    model.save_pretrained(tmp_path)
+    own = sum(parameter.nbytes for parameter in model.parameters())
+    refuse_too_large(str(folder), False, size // 4)
+    refuse_too_large(str(tmp_path), True, 2 * own)
+    for place, quantized, free in ((folder, False, size // 4.1), (tmp_path, True, own)):
+        with pytest.raises(UserError, match="GiB of the GPU are free: name a smaller"):
+            refuse_too_large(str(place), quantized, free)
