@@ -142,14 +142,14 @@ def load_base(checkpoint: str, quantization, attn_implementation: str = "auto"):
 def refuse_too_large(checkpoint: str, quantized: bool, free: int) -> None:
     """Raise UserError for a checkpoint that can't fit `free` bytes of a GPU in 4 bits, or of each that shares
     its layers."""
-    least, parts = checkpoints.least_bytes(*place_of(checkpoint), quantized), 1
-    if sharding.asked():
-        parts = processes.count()
-    if least / parts > free:
+    parts = processes.count() if sharding.asked() else 1
+    least = checkpoints.least_bytes(*place_of(checkpoint), quantized) / parts
+    if least > free:
+        shared = " on each GPU" if parts > 1 else ""
         raise UserError(
-            f"--pretrained_ckpt {checkpoint} takes {least / device.GIB:.1f} GiB in 4 bits or more, and "
-            f"{free / device.GIB:.1f} GiB of {'each' if parts > 1 else 'the'} GPU are free: name a smaller one, "
-            f"or let {'more' if parts > 1 else 'several'} GPUs share its layers (docs/fsdp2.yaml)"
+            f"--pretrained_ckpt {checkpoint} takes {least / device.GIB:.1f} GiB in 4 bits or more{shared}, and "
+            f"{free / device.GIB:.1f} GiB are free: name a smaller one, or let {'more' if shared else 'several'} "
+            "GPUs share its layers (docs/fsdp2.yaml)"
         )
 
 

@@ -84,5 +84,5 @@ def test_what_can_not_fit_the_gpu_in_4_bits_is_refused_with_what_it_takes(checkp
     refuse_too_large(str(folder), False, size // 4)
     refuse_too_large(str(tmp_path), True, 2 * own)
     for place, quantized, free in ((folder, False, size // 4.1), (tmp_path, True, own)):
-        with pytest.raises(UserError, match="GiB of the GPU are free: name a smaller"):
+        with pytest.raises(UserError, match="GiB are free: name a smaller one, or let several GPUs"):
             refuse_too_large(str(place), quantized, free)
