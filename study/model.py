@@ -145,11 +145,11 @@ def refuse_too_large(checkpoint: str, quantized: bool, free: int) -> None:
     parts = processes.count() if sharding.asked() else 1
     least = checkpoints.least_bytes(*place_of(checkpoint), quantized) / parts
     if least > free:
-        shared = " on each GPU" if parts > 1 else ""
+        shared, more = (" on each GPU", "more") if parts > 1 else ("", "several")
+        least, free = (f"{size / device.GIB:.1f} GiB" for size in (least, free))
         raise UserError(
-            f"--pretrained_ckpt {checkpoint} takes {least / device.GIB:.1f} GiB in 4 bits or more{shared}, and "
-            f"{free / device.GIB:.1f} GiB are free: name a smaller one, or let {'more' if shared else 'several'} "
-            "GPUs share its layers (docs/fsdp2.yaml)"
+            f"--pretrained_ckpt {checkpoint} takes {least} in 4 bits or more{shared}, and {free} are free: name "
+            f"a smaller one, or let {more} GPUs share its layers (docs/fsdp2.yaml)"
         )
 
 
