@@ -25,7 +25,7 @@ from tests.exactness import (
     truth,
     with_adapters,
 )
-from tests.mutations import remember_unpacked
+from tests.mutations import interpret_quickly
 
 
 def left_as_it_was(model, examples) -> dict[str, bool]:
@@ -68,7 +68,7 @@ def shared_gradient(model) -> list[bool]:
 
 def main() -> None:
     base, results = llama(), {}
-    remember_unpacked()
+    interpret_quickly()
     examples, tokens = make_examples(TINY_LENGTHS, TINY["vocab_size"]), 36
     attention = copy.deepcopy(base.model.layers[0].self_attn)
     weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
