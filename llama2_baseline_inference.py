@@ -110,15 +110,15 @@ def score(args: argparse.Namespace, process: device.Process, bases: several.Base
                 args.task, answers.texts, references, labels, test.numbers, test.places, answers.confidences
             )
             content |= {
-                "eval": generation.describe(answers, process, scores, args.decoding),
+                "eval": generation.describe(answers, process, scores, args.decoding) | bases.paid_by(folder),
                 "prompt_sha256": prompt_sha256(args.task, args.prompt_type),
             }
-            content["eval"] |= bases.paid_by(folder)
-            content["cost"] = cost.of_run(args, device.name(), content["eval"]["wall_seconds"])
-            record.write_rows(runs.predictions_beside(path), rows)
+            content["cost"] = cost.of_run(args, device.name(), content["eval"]["wall_seconds"], process.count)
+            if process.main:
+                record.write_rows(runs.predictions_beside(path), rows)
         kept.discard()
         print(summary.result_block(content))
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(main, distributed=True)

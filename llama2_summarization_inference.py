@@ -77,11 +77,12 @@ def score(args: argparse.Namespace, process: device.Process, bases: several.Base
             scores, rows = metrics.score(TASK, answers.texts, references, (), test.numbers, test.places)
             content["eval"] = generation.describe(answers, process, scores, "free")
             content["eval"] |= bases.paid_by(folder)
-            content["cost"] = cost.of_run(args, device.name(), content["eval"]["wall_seconds"])
-            record.write_rows(runs.predictions_beside(path), rows)
+            content["cost"] = cost.of_run(args, device.name(), content["eval"]["wall_seconds"], process.count)
+            if process.main:
+                record.write_rows(runs.predictions_beside(path), rows)
         kept.discard()
         print(summary.result_block(content))
 
 
 if __name__ == "__main__":
-    cli.run_script(main)
+    cli.run_script(main, distributed=True)

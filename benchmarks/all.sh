@@ -7,6 +7,7 @@
 # trained runs go to experiments/benchmarks/, results to benchmarks/results/. Steps, all by default:
 #   training training_13b training_samsum sizes exactness mutations curves
 #   inference inference_sizes inference_13b inference_samsum equality scripts competitors
+# and, only where it is named, on a machine with several GPUs (GPUS, 2 of them): scaling
 # The last takes BERT_TOKENIZER and T5_TOKENIZER, hub ids or folders, from the environment.
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
@@ -116,10 +117,16 @@ competitors() {
   python -m benchmarks.competitors "$(run_of bert)" "$(run_of t5-base)" "$(run_of t5-large)" \
     --output "$results/competitors.json"
 }
+scaling() { # on a machine with several GPUs: GPUS (2) beside one
+  checkpoint 7b
+  python -m benchmarks.scaling --model "$model" "${posts[@]}" --gpus "${GPUS:-2}" --steps 14 \
+    --output "$results/scaling-7b.json"
+}
 
 steps=(training training_13b training_samsum sizes exactness mutations curves
   inference inference_sizes inference_13b inference_samsum equality scripts competitors)
 (($#)) || set -- "${steps[@]}"
+steps+=(scaling) # only where it is named
 for step in "$@"; do
   [[ " ${steps[*]} " == *" $step "* ]] || {
     echo "error: there is no step $step: the head of this script lists them" >&2

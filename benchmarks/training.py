@@ -228,10 +228,9 @@ def trainer(tuned, mode: str, tokens: int, length: int, steps: Sequence) -> tupl
     path = path_for(tuned, mode, tokens, length, learned)
 
     def run(step: Sequence) -> None:
-        path.begin(len(step))
-        lengths = [len(example.ids) for example in step]
-        for group in packing.split_to_fit(range(len(step)), lengths, path.max_tokens, path.padded):
-            (path.loss_sum([step[i] for i in group]) / learned).backward()
+        path.begin(len(step), step)
+        for group in path.passes(range(len(step))):
+            (path.loss_sum(group) / learned).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 0.3)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

@@ -7,16 +7,22 @@ script finds the run that the training flags name, and the training script leave
 
 import argparse
 import atexit
+import contextlib
 import logging
 import os
 import re
 import signal
 import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NoReturn
 
-from study.device import Process, launched
+from study.device import Process
 from study.errors import UserError
 
 DEFAULTS = {  # by task; the other defaults are the same for both and stand at their flag
@@ -561,37 +567,113 @@ def flush_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+STUCK = 10  # seconds after a signal until a process that waits in a library for another is ended
+FIRST_SPEAKS = 5  # seconds that the others leave the first process to say what all of them refuse
+
+
 def run_script(main: Callable[[Process], None], distributed: bool = False) -> None:
     """Run `main` and exit: 0 done; 1 with one line on stderr for a UserError; 130 interrupted (Ctrl-C or
     SIGTERM).
 
-    Of several processes (`accelerate launch`) only the first speaks, and unless `distributed` only the first
-    runs.
+    Of several processes (`accelerate launch`) only the first speaks, unless something goes wrong in another
+    alone, and unless `distributed` only the first runs, by itself.
     """
     process = Process(script_name(Path(sys.argv[0])))
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it advises on optional CPU kernels
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")  # a terminal that is not UTF-8 shows "?" for what it can't
-    if not process.main:
-        if not distributed:
+    if process.count > 1 and not distributed:
+        if not process.main:
             return
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        leave_the_others()
+        process = replace(process, count=1)
+    code = run(main, process) if process.count == 1 else run_together(main, process)
+    if code:
+        sys.exit(code)
+
+
+def run_together(main: Callable[[Process], None], process: Process) -> NoReturn:
+    """Run this one of several processes, and exit."""
+    if not process.main:
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    end_though_stuck(process)
+    try:
+        code = run(main, process)
+    except SystemExit as error:  # of wrong usage, or --help
+        code = error.code
+        if code and not process.main:
+            let_the_first_speak()
+    except BaseException:
+        traceback.print_exc(file=sys.__stderr__)
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    # With gloo's threads, leaving the process group may hang and the interpreter's end abort.
+    os._exit(code)
+
+
+def run(main: Callable[[Process], None], process: Process) -> int:
+    """The exit status of `main`, which has been said on stderr."""
     try:
         main(process)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        if process.main:
+            print(f"error: {error}", file=sys.stderr)
+        elif error.__cause__:  # it went wrong here: the first process has nothing to say of it
+            print(f"error: process {os.environ['RANK']}: {error}", file=sys.__stderr__, flush=True)
+        else:
+            let_the_first_speak()
+        return 1
     except BrokenPipeError:  # of `| head`: whoever read has enough
         pass
     except KeyboardInterrupt:
-        forced = "--force" in sys.argv
-        then = "started again with --force it begins anew" if forced else "start it again and it goes on"
-        print(f"interrupted: {then}", file=sys.stderr)
-        sys.exit(130)
+        if process.main:
+            print(interrupted(), file=sys.stderr)
+        return 130
     finally:
         flush_stdout()
-    if launched() > 1:
-        atexit._run_exitfuncs()
-        sys.stdout.flush()
-        os._exit(0)  # with gloo's threads, leaving the process group may hang and the interpreter's end abort
+    return 0
+
+
+def let_the_first_speak() -> None:
+    """Of what all processes refuse: as soon as one has ended, the launcher ends the others."""
+    with contextlib.suppress(KeyboardInterrupt):
+        time.sleep(FIRST_SPEAKS)
+
+
+def interrupted() -> str:
+    forced = "--force" in sys.argv
+    then = "started again with --force it begins anew" if forced else "start it again and it goes on"
+    return f"interrupted: {then}"
+
+
+def leave_the_others() -> None:
+    """From here on this process is one that was started alone."""
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK"):
+        os.environ.pop(name, None)
+
+
+def end_though_stuck(process: Process) -> None:
+    """Let Ctrl-C or SIGTERM end this process even where it waits in a library for another one that is gone,
+    and no handler in Python can run. Of the two, or of several, only the first one counts: a launcher sends
+    more."""
+
+    def interrupt(number, frame) -> None:
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, lambda *_: None)
+        raise KeyboardInterrupt
+
+    def watch() -> None:
+        os.read(signals, 1)
+        time.sleep(STUCK)
+        if process.main:
+            print(interrupted(), file=sys.stderr, flush=True)
+        os._exit(130)
+
+    signals, wakeup = os.pipe()
+    os.set_blocking(wakeup, False)
+    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, interrupt)
+    threading.Thread(target=watch, daemon=True).start()

@@ -1,10 +1,12 @@
 """Greedy decoding, with the answers in the order of the prompts: by the fast path, or by `generate` in
 batches of like length.
 
-Answers are written down as they come, so an evaluation that was killed goes on with those it has.
+Answers are written down as they come, so an evaluation that was killed goes on with those it has. Of several
+processes each answers its share of the prompts.
 """
 
 import contextlib
+import glob
 import hashlib
 import importlib.util
 import json
@@ -16,13 +18,14 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
-from study import checks, device
+from study import checks, device, processes
 from study.device import Process
 from study.encoding import sha256_of
 from study.errors import UserError, is_out_of_memory
 from study.fast import decoder, self_check
 from study.files import write_text
 from study.model import base_of, four_bit_layers, merge, should_merge
+from study.packing import common_prefix
 
 AUTO_EXAMPLES = 256
 
@@ -45,41 +48,77 @@ class Answers:
 
 class KeptAnswers:
     """The answers of an evaluation so far, each its tokens and its confidence (or None), in a file beside its
-    record to be until that is written."""
+    record to be until that is written. Of several processes each has a file; what they leave, the first one
+    takes over, so an evaluation goes on with any number of processes."""
 
     def __init__(
         self, process: Process, path: Path | None = None, run: dict | None = None, force: bool = False
     ):
-        self.path = path and path.with_name(f".{path.stem}.answers.jsonl")
+        self.stem, self.folder = path and f".{path.stem}.answers", path and path.parent
         self.process, self.run, self.answers, self.file = process, run, {}, None
         self.seconds = self.wall_seconds = 0.0
         self.began = time.monotonic()
-        if self.path and force:
-            self.path.unlink(missing_ok=True)
+        if self.folder and force and process.main:
+            self.remove()
+
+    def path(self) -> Path:
+        """Of this process's file."""
+        number = processes.number()
+        return self.folder / (f"{self.stem}-{number}.jsonl" if number else f"{self.stem}.jsonl")
+
+    def files(self) -> list[Path]:
+        """Those of all processes, of any number, the first one's first."""
+        others = self.folder.glob(f"{glob.escape(self.stem)}-*.jsonl")
+        return [path for path in (self.folder / f"{self.stem}.jsonl", *sorted(others)) if path.exists()]
+
+    def remove(self) -> None:
+        for path in self.files():
+            path.unlink(missing_ok=True)
 
     def resume(self, prompts: Sequence[list[int]], how: str) -> None:
         """Take over the answers of an earlier attempt at the same run and prompts, answered alike; a broken
         last line is left out."""
         self.began = time.monotonic()
-        if not self.path:
+        if not self.folder:
             return
         what = [self.run, prompts, "tokens, confidence"]
         same = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-        head, *lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else [""]
-        if head == f"{same} {how}":
+        if self.process.main:
+            self.take_over(same, how, len(prompts))
+            self.begin(f"{same} {how}\n")
+            for path in set(self.files()) - {self.path()}:
+                path.unlink()
+        # The others begin when theirs of before are taken over.
+        known = processes.everyone((self.answers, self.seconds, self.wall_seconds))[0]
+        self.answers, self.seconds, self.wall_seconds = known
+        if not self.process.main:
+            self.begin(f"{same} {how}\n")
+
+    def take_over(self, same: str, how: str, count: int) -> None:
+        """The answers to `count` prompts that files hold which are headed alike."""
+        other = None
+        for path in self.files():
+            head, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
+            if head != f"{same} {how}":
+                decoded = f"decoded with {head[len(same) + 1 :]}"
+                other = decoded if head.startswith(same) else "was of another run or of other prompts"
+                continue
             for line in lines:
                 with contextlib.suppress(ValueError):
                     step = json.loads(line)
                     self.answers |= {int(index): tuple(answer) for index, answer in step["answers"].items()}
-                    self.seconds, self.wall_seconds = step["seconds"], step["wall_seconds"]
-            print(f"resumed    {len(self.answers):,} of {len(prompts):,} answers are there", flush=True)
-        elif head:
-            decoded = f"decoded with {head[len(same) + 1 :]}"
-            other = decoded if head.startswith(same) else "was of another run or of other prompts"
+                    self.seconds = max(self.seconds, step["seconds"])
+                    self.wall_seconds = max(self.wall_seconds, step["wall_seconds"])
+        if self.answers or (self.files() and other is None):
+            print(f"resumed    {len(self.answers):,} of {count:,} answers are there", flush=True)
+        elif other:
             print(f"resumed    no answer: the earlier attempt {other}", flush=True)
-        step = self.step(self.answers, self.seconds, self.wall_seconds)
-        write_text(self.path, f"{same} {how}\n{step}")
-        self.file = open(self.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+
+    def begin(self, head: str) -> None:
+        """This process's file, with what it knows already, if it is the first."""
+        known = self.answers if self.process.main else {}
+        write_text(self.path(), head + self.step(known, self.seconds, self.wall_seconds))
+        self.file = open(self.path(), "a", encoding="utf-8", buffering=1)  # noqa: SIM115
 
     def step(self, answers: dict, seconds: float, wall_seconds: float) -> str:
         """A line of the file."""
@@ -95,12 +134,17 @@ class KeptAnswers:
             wall_seconds = self.wall_seconds + self.process.seconds()
             self.file.write(self.step({index: answer}, self.spent(), wall_seconds))
 
+    def gather(self) -> None:
+        """Let every process have the answers of all."""
+        for answers in processes.everyone(self.answers):
+            self.answers |= answers
+
     def discard(self) -> None:
         """Once the record is written."""
         if self.file:
             self.file.close()
-        if self.path:
-            self.path.unlink(missing_ok=True)
+        if self.folder and self.process.main:
+            self.remove()
 
 
 def generate(
@@ -133,11 +177,20 @@ def generate(
     model, slow, how = made_ready(model, prompts, merging)
     kept.resume(prompts, how)
     answer = fast_answers if slow is None else plain_answers
-    left = {i: prompt for i, prompt in enumerate(prompts) if i not in kept.answers}
+    left = share({i: prompt for i, prompt in enumerate(prompts) if i not in kept.answers}, max_new_tokens)
     most = None if batch_size == "auto" else batch_size
     for index, found in answer(model, left, max_new_tokens, ends, allowed, most) if left else ():
         kept.add(index, found)
+    kept.gather()
     return in_order(tokenizer, prompts, kept, how, ends)
+
+
+def share(prompts: dict[int, list[int]], new: int) -> dict[int, list[int]]:
+    """Those of `prompts` that this process answers: of all lengths, and of as many tokens as the others', of
+    which each reads what all prompts begin with once."""
+    indices, shared = list(prompts), common_prefix([*prompts.values()]) if prompts else 0
+    mine = processes.mine([len(prompts[i]) - shared + new for i in indices])
+    return {indices[i]: prompts[indices[i]] for i in mine}
 
 
 def made_ready(model, prompts: Sequence[list[int]], merging: str) -> tuple:
@@ -147,9 +200,9 @@ def made_ready(model, prompts: Sequence[list[int]], merging: str) -> tuple:
     slow = why_generate(model)
     witnesses = [] if slow or not prompts else self_check.witnesses(model, prompts)
     packed = bool(four_bit_layers(base_of(model)))
-    if packed and should_merge(model, merging):
+    if packed and all(processes.everyone(should_merge(model, merging))):
         model, packed = merge(model), False
-    slow = slow or self_check.scoring(model, witnesses)
+    slow = processes.first_reason(slow or self_check.scoring(model, witnesses))  # every GPU proves itself
     if slow:
         device.attend_without_plans()
     dtype = str(device.compute_dtype()).removeprefix("torch.")
@@ -192,6 +245,7 @@ def describe(answers: Answers, process: Process, scores: dict, decoding: str) ->
         "peak_memory_gib": device.peak_memory_gib(),
         "input_tokens": answers.input_tokens,
         "output_tokens": answers.output_tokens,
+        "processes": process.count,
         "decoding": decoding,
         "how": answers.how,
         "prompts_sha256": answers.prompts_sha256,

@@ -7,6 +7,7 @@
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 LAUNCH=${LAUNCH:-python} # the command in front of each script, e.g. "accelerate launch"
+trap 'exit 130' INT # a launcher of several processes ends otherwise, and the loop would go on
 cells=()
 evaluations=() # the record of each cell's scoring
 declare -A checked=()

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from study import checkpoint as checkpoints
-from study import checks, device
+from study import checks, device, processes
 from study.errors import UserError, is_out_of_memory
 
 transformers.logging.set_verbosity_error()
@@ -95,6 +95,7 @@ def load_base(checkpoint: str, quantization, attn_implementation: str = "auto"):
     but for the dtype that it computes in; `model.config.quantization_config` says how it is in fact. Raises
     UserError for a checkpoint whose tensors are not those of its configuration, or that can't be trained and
     scored alike."""
+    processes.join()
     if torch.cuda.is_available():
         torch.cuda.set_device(device.current())  # also for what is not told a device
     config = from_checkpoint(AutoConfig, checkpoint)

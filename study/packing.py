@@ -98,6 +98,15 @@ def shared_prefix(examples: Sequence[Example], loss_on: str) -> int:
     return count if len(examples) > 1 and count >= SHARED_LEAST else 0
 
 
+def step_rows(step: Sequence[Example], loss_on: str) -> tuple[int, list[int]]:
+    """The rows of a step whose examples lie end to end behind the prefix that all of them share, by which the
+    fused layers' dropout knows them wherever they are computed: how many the prefix has, and of each example
+    which row its token at place 0 would have without it."""
+    shared = shared_prefix(step, loss_on)
+    own = np.array([len(example.ids) for example in step]) - shared
+    return shared, starts(own).tolist()
+
+
 def starts(lengths: np.ndarray) -> np.ndarray:
     """Where each of several runs begins that lie end to end."""
     return np.cumsum(lengths) - lengths

@@ -1,13 +1,17 @@
 """How training computes: by the model's own layers (plain) or by those written out for a GPU (fast), behind
 one interface.
 
-    begin(seed)         dropout in the passes that follow is drawn from the seed
-    loss_sum(examples)  the cross-entropy summed over their learned tokens, in float32: one pass
+    begin(seed, step)   the examples of the step that follows, and the seed of its dropout
+    sizes()             tokens that each of them takes, by which processes share them out
+    passes(places)      those of them at `places` in few passes, each within `max_tokens`
+    loss_sum(places)    the cross-entropy summed over their learned tokens, in float32: one pass
     max_tokens          of a pass; a trainer that runs out of memory lowers it
-    padded              whether a pass pads its examples to the longest of them
     describe()          which path it is and why, in words
     batching()          what the record says of it
     plan()              what a resumed run goes on with
+
+What dropout draws for a token depends on the step's seed and its place in the step alone: not on the pass or
+the process that computes it.
 """
 
 import importlib.util
@@ -16,11 +20,12 @@ from collections.abc import Sequence
 
 import torch
 
-from study import device
+from study import checks, device, processes
+from study.dropout import ByExample
 from study.encoding import Example
 from study.errors import is_out_of_memory
 from study.fast import decoder, memory, self_check
-from study.packing import learned_places, loss_sum, shared_prefix
+from study.packing import learned_places, loss_sum, shared_prefix, split_to_fit, step_rows
 
 ENOUGH_TOKENS = 4_096  # in a pass: where fewer fit, checkpointing pays
 MOST_TOKENS = 16_384  # full speed on the largest cards; more only costs memory
@@ -33,17 +38,26 @@ class PlainPath:
         self.model, self.loss_on, self.padded, self.why = model, loss_on, padded, why
         self.max_tokens, self.checkpointing = max_tokens, checkpointing
         self.attention = model.config._attn_implementation
-        self.device = next(model.parameters()).device
+        self.device, self.dropout = next(model.parameters()).device, ByExample.of(model)
 
-    def through(self, model) -> None:
-        """Compute through `model` from now on: the same one, as accelerate has wrapped it."""
-        self.model = model
+    def begin(self, seed: int, step: Sequence[Example]) -> None:
+        self.step = step
+        self.dropout.begin(seed)
+        torch.manual_seed(seed)  # of what else a model may draw
 
-    def begin(self, seed: int) -> None:
-        torch.manual_seed(seed)
+    def sizes(self) -> list[int]:
+        return [len(example.ids) for example in self.step]
 
-    def loss_sum(self, examples: Sequence[Example]) -> torch.Tensor:
-        in_bfloat16 = device.compute_dtype() == torch.bfloat16
+    def passes(self, places: Sequence[int]) -> list[list[int]]:
+        """One by one where the positions of an example would depend on the longest of them."""
+        sizes, most = self.sizes(), checks.same_up_to(self.model)
+        groups = split_to_fit(places, sizes, self.max_tokens, self.padded)
+        together = lambda group: [group] if max(sizes[i] for i in group) <= most else [[i] for i in group]
+        return [part for group in groups for part in together(group)]
+
+    def loss_sum(self, places: Sequence[int]) -> torch.Tensor:
+        examples, in_bfloat16 = [self.step[i] for i in places], device.compute_dtype() == torch.bfloat16
+        self.dropout.place(places, [len(example.ids) for example in examples], self.padded)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=in_bfloat16):
             return loss_sum(self.model, examples, self.loss_on, self.padded, self.device)
 
@@ -69,24 +83,27 @@ class PlainPath:
 class FastPath:
     """The written-out layers of a PEFT model over bitsandbytes (study/fast), by a plan for its memory."""
 
-    padded = checkpointing = False
+    checkpointing = False
 
     def __init__(self, model, loss_on: str, plan: memory.Plan):
         from study.fast.train import FusedModel  # needs Triton
 
         self.fused, self.loss_on, self.max_tokens = FusedModel(model, plan), loss_on, plan.tokens
-        self.seed = self.passes = 0
 
-    def through(self, model) -> None:
-        """It has the model's weights, whatever is wrapped around them."""
+    def begin(self, seed: int, step: Sequence[Example]) -> None:
+        self.seed, self.step = seed % 2**31, step
+        self.shared, self.firsts = step_rows(step, self.loss_on)
 
-    def begin(self, seed: int) -> None:
-        self.seed, self.passes = seed, 0
+    def sizes(self) -> list[int]:
+        """Without what all of them begin with, which is computed once a pass."""
+        return [len(example.ids) - self.shared for example in self.step]
 
-    def loss_sum(self, examples: Sequence[Example]) -> torch.Tensor:
-        seed = (self.seed + self.passes) % 2**31
-        self.passes += 1
-        return self.fused.loss_sum(examples, self.loss_on, seed)
+    def passes(self, places: Sequence[int]) -> list[list[int]]:
+        return split_to_fit(places, [len(example.ids) for example in self.step], self.max_tokens, False)
+
+    def loss_sum(self, places: Sequence[int]) -> torch.Tensor:
+        examples, rows = [self.step[i] for i in places], (self.shared, [self.firsts[i] for i in places])
+        return self.fused.loss_sum(examples, self.loss_on, self.seed, rows)
 
     def describe(self) -> str:
         return f"fused layers, {self.fused.plan}"
@@ -113,7 +130,7 @@ def choose(
     """The path for a PEFT model, of `examples` in steps of so many `tokens`: the fast one where it can be
     taken and computes the same, as `kept` of a killed run if that is given. `training` are transformers'
     TrainingArguments."""
-    why = why_plain(model, args, padded, training)
+    why = processes.first_reason(why_plain(model, args, padded, training))
     if why is None and kept and not kept["fused"]:
         why = "as before it was stopped"
     if why is None:
@@ -137,8 +154,6 @@ def why_plain(model, args, padded: bool, training) -> str | None:
         return "no CUDA"
     if device.compute_dtype() != torch.bfloat16 or not importlib.util.find_spec("triton"):
         return "no bfloat16 or no triton here"
-    if training.world_size > 1:
-        return "several processes"
     if padded:
         return "padded"
     if args.attn_implementation != "auto":
@@ -156,6 +171,7 @@ def fast_path(
         lambda: made.append(FastPath(model, args.loss_on, plan_for(model, examples, tokens, args, kept)))
     )
     why = why or self_check.training(model, made[0].fused, examples, args.loss_on)
+    why = processes.first_reason(why)  # every GPU proves itself, and all take the same path
     return (None, why) if why else (made[0], None)
 
 
@@ -170,7 +186,8 @@ def plan_for(
     torch.cuda.empty_cache()
     free = int(0.92 * torch.cuda.mem_get_info()[0])
     learned = args.batch_size * max(len(learned_places(example, args.loss_on)) for example in examples)
-    step = min(MOST_TOKENS, max(tokens)), learned
+    most, learned = (math.ceil(count / processes.count()) for count in (max(tokens), learned))  # of a share
+    step = min(MOST_TOKENS, most), learned
     shared = shared_prefix(examples, args.loss_on)
     return memory.choose_plan(model, free, longest, step, wanted, args.gradient_checkpointing, shared)
 
@@ -209,7 +226,9 @@ def tokens_that_fit(
     before = torch.cuda.memory_allocated(where)
     torch.cuda.reset_peak_memory_stats(where)
     try:
-        PlainPath(model, loss_on, padded, "", count, checkpointing).loss_sum(group).backward()
+        path = PlainPath(model, loss_on, padded, "", count, checkpointing)
+        path.begin(0, group)
+        path.loss_sum(range(len(group))).backward()
         used = torch.cuda.max_memory_allocated(where) - before
     except RuntimeError as error:
         if not is_out_of_memory(error):

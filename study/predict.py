@@ -49,9 +49,11 @@ def run(folder: Path, args: argparse.Namespace, process: device.Process, bases: 
             content["rows"] = {"all": len(rows.values), "without_text": len(problems)}
             answers, kept = answer(content, [*texts.values()], path, trained, args, process, bases)
             columns = columns_of(answers, args, trained)
-            tabular.write(path, rows, in_rows(columns, [*texts], len(rows.values)))
+            if process.main:
+                tabular.write(path, rows, in_rows(columns, [*texts], len(rows.values)))
             content["predictions"] = describe(answers, columns, process)
-            content["cost"] = cost.of_run(args, device.name(), content["predictions"]["wall_seconds"])
+            spent = content["predictions"]["wall_seconds"]
+            content["cost"] = cost.of_run(args, device.name(), spent, process.count)
         kept.discard()
         print(f"{outcome(content)}\nwrote      {path}")
 
@@ -195,15 +197,16 @@ def recorded(
         "started": record.now(),
     }
     beside = record_of(path)
-    record.write_json(beside, content)
+    write = record.write_json if process.main else lambda *_: None
+    write(beside, content)
     try:
         yield content
         content |= {"status": "finished", "environment": record.environment(args.seed)}
-        record.write_json(beside, content | {"finished": record.now()})
+        write(beside, content | {"finished": record.now()})
     except (Exception, KeyboardInterrupt) as error:
         content |= record.describe_error(error, vars(args)) | {"wall_seconds": process.seconds()}
         with contextlib.suppress(UserError):  # the error at hand says more than that it can't be recorded
-            record.write_json(beside, content | {"finished": record.now()})
+            write(beside, content | {"finished": record.now()})
         if isinstance(error, UserError | KeyboardInterrupt):
             raise
         raise UserError(f"{content['error']['message']}; {content['error']['advice']}") from error
@@ -278,6 +281,7 @@ def describe(answers, columns: dict[str, list], process: device.Process) -> dict
         "peak_memory_gib": device.peak_memory_gib(),
         "input_tokens": answers.input_tokens,
         "output_tokens": answers.output_tokens,
+        "processes": process.count,
         "how": answers.how,
     }
 

@@ -117,17 +117,25 @@ def score_each(args: argparse.Namespace, method: str | None, process: Process, s
         try:
             score(one, process, base)
         except UserError as error:
+            if process.count > 1:  # which must stay in step: those that are left have failed, too
+                say_failed([*each][[*each].index(folder) :], process)
+                raise
             print(f"error: {folder}: {error}", file=sys.stderr, flush=True)
-            failed.append(str(folder))
-        if failed[-1:] == [str(folder)]:  # here, where the error holds no tensors any more
+            failed.append(folder)
+        if failed[-1:] == [folder]:  # here, where the error holds no tensors any more
             base.forget()  # it may be half merged
         if records_in(folder) != before:
             process = process.from_here()
         print(flush=True)
-    if failed and of_a_loop:
-        write_text(Path(of_a_loop), "".join(f"{folder}\n" for folder in failed))
+    say_failed(failed, process)
     if failed:
-        raise UserError(f"{len(failed)} of {len(each)} runs failed: {', '.join(failed)}")
+        raise UserError(f"{len(failed)} of {len(each)} runs failed: {', '.join(map(str, failed))}")
+
+
+def say_failed(folders: list[Path], process: Process) -> None:
+    """To the file that FAILED_RUNS names, for a loop."""
+    if folders and process.main and os.environ.get("FAILED_RUNS"):
+        write_text(Path(os.environ["FAILED_RUNS"]), "".join(f"{folder}\n" for folder in folders))
 
 
 def records_in(folder: Path) -> dict[Path, int]:

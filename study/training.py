@@ -1,22 +1,21 @@
 """Fine-tune an adapter with transformers' Trainer, by a fast or a plain path (paths.py), so that a killed run
 goes on (resuming.py) and ends as it would have.
 
-An optimizer step sees `batch_size` examples, in an order that depends on the seed alone. They are split into
-rows of at most `max_tokens_per_batch` tokens; the loss of the step is the sum over its learned tokens divided
-by their count, however it is split.
+An optimizer step sees `batch_size` examples, in an order that depends on the seed alone. They are shared out
+among the processes of the run (processes.py) and split into rows of at most `max_tokens_per_batch` tokens;
+the loss of the step is the sum over its learned tokens divided by their count, however it is split.
 """
 
-import contextlib
 import math
 import os
 import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import broadcast
 from peft import get_peft_model
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -24,12 +23,12 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
 
-from study import checks, device, paths, resuming
+from study import checks, device, paths, processes, resuming
 from study.device import Process
 from study.encoding import Example, sha256_of
 from study.errors import UserError, is_out_of_memory
 from study.model import CONFIG, fingerprint
-from study.packing import choose_batching, learned_places, plan_steps, seed_of, split_to_fit
+from study.packing import choose_batching, learned_places, plan_steps, seed_of
 
 
 class PackedTrainer(Trainer):
@@ -40,7 +39,16 @@ class PackedTrainer(Trainer):
         super().__init__(train_dataset=list(range(len(steps))), callbacks=[reporter], **options)
         self.path, self.reporter, self.warmup = path, reporter, warmup
         self.examples, self.steps, self.history = examples, steps, history
-        self.lengths = [len(example.ids) for example in examples]
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Without DistributedDataParallel around the model: the path exchanges what is to be exchanged, once
+        a step. In evaluation mode accelerate prepares a model as for training but for that."""
+        super().create_accelerator_and_postprocess()
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+
+    def store_flos(self) -> None:
+        """Nobody reads them, and to add them up all processes would have to save."""
 
     def get_train_dataloader(self) -> DataLoader:
         """Step numbers in order: every process reads all of them and takes its own share of each step's
@@ -67,44 +75,38 @@ class PackedTrainer(Trainer):
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Forward and backward of one optimizer step. Returns its loss, the mean over its learned tokens.
 
-        A step that exceeds the memory is begun again with half as many tokens at once.
+        Each process computes its share of the examples. One that exceeds its memory begins again with half as
+        many tokens at once, while the others wait for its gradients.
         """
         [number] = inputs
-        path, indices = self.path, self.steps[number]
-        path.through(model)
-        learned = sum(len(learned_places(self.examples[i], path.loss_on)) for i in indices)
+        path, step = self.path, [self.examples[i] for i in self.steps[number]]
+        learned = sum(len(learned_places(example, path.loss_on)) for example in step)
+        path.begin(seed_of(self.args.seed, number), step)  # so a resumed run draws what the first would have
+        mine = processes.mine(path.sizes())
         while True:
             try:
-                total = self.pass_by_pass(model, number, indices, learned)
+                total = self.pass_by_pass(mine, learned)
                 break
             except RuntimeError as error:
-                longest = max(self.lengths[i] for i in indices)
-                given_up = path.max_tokens <= longest or self.args.world_size > 1
-                if given_up or not is_out_of_memory(error):
+                longest = max(len(step[i].ids) for i in mine)
+                if path.max_tokens <= longest or not is_out_of_memory(error):
                     raise
                 model.zero_grad(set_to_none=True)
                 path.max_tokens = max(longest, path.max_tokens // 2)
             torch.cuda.empty_cache()
             tqdm.write(f"out of memory: going on with {path.max_tokens:,} tokens at once")
+        total = processes.add_up(self.trained, total)
         self.history.append([number, total, learned])
         return total
 
-    def pass_by_pass(self, model, number: int, indices: list[int], learned: int) -> torch.Tensor:
-        rank, world = self.args.process_index, self.args.world_size
-        # A process without an example repeats the first one with weight 0, since all must take part in the
-        # exchange.
-        mine, weight = (indices[rank::world], 1) if rank < len(indices) else (indices[:1], 0)
-        groups = split_to_fit(mine, self.lengths, self.path.max_tokens, self.path.padded)
-        # Of seed and step only, so a resumed run draws what the first one would have.
-        self.path.begin(seed_of(self.args.seed, number, rank))
+    def pass_by_pass(self, places: list[int], learned: int) -> torch.Tensor:
+        """Gradients of these examples of the step. Returns their share of its loss."""
         total = torch.zeros((), device=self.args.device)
-        for i, group in enumerate(groups):
-            last = i == len(groups) - 1
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
-                loss = self.path.loss_sum([self.examples[j] for j in group])
-            self.accelerator.backward(weight * world * loss / learned)  # the exchange averages over processes
-            total += weight * loss.detach() / learned
-        return self.accelerator.reduce(total, "sum") if world > 1 else total
+        for group in self.path.passes(places):
+            loss = self.path.loss_sum(group) / learned
+            self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
 
 
 class Reporter(TrainerCallback):
@@ -153,9 +155,7 @@ class Reporter(TrainerCallback):
             self.leave[state.global_step](self.taken(state.global_step))
             self.aside += time.monotonic() - began
         due = time.monotonic() - self.saved > 20 * self.saving and not last
-        if args.world_size > 1:  # saving takes all processes, so the first one's clock counts
-            due = bool(broadcast(torch.tensor(due, device=args.device)))
-        if due:
+        if due and self.process.main:  # the others wait for its next gradients
             control.should_save, self.saved = True, time.monotonic()
 
     def speed(self, state) -> float:
@@ -174,10 +174,9 @@ class Reporter(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         check_finite(kwargs["model"], args)
-        if state.is_world_process_zero:
-            spent = resuming.so_far(self.spent, self.seconds(), self.process)
-            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            resuming.mark(checkpoint, self.run, spent, self.history, self.path.plan())
+        spent = resuming.so_far(self.spent, self.seconds(), self.process)
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        resuming.mark(checkpoint, self.run, spent, self.history, self.path.plan())
         self.saving, self.saved = time.monotonic() - self.saved, time.monotonic()
 
 
@@ -197,6 +196,7 @@ def settings(folder: Path, report_to: str, **chosen) -> TrainingArguments:
 
     Raises UserError for a tracker that transformers does not know or that is not installed.
     """
+    processes.join()
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "tensorboard"))
     try:
         for tracker in get_reporting_integration_callbacks(report_to):
@@ -216,7 +216,6 @@ def settings(folder: Path, report_to: str, **chosen) -> TrainingArguments:
         save_strategy="no",  # Reporter decides
         save_total_limit=None,  # it goes by the files' times, and Reporter by the steps
         logging_nan_inf_filter=False,
-        ddp_find_unused_parameters=False,
         disable_tqdm=not sys.stderr.isatty(),
         **chosen,
     )
@@ -266,7 +265,7 @@ def train(
         return took | {
             "examples": len(examples),
             "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            "batching": path.batching() | {"processes": training.world_size},
+            "batching": path.batching() | {"processes": processes.count()},
             "without_adapter": checks.without_adapter(model)
             if args.target_modules == ["all-linear"]
             else None,
@@ -300,6 +299,7 @@ def train(
     print(
         f"training   {len(examples):,} examples, {len(steps):,} steps, {sum(tokens):,} tokens, at most "
         f"{path.max_tokens:,} at once; {path.describe()}"
+        + (f"; {processes.count()} processes" if processes.count() > 1 else "")
         + (f"; resumed from {checkpoint.name}" if checkpoint else ""),
         flush=True,
     )

@@ -124,14 +124,9 @@ class Plain(torch.nn.Module):
 
 def mask_of(layer, group, batch, rows: int) -> torch.Tensor:
     """What the fast path's dropout multiplies the group's input with."""
-    within = layer.last and group is not layer.qkv  # the last layer computes only these rows
-    ones = torch.ones(len(batch.rows) if within else rows, group.width, device=batch.ids.device)
+    ones = torch.ones(rows, group.width, device=batch.ids.device)
     mask = torch.empty_like(ones)
-    kernels.dropout(ones, mask, layer.seed(batch, group), group.dropout)
-    if within:
-        whole = torch.ones(rows, group.width, device=mask.device)
-        whole[batch.rows] = mask
-        mask = whole
+    kernels.dropout(ones, mask, batch.numbers, layer.seed(batch, group), group.dropout)
     return mask.double()
 
 

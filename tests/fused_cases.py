@@ -12,6 +12,7 @@ from study.fast.attention import Attention
 from study.fast.decoder import head_size, why_not, why_not_train
 from study.fast.memory import KEEPS, Plan, choose_plan, costs
 from study.fast.train import FusedModel
+from study.paths import FastPath
 from tests.exactness import (
     TINY,
     TINY_LENGTHS,
@@ -51,6 +52,16 @@ def left_as_it_was(model, examples) -> dict[str, bool]:
     same = {name: after[name] == before[name] for name in before if name != "tensors"}
     pairs = zip(before["tensors"], after["tensors"], strict=True)
     return same | {"tensors": all(torch.equal(one, other) for one, other in pairs)}
+
+
+def in_parts(model, examples) -> tuple[float, float, float]:
+    """How far loss and gradients of a step are in passes of some of its examples from those in one."""
+    path, found = FastPath(model, "answer", Plan(45, "input")), []
+    for parts in ([[0, 1, 2]], [[2, 0], [1]]):
+        path.begin(5, examples)
+        loss = sum(path.loss_sum(places) for places in parts)
+        found.append((loss.item(), torch.autograd.grad(loss, path.fused.parameters)))
+    return error(*found)
 
 
 def shared_gradient(model) -> list[bool]:
@@ -102,6 +113,8 @@ def main() -> None:
         len(fused.batch(alike, "answer", 0).ids),
     )
 
+    results["in parts"] = in_parts(model, alike)
+
     for rank, dropout in ((2, 0.0), (2, 0.3), (64, 0.3)):
         model = with_adapters(base, rank, dropout)
         fused = FusedModel(model, Plan(tokens, "input" if dropout else "all"))
@@ -111,7 +124,7 @@ def main() -> None:
     ones = torch.ones(64, 300)
     masks = [torch.empty_like(ones) for _ in range(5)]
     for mask, (seed, dropout) in zip(masks, ((1, 0.1), (1, 0.3), (1, 0.5), (2, 0.5), (1, 0.5)), strict=True):
-        kernels.dropout(ones, mask, seed, dropout)
+        kernels.dropout(ones, mask, torch.arange(len(ones)), seed, dropout)
     assert torch.equal(masks[2], masks[4])
     shares = [(mask > 0).float().mean().item() for mask in masks[:3]]
     results["dropout"] = shares, ((masks[2] > 0) == (masks[3] > 0)).float().mean().item()

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -62,6 +63,41 @@ def run_preloaded(
         process = start_preloaded(script, *flags, stdout=str(out), stderr=str(err), env=env)
         process.join()
         return subprocess.CompletedProcess(script, process.exitcode, out.read_text(), err.read_text())
+
+
+def start_together(
+    count: int, script: str | Path, *flags: object, folder: str, env: dict[str, str] | None = None
+) -> list[ForkServerProcess]:
+    """Start so many processes of a script, as `accelerate launch` does; each writes to out-N and err-N in
+    `folder`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    one = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | (env or {})
+    one |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(count))
+    return [
+        start_preloaded(
+            script,
+            *flags,
+            stdout=f"{folder}/out-{rank}",
+            stderr=f"{folder}/err-{rank}",
+            env=one | dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)),
+        )
+        for rank in range(count)
+    ]
+
+
+def run_together(count: int, script: str | Path, *flags: object) -> list[subprocess.CompletedProcess]:
+    """What came of each of so many processes of a script."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = start_together(count, script, *flags, folder=folder)
+        for process in processes:
+            process.join()
+        texts = [[Path(folder, f"{name}-{i}").read_text() for name in ("out", "err")] for i in range(count)]
+        return [
+            subprocess.CompletedProcess(script, process.exitcode, *text)
+            for process, text in zip(processes, texts, strict=True)
+        ]
 
 
 def run_here(words: list[str], stdout: str, stderr: str, env: dict[str, str]) -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 from conftest import DEMO_DATA, DEMO_MODEL, ROOT
 
-from benchmarks import checkpoint, competitors, curves, inference, profiling, training, workers
+from benchmarks import checkpoint, competitors, curves, inference, profiling, scaling, training, workers
 from study import cli, data, encoding
 from study.errors import UserError
 
@@ -337,6 +337,20 @@ def test_where_nothing_was_measured_an_earlier_result_stays(tmp_path):
     assert output.read_text() == "{}"
     workers.finish({"rows": 2}, [{"failed": "no GPU"}, {"mode": "fast"}], output)
     assert json.loads(output.read_text()) == {"rows": 2}
+
+
+def test_several_gpus_are_shown_beside_one():
+    measured = {"spread": [1.0, 2.0], "peak_gib": 46.04, "how": "fused", "exchange": [0.001, 0.02]}
+    one = {"what": "train", "size": 16_384, "gpus": 1, "tokens_per_second": 20_000.0} | measured
+    two = one | {"gpus": 2, "tokens_per_second": 37_000.0}
+    failed = {"what": "score", "size": 0, "gpus": 2, "failed": "no memory"}
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in scaling.show([one, two, failed]).splitlines()
+    ]
+    assert lines[2][:4] == ["train", "16,384", "1", "20,000"]
+    assert lines[3][2:] == ["2", "37,000", "1 to 2", "1.85", "0.1% to 2.0%", "46.0", "fused"]
+    assert lines[4][-1] == "no memory"
 
 
 def test_a_step_that_all_does_not_have_is_refused(tmp_path):

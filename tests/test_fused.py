@@ -58,6 +58,13 @@ def test_dropout_keeps_the_share_it_should_and_differs_by_seed(errors):
     assert agreement == pytest.approx(0.5, abs=0.02)  # two masks of one half each
 
 
+def test_dropout_is_that_of_the_whole_step_in_whatever_passes_it_is_computed(errors):
+    loss, gradients, worst = errors["in parts"]
+    assert loss < 1e-6
+    assert gradients < 1e-5
+    assert worst < 1e-5
+
+
 def test_one_example_does_not_change_anothers_loss(errors):
     assert errors["isolation"] == [0.0, True]
 

@@ -17,7 +17,7 @@ FLOORS = (
     "study.data study.encoding study.metrics study.checkpoint",
     "study.records",
     "study.report",
-    "study.checks study.model study.packing",
+    "study.checks study.dropout study.model study.packing study.processes",
     "study.fast",
     "study.dense study.paths study.resuming",
     "study.training study.generation study.also study.several study.predict",

@@ -595,13 +595,27 @@ def test_a_run_without_a_result_has_the_seconds_and_the_cost_of_its_process(tmp_
     assert "spent_before" not in content
 
 
-def test_a_training_that_fails_on_two_gpus_pays_for_both_and_an_evaluation_for_one(tmp_path, monkeypatch):
+def test_what_fails_on_two_gpus_pays_for_both(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     words, spent = ("--gpu_name", "g5.2xlarge"), []  # $1.212 an hour
     for name in ("train.json", "eval.json"):
         make_record(tmp_path / name, *words, error=ValueError("x"), process=lasting(3600))
         spent.append(record.read(tmp_path / name)["cost"])
-    assert [(of["gpus"], round(of["usd"], 3)) for of in spent] == [(2, 2.424), (1, 1.212)]
+    assert [(of["gpus"], round(of["usd"], 3)) for of in spent] == [(2, 2.424)] * 2
+
+
+def test_a_second_interrupt_does_not_keep_the_first_from_being_recorded(tmp_path, monkeypatch):
+    write = record.write_json
+
+    def interrupted(path, content):
+        os.kill(os.getpid(), signal.SIGINT)
+        write(path, content)
+
+    monkeypatch.setattr(record, "write_json", interrupted)
+    path = tmp_path / "train.json"
+    with pytest.raises(KeyboardInterrupt), record.recording(path, flags(), "qlora", PROCESS):
+        pass
+    assert record.read(path)["status"] == "interrupted"
 
 
 def break_device(monkeypatch):

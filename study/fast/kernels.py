@@ -34,13 +34,15 @@ def to_device(array: np.ndarray, device) -> torch.Tensor:
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-# Dropout: a mask is never stored but drawn again, from a seed and the element's number.
+# Dropout: a mask is never stored but drawn again, from a seed and the element's number: `numbers` [rows] says
+# which row of the step each row of a pass is, so that its mask is the same in whatever pass it is computed.
 
 
 @triton.jit
-def dropout_mask(seed, row, column, width, probability):
-    """1 / (1 - p) for the elements of x [rows, width] that dropout keeps, and 0 for the others."""
-    number = (row * width + column).to(tl.uint32) ^ seed.to(tl.uint32)
+def dropout_mask(seed, number, column, width, probability):
+    """1 / (1 - p) for the elements of rows [.., width] with these numbers that dropout keeps, and 0 for the
+    others."""
+    number = (number.to(tl.int64) * width + column).to(tl.uint32) ^ seed.to(tl.uint32)
     number = (number ^ (number >> 16)) * 0x7FEB352D  # the integer mixer lowbias32 (C. Wellons, 2018)
     number = (number ^ (number >> 15)) * 0x846CA68B
     number = number ^ (number >> 16)
@@ -49,21 +51,23 @@ def dropout_mask(seed, row, column, width, probability):
 
 
 @triton.jit(do_not_specialize=["seed"])
-def dropout_kernel(x, out, x_stride, out_stride, seed, probability, width: tl.constexpr, tile: tl.constexpr):
+def dropout_kernel(
+    x, out, numbers, x_stride, out_stride, seed, probability, width: tl.constexpr, tile: tl.constexpr
+):
     """A tile of one row."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * tile + tl.arange(0, tile)
     inside = column < width
     value = tl.load(x + row * x_stride + column, inside, 0.0).to(tl.float32)
-    value *= dropout_mask(seed, row, column, width, probability)
+    value *= dropout_mask(seed, tl.load(numbers + row), column, width, probability)
     tl.store(out + row * out_stride + column, value.to(out.dtype.element_ty), inside)
 
 
-def dropout(x: torch.Tensor, out: torch.Tensor, seed: int, probability: float) -> None:
+def dropout(x: torch.Tensor, out: torch.Tensor, numbers: torch.Tensor, seed: int, probability: float) -> None:
     """out = x [rows, width] after dropout."""
     tile = min(2048, power_of_2(x.shape[1]))
     dropout_kernel[(x.shape[0], triton.cdiv(x.shape[1], tile))](
-        x, out, x.stride(0), out.stride(0), seed, probability, x.shape[1], tile
+        x, out, numbers, x.stride(0), out.stride(0), seed, probability, x.shape[1], tile
     )
 
 
@@ -72,6 +76,7 @@ def add_adapter_kernel(
     dx,
     dh,
     a,
+    numbers,
     dx_stride,
     dh_stride,
     rows,
@@ -94,17 +99,19 @@ def add_adapter_kernel(
         left = tl.load(dh + row * dh_stride + part[None, :], (row < rows) & (part[None, :] < rank), 0.0)
         right = tl.load(a + part[:, None] * width + column, (part[:, None] < rank) & (column < width), 0.0)
         adapter = tl.dot(left, right, adapter, input_precision=EXACT)
-    adapter *= dropout_mask(seed, row, column, width, probability)
+    adapter *= dropout_mask(seed, tl.load(numbers + row, row < rows, 0), column, width, probability)
     value = tl.load(dx + row * dx_stride + column, inside, 0.0).to(tl.float32) + adapter
     tl.store(dx + row * dx_stride + column, value.to(dx.dtype.element_ty), inside)
 
 
-def add_adapter(dx: torch.Tensor, dh: torch.Tensor, a: torch.Tensor, seed: int, probability: float) -> None:
+def add_adapter(
+    dx: torch.Tensor, dh: torch.Tensor, a: torch.Tensor, numbers: torch.Tensor, seed: int, probability: float
+) -> None:
     """dx [rows, width] += dropout's mask * (dh [rows, rank] @ a [rank, width])."""
     rows, width = dx.shape
     tile_rows, tile, rank = 64, 128, a.shape[0]
     add_adapter_kernel[(triton.cdiv(rows, tile_rows), triton.cdiv(width, tile))](
-        *(dx, dh, a, dx.stride(0), dh.stride(0), rows, seed, probability),
+        *(dx, dh, a, numbers, dx.stride(0), dh.stride(0), rows, seed, probability),
         *(width, rank, rank_tile(rank), tile_rows, tile),
     )
 
@@ -129,6 +136,7 @@ def rms_norm_kernel(
     total,
     out,
     dropped,
+    numbers,
     inverse,
     x_stride,
     delta_stride,
@@ -158,7 +166,9 @@ def rms_norm_kernel(
     rounded = value.to(out.dtype.element_ty)
     tl.store(out + row * out_stride + permuted_column(column, permuted), rounded, inside)
     if drop:
-        value = rounded.to(tl.float32) * dropout_mask(seed, row, column, width, probability)
+        value = rounded.to(tl.float32) * dropout_mask(
+            seed, tl.load(numbers + row), column, width, probability
+        )
         tl.store(dropped + row * width + column, value.to(dropped.dtype.element_ty), inside)
 
 
@@ -169,6 +179,7 @@ def rms_norm(
     out,
     delta=None,
     dropped=None,
+    numbers=None,
     seed: int = 0,
     probability: float = 0.0,
     permuted=False,
@@ -179,8 +190,9 @@ def rms_norm(
     rows, width = x.shape
     inverse = torch.empty(rows, dtype=torch.float32, device=x.device)
     total = x if delta is None else torch.empty(rows, width, dtype=x.dtype, device=x.device)
+    drops = (out, inverse) if dropped is None else (dropped, numbers)
     rms_norm_kernel[(rows,)](
-        *(x, x if delta is None else delta, weight, total, out, out if dropped is None else dropped, inverse),
+        *(x, x if delta is None else delta, weight, total, out, *drops, inverse),
         *(x.stride(0), 0 if delta is None else delta.stride(0), out.stride(0), epsilon, seed, probability),
         *(width, power_of_2(width), delta is not None, dropped is not None, permuted),
         num_warps=4 if width <= 4096 else 8,
@@ -244,6 +256,7 @@ def swiglu_kernel(
     gate_up,
     out,
     dropped,
+    numbers,
     stride,
     out_stride,
     seed,
@@ -262,7 +275,9 @@ def swiglu_kernel(
     rounded = (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty)
     tl.store(out + row * out_stride + permuted_column(column, permuted), rounded, inside)
     if drop:
-        value = rounded.to(tl.float32) * dropout_mask(seed, row, column, width, probability)
+        value = rounded.to(tl.float32) * dropout_mask(
+            seed, tl.load(numbers + row), column, width, probability
+        )
         tl.store(dropped + row * width + column, value.to(dropped.dtype.element_ty), inside)
 
 
@@ -270,6 +285,7 @@ def swiglu(
     gate_up: torch.Tensor,
     out: torch.Tensor,
     dropped=None,
+    numbers=None,
     seed: int = 0,
     probability: float = 0.0,
     permuted=False,
@@ -278,16 +294,9 @@ def swiglu(
     `permuted_column` has them, and what dropout leaves of it into `dropped`, if given."""
     rows, width = out.shape
     tile = min(2048, power_of_2(width))
+    drops = (out, out) if dropped is None else (dropped, numbers)
     swiglu_kernel[(rows, triton.cdiv(width, tile))](
-        *(
-            gate_up,
-            out,
-            out if dropped is None else dropped,
-            gate_up.stride(0),
-            out.stride(0),
-            seed,
-            probability,
-        ),
+        *(gate_up, out, *drops, gate_up.stride(0), out.stride(0), seed, probability),
         *(width, tile, dropped is not None, permuted),
     )
 
@@ -299,6 +308,7 @@ def swiglu_backward_kernel(
     dh,
     a,
     h,
+    numbers,
     sum_a,
     sum_b,
     stride,
@@ -337,7 +347,8 @@ def swiglu_backward_kernel(
         silu = gate * sigmoid
         product = silu * up
         if drop:
-            mask = dropout_mask(seed, row, column, width, probability)
+            number = tl.load(numbers + row, row < rows, 0)  # [tile_rows, 1]
+            mask = dropout_mask(seed, number, column, width, probability)
             slope += tl.dot(small, right, input_precision=EXACT) * mask
             product *= mask
         # [padded, tile_rows] @ [tile_rows, tile]
@@ -358,7 +369,7 @@ def swiglu_backward_kernel(
     tl.store(part_b + width * rank, db_up, tl.trans(in_width) & (part < rank))
 
 
-def swiglu_backward(gate_up, dp, dh, a, h, seed: int, probability: float):
+def swiglu_backward(gate_up, dp, dh, a, h, numbers, seed: int, probability: float):
     """Backward of p = swiglu(gate_up), the down projection's input; gate_up [rows, 2 width] becomes its own
     gradient.
 
@@ -375,7 +386,8 @@ def swiglu_backward(gate_up, dp, dh, a, h, seed: int, probability: float):
     sum_a = torch.empty(splits, rank, width, dtype=torch.float32, device=dp.device)
     sum_b = torch.empty(splits, 2 * width, rank, dtype=torch.float32, device=dp.device)
     swiglu_backward_kernel[(triton.cdiv(width, tile), splits)](
-        *(gate_up, dp, dh, a, h, sum_a, sum_b, gate_up.stride(0), dp.stride(0), dh.stride(0), h.stride(0)),
+        *(gate_up, dp, dh, a, h, numbers, sum_a, sum_b),
+        *(gate_up.stride(0), dp.stride(0), dh.stride(0), h.stride(0)),
         *(rows, split, seed, probability, width, rank, max(16, power_of_2(rank)), tile_rows, tile),
         probability > 0,
         num_warps=warps,

@@ -22,7 +22,7 @@ from study.encoding import Example
 from study.errors import is_out_of_memory
 from study.fast.decoder import NAMES, linear_layers
 from study.model import base_of
-from study.packing import common_prefix, learned_places, loss_sum, shared_prefix, split_to_fit
+from study.packing import common_prefix, loss_sum, shared_prefix, split_to_fit
 
 SEED = 20_240_229  # of the adapters and of dropout
 STRENGTH = 0.25  # of an adapter beside its weight, in Frobenius norm: it matters, and doesn't drown the model
@@ -258,13 +258,11 @@ class Masked(torch.nn.Module):
 @contextlib.contextmanager
 def same_dropout(model, fast, examples: Sequence[Example], loss_on: str, seed: int) -> Iterator[None]:
     """The model's own layers drop what the fused ones do in a pass over `examples`."""
-    batch_rows, last_rows = rows_of(examples, loss_on)
-    batch, before = fast.batch(examples, loss_on, seed), {}
+    rows, batch, before = rows_of(examples, loss_on), fast.batch(examples, loss_on, seed), {}
     try:
         for layer, ours in zip(base_of(model).model.layers, fast.layers, strict=True):
             modules = iter(linear_layers(layer))
             for group in ours.groups:
-                rows = last_rows if ours.last and group is not ours.qkv else batch_rows
                 masked = Masked(rows, ours.seed(batch, group), group.dropout, len(group.sizes))
                 for module in itertools.islice(modules, len(group.sizes)):
                     before[module] = module.lora_dropout["default"]
@@ -276,18 +274,14 @@ def same_dropout(model, fast, examples: Sequence[Example], loss_on: str, seed: i
             module.lora_dropout["default"] = dropout
 
 
-def rows_of(examples: Sequence[Example], loss_on: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of each token of `examples` end to end, its row in the fused layers, and in what these compute of the
-    last layer, -1 where that is nothing."""
-    shared, rows, last = shared_prefix(examples, loss_on), [], []
-    own = last_count = 0
+def rows_of(examples: Sequence[Example], loss_on: str) -> torch.Tensor:
+    """Of each token of `examples` end to end, its row in the fused layers, by which dropout knows it."""
+    shared, rows, own = shared_prefix(examples, loss_on), [], 0
     for example in examples:
-        length, first = len(example.ids), learned_places(example, loss_on).start
+        length = len(example.ids)
         rows += [place if place < shared else own + place for place in range(length)]
-        last += [-1 if place < first else last_count + place - first for place in range(length)]
         own += length - shared
-        last_count += length - first
-    return torch.tensor(rows), torch.tensor(last)
+    return torch.tensor(rows)
 
 
 def kept_of(rows: torch.Tensor, width: int, seed: int, probability: float) -> torch.Tensor:

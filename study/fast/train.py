@@ -27,7 +27,7 @@ from study.fast import kernels, nf4
 from study.fast.attention import Attention
 from study.fast.decoder import dropout_of, head_size, linear_groups
 from study.fast.memory import HEAD_ROWS, Activations, Buffers, OnDevice, OnHost, Plan
-from study.packing import counting, learned_places, seed_of, shared_prefix, starts
+from study.packing import counting, learned_places, seed_of, shared_prefix, starts, step_rows
 
 
 def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -82,7 +82,12 @@ class Group:
         return torch.mm(dy[:, : self.size], self.b[:, : self.ranks], out=dh)
 
     def backward(
-        self, dy: torch.Tensor, buffers: Buffers, seed: int, out: torch.Tensor | None = None
+        self,
+        dy: torch.Tensor,
+        buffers: Buffers,
+        numbers: torch.Tensor,
+        seed: int,
+        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """dx [rows, width] and dh [rows, ranks], from dy [rows, size] in the first columns of `dy`, beside
         which dh is written.
@@ -98,7 +103,7 @@ class Group:
             return torch.mm(dy[:, :wide], weight, out=out), dh  # [rows, wide] @ [wide, width]
         dx = torch.mm(dy[:, : self.size], weight[: self.size], out=out)
         if out is None:
-            kernels.add_adapter(dx, dh, self.a[: self.ranks], seed, self.dropout)
+            kernels.add_adapter(dx, dh, self.a[: self.ranks], numbers, seed, self.dropout)
         return dx, dh
 
     def gradients(self, da: torch.Tensor, db: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -123,6 +128,8 @@ class Batch:
     rows: torch.Tensor  # [rows], of the tokens
     learned: torch.Tensor  # [learned], of `rows`
     targets: torch.Tensor  # [learned], the tokens behind those
+    numbers: torch.Tensor  # [tokens], by which dropout knows them
+    last_numbers: torch.Tensor  # [rows]
     seed: int
 
 
@@ -137,13 +144,13 @@ class Layout:
     positions: np.ndarray
     rows: np.ndarray
     learned: np.ndarray
+    numbers: np.ndarray
 
     def columns(self) -> list[np.ndarray]:
-        """ids, positions, rows, learned and targets."""
-        targets = self.ids[self.rows[self.learned] + 1]
-        return [
-            column.astype(np.int64) for column in (self.ids, self.positions, self.rows, self.learned, targets)
-        ]
+        """ids, positions, rows, learned, targets, numbers and those of the rows."""
+        targets, last = self.ids[self.rows[self.learned] + 1], self.numbers[self.rows]
+        columns = self.ids, self.positions, self.rows, self.learned, targets, self.numbers, last
+        return [column.astype(np.int64) for column in columns]
 
     def sequences(self) -> tuple[list[int], list[int]]:
         """Lengths of what attention keeps apart, and of each the first query of the last layer's. The shared
@@ -152,22 +159,30 @@ class Layout:
         return ([self.shared, *lengths], [self.shared, *firsts]) if self.shared else (lengths, firsts)
 
 
-def lay_out(examples: Sequence[Example], loss_on: str) -> Layout:
-    """Where the tokens of a pass lie, and which of them are learned (`learned_places`)."""
+def lay_out(
+    examples: Sequence[Example], loss_on: str, of_step: tuple[int, Sequence[int]] | None = None
+) -> Layout:
+    """Where the tokens of a pass lie, and which of them are learned (`learned_places`). Of a pass that is not
+    its whole step, `of_step` says where they would lie in that (`packing.step_rows`)."""
     learned = [learned_places(example, loss_on) for example in examples]
-    shared = shared_prefix(examples, loss_on)
+    prefix, offsets = of_step or step_rows(examples, loss_on)
+    # What more these few happen to share is dropped for each.
+    shared = min(prefix, shared_prefix(examples, loss_on))
     firsts, counts = np.array([places.start for places in learned]), np.array([len(p) for p in learned])
     own = np.array([len(example.ids) for example in examples]) - shared
     firsts -= shared
     wanted = own - firsts  # [examples], rows of the last layer
+    positions = np.concatenate([np.arange(shared), counting(own) + shared])
+    offsets = np.concatenate([np.zeros(shared, int), np.repeat(offsets, own)])
     return Layout(
         shared=shared,
         own=own,
         firsts=firsts,
         ids=np.concatenate([examples[0].ids[:shared], *(example.ids[shared:] for example in examples)]),
-        positions=np.concatenate([np.arange(shared), counting(own) + shared]),
+        positions=positions,
         rows=counting(wanted) + np.repeat(shared + starts(own) + firsts, wanted),
         learned=counting(counts) + np.repeat(starts(wanted), counts),
+        numbers=positions + np.where(positions < prefix, 0, offsets),
     )
 
 
@@ -192,6 +207,10 @@ class TrainingLayer:
         # Far apart: of seeds close by, one's mask is the other's with columns swapped.
         return seed_of(batch.seed, self.number, self.groups.index(group)) % 2**31
 
+    def numbers(self, batch: Batch, group: Group) -> torch.Tensor:
+        """Of the rows of a group's input, by which dropout knows them."""
+        return batch.last_numbers if self.last and group is not self.qkv else batch.numbers
+
     def attention(self, batch: Batch) -> Attention:
         """Of the rows whose queries this layer needs."""
         return batch.last_attention if self.last else batch.attention
@@ -209,7 +228,8 @@ class TrainingLayer:
         inner, delta = buffers.inner[: len(a.residual)], torch.empty_like(a.residual)
         dropped = buffers.dropped(len(inner), self.inner)
         p = inner[:, : self.inner]  # [rows, inner]
-        kernels.swiglu(a.gate_up, p, dropped, self.seed(batch, self.down), self.down.dropout)
+        of_dropout = dropped, self.numbers(batch, self.down), self.seed(batch, self.down)
+        kernels.swiglu(a.gate_up, p, *of_dropout, self.down.dropout)
         a.h_down = self.down.forward(inner, delta, buffers)
         residual = a.residual
         a.drop(keep)
@@ -218,9 +238,9 @@ class TrainingLayer:
     def normalize(self, x, weight, group: Group, batch: Batch, buffers: Buffers, delta=None) -> tuple:
         """The norm of x + delta [rows, hidden], the input of `group`, into `buffers`. Returns that sum and
         its inverse root mean squares [rows]."""
-        dropped, seed = buffers.dropped(len(x), self.hidden), self.seed(batch, group)
-        out = buffers.input[: len(x)]
-        return kernels.rms_norm(x, weight, self.epsilon, out, delta, dropped, seed, group.dropout)
+        dropped, out = buffers.dropped(len(x), self.hidden), buffers.input[: len(x)]
+        of_dropout = dropped, self.numbers(batch, group), self.seed(batch, group)
+        return kernels.rms_norm(x, weight, self.epsilon, out, delta, *of_dropout, group.dropout)
 
     def attend(self, a: Activations, batch: Batch, buffers: Buffers) -> None:
         """From the normed input in `buffers`: rotated qkv, attention's output and softmax denominators, those
@@ -248,7 +268,8 @@ class TrainingLayer:
         x = attended[:, : self.out.width]
         if self.out.dropout:
             dropped = buffers.dropped(*x.shape)
-            kernels.dropout(x, dropped, self.seed(batch, self.out), self.out.dropout)
+            of_row = self.numbers(batch, self.out), self.seed(batch, self.out)
+            kernels.dropout(x, dropped, *of_row, self.out.dropout)
             return dropped
         return x
 
@@ -277,7 +298,7 @@ class TrainingLayer:
         """Turn `grad` [rows, hidden + adapter_columns], the gradient of the output, into that of the input,
         in place where the rows are the same. Returns it and the gradients of `parameters`."""
         self.compute_again(a, batch, buffers)
-        seeds = {group: self.seed(batch, group) for group in self.groups}
+        seeds = {group: (self.numbers(batch, group), self.seed(batch, group)) for group in self.groups}
         of_gate_up, of_down = self.backward_mlp(grad, a, batch, buffers, seeds)
         d_attended, of_out = self.backward_out(grad, a, batch, buffers, seeds)
         if self.last:  # back to all rows
@@ -293,12 +314,12 @@ class TrainingLayer:
         down, gate_up = self.down, self.gate_up
         dy = grad[:, : self.hidden]  # [rows, hidden]
         dp = buffers.inner[: len(dy), : self.inner]  # [rows, inner], p = silu(gate) * up
-        _, dh = down.backward(grad, buffers, seeds[down], out=dp)
+        _, dh = down.backward(grad, buffers, *seeds[down], out=dp)
         db_down = product(dy.T, a.h_down)  # [hidden, ranks]
         da_down, db_gate_up = kernels.swiglu_backward(  # from here on a.gate_up is its gradient
-            a.gate_up, dp, dh, down.a[: down.rank], a.h_gate_up, seeds[down], down.dropout
+            a.gate_up, dp, dh, down.a[: down.rank], a.h_gate_up, *seeds[down], down.dropout
         )
-        dx, dh = gate_up.backward(a.gate_up, buffers, seeds[gate_up])  # [rows, hidden], [rows, ranks]
+        dx, dh = gate_up.backward(a.gate_up, buffers, *seeds[gate_up])  # [rows, hidden], [rows, ranks]
         da_gate_up = self.norm_gradient(gate_up, dh, a.residual, self.norm_2, a.inverse_2, batch, buffers)
         kernels.rms_norm_backward(dx, a.residual, self.norm_2, a.inverse_2, dy)
         a.gate_up = a.residual = None
@@ -309,7 +330,7 @@ class TrainingLayer:
         """The gradient of attention's output [rows, out], and those of o_proj's adapter."""
         attended = a.attended[batch.rows] if self.last else a.attended
         dy = grad[:, : self.hidden]  # [rows, hidden]
-        d_attended, dh = self.out.backward(grad, buffers, seeds[self.out])
+        d_attended, dh = self.out.backward(grad, buffers, *seeds[self.out])
         db = product(dy.T, a.h_out)  # [hidden, ranks]
         da = product(dh.T, self.drop_attended(attended, batch, buffers))  # [ranks, out]
         return d_attended, self.out.gradients(da, self.out.blocks(db))
@@ -329,7 +350,7 @@ class TrainingLayer:
         """Add to `grad` what comes through attention. Returns the gradients of the adapters of q, k and v."""
         qkv = self.qkv
         if self.number:
-            dx, dh = qkv.backward(dqkv, buffers, seeds[qkv])  # [rows, hidden], [rows, ranks]
+            dx, dh = qkv.backward(dqkv, buffers, *seeds[qkv])  # [rows, hidden], [rows, ranks]
             kernels.rms_norm_backward(dx, a.x, self.norm_1, a.inverse_1, grad[:, : self.hidden])
         else:  # its input is the embedding, which is frozen
             dh = qkv.backward_h(dqkv)
@@ -425,12 +446,12 @@ class FusedModel:
         ):
             torch._foreach_copy_(views, torch._foreach_mul([p.detach() for p in parameters], scale))
 
-    def batch(self, examples: Sequence[Example], loss_on: str, seed: int) -> Batch:
-        """The examples of a pass on the device."""
-        layout, c = lay_out(examples, loss_on), self.config
+    def batch(self, examples: Sequence[Example], loss_on: str, seed: int, of_step=None) -> Batch:
+        """The examples of a pass on the device; `of_step` as in `lay_out`."""
+        layout, c = lay_out(examples, loss_on, of_step), self.config
         columns = layout.columns()
         table = kernels.to_device(np.concatenate(columns), self.embedding.device)  # in one copy
-        ids, positions, rows, learned, targets = table.split([len(column) for column in columns])
+        ids, positions, rows, learned, targets, numbers, last_numbers = table.split(list(map(len, columns)))
         cos, sin = self.rotary(torch.empty(0, dtype=torch.float32, device=table.device), positions[None])
         half = cos.shape[-1] // 2  # transformers' tables [1, tokens, head size] hold each angle twice
         shape = c.num_attention_heads, c.num_key_value_heads, head_size(c), table.device, layout.shared
@@ -444,15 +465,23 @@ class FusedModel:
             rows=rows,
             learned=learned,
             targets=targets,
+            numbers=numbers,
+            last_numbers=last_numbers,
             seed=seed,
         )
 
-    def loss_sum(self, examples: Sequence[Example], loss_on: str, seed: int) -> torch.Tensor:
+    def loss_sum(
+        self,
+        examples: Sequence[Example],
+        loss_on: str,
+        seed: int,
+        of_step: tuple[int, Sequence[int]] | None = None,
+    ) -> torch.Tensor:
         """Cross-entropy summed over the learned tokens of `examples`, in float32; dropout follows from the
-        seed."""
+        step's seed and, of a pass that is not its whole step, from where they stand in it (`step_rows`)."""
         with torch.autocast(self.embedding.device.type, enabled=False):
             self.refresh()
-            batch = self.batch(examples, loss_on, seed)
+            batch = self.batch(examples, loss_on, seed, of_step)
             hidden = Stack.apply(self, batch, *self.parameters)[batch.learned]  # [learned, hidden]
             if len(hidden) <= HEAD_ROWS:
                 return self.head_loss(hidden, batch.targets)

@@ -113,9 +113,9 @@ def usd_text(usd: float | None) -> str:
     return f"${usd:,.{2 if usd >= 0.1 or usd == 0 else 1 - math.floor(math.log10(usd))}f}"
 
 
-def gpus_of(train: dict) -> int:
-    """How many GPUs the `train` of a record took: one for each process."""
-    return lookup(train, "batching.processes") or 1
+def gpus_of(part: dict) -> int:
+    """How many GPUs the `train` or `eval` of a record took: one for each process."""
+    return lookup(part, "batching.processes") or lookup(part, "processes") or 1
 
 
 def device_of(cost: dict) -> str:
@@ -131,9 +131,10 @@ def measured_on(content: dict) -> str | None:
 
 
 def shown(cost: dict) -> str:
-    """A record's device, with what it is priced as where that has another name."""
-    device, gpu = device_of(cost), cost["gpu"]
-    return device if device == gpu else f"{device}, priced as {gpu}"
+    """A record's device, or devices, with what it is priced as where that has another name."""
+    device, gpu, count = device_of(cost), cost["gpu"], cost.get("gpus") or 1
+    named = device if device == gpu else f"{device}, priced as {gpu}"
+    return named if count == 1 else f"{count} x {named}"
 
 
 def of_run(args: argparse.Namespace, device: str, seconds: float, gpus: int = 1) -> dict:

@@ -98,14 +98,19 @@ def estimate(args: argparse.Namespace, method: str, path: Path, trained: bool) -
     training, scoring, saved = (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)
     if METHODS[method].trains and not trained:
         before = earlier(args, here, "train", method)
-        gpus = max((cost.gpus_of(run["train"]) for run in before), default=1)
-        training = priced(args, here, training_seconds(args, before), gpus)
+        training = priced(args, here, training_seconds(args, before), gpus_of(before, "train"))
     if part_of(path) == "eval":
         before = earlier(args, here, "eval", method)
-        scoring = priced(args, here, evaluation_seconds(args, before), 1)
-        saved = priced(args, here, loading_saved(before), 1)
+        gpus = gpus_of(before, "eval")
+        scoring = priced(args, here, evaluation_seconds(args, before), gpus)
+        saved = priced(args, here, loading_saved(before), gpus)
     whole = (None if None in parts else sum(parts) for parts in zip(training, scoring, strict=True))
     return (*whole, *training, *saved)
+
+
+def gpus_of(records: Sequence[dict], part: str) -> int:
+    """The most that a part of these took."""
+    return max((cost.gpus_of(run[part]) for run in records), default=1)
 
 
 def priced(args: argparse.Namespace, here: str, seconds: float | None, gpus: int) -> tuple:

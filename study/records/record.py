@@ -16,8 +16,10 @@ import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Container, Iterable, Iterator
@@ -184,19 +186,34 @@ def recording(path: Path, args: argparse.Namespace, method: str, process: Proces
         if process.main:
             close(path, content | {"status": "finished"})
     except (Exception, KeyboardInterrupt) as error:
-        for part in schema.PARTS:
-            content.pop(part, None)
-        content.update(describe_error(error, vars(args)))
-        content.setdefault("wall_seconds", process.seconds())
-        with contextlib.suppress(Exception):  # without a price; the error at hand is the one to raise
-            gpus = device.launched() if schema.part_of(path) == "train" else 1
-            content["cost"] = cost.of(args, device.name(), content["wall_seconds"], gpus)
-        if process.main:
+        with undisturbed():
+            for part in schema.PARTS:
+                content.pop(part, None)
+            content.update(describe_error(error, vars(args)))
+            content.setdefault("wall_seconds", process.seconds())
+            with contextlib.suppress(Exception):  # without a price; the error at hand is the one to raise
+                content["cost"] = cost.of(args, device.name(), content["wall_seconds"], process.count)
             with contextlib.suppress(UserError):  # the error at hand says more than that it can't be recorded
-                close(path, content)
+                if process.main:
+                    close(path, content)
         if isinstance(error, UserError | KeyboardInterrupt):
             raise
         raise UserError(f"{content['error']['message']}; {content['error']['advice']}") from error
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """No second Ctrl-C or SIGTERM, such as a launcher of several processes sends, ends the block early."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(each, lambda *_: None) for each in signals]
+    try:
+        yield
+    finally:
+        for each, handler in zip(signals, before, strict=True):
+            signal.signal(each, handler)
 
 
 def describe_error(error: BaseException, flags: Container[str] = ()) -> dict:

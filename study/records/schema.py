@@ -186,6 +186,7 @@ OPTIONAL = SPENT | {
     "eval.per_example": dict | None,
     "eval.per_example.confidences": list | None,
     "train.batching.processes": int | None,
+    "eval.processes": int | None,
     "spent_before": list | None,
     **dict.fromkeys(("serve.url", "serve.server", "error.message"), str | None),
     "config.slo_seconds": int | float | None,

@@ -128,7 +128,8 @@ def training_usd(run: Run, prices: Sequence[dict]) -> float | None:
 
 
 def evaluation_usd(run: Run, prices: Sequence[dict]) -> float | None:
-    return cost.usd(cost.repriced(run.content["cost"], prices), run.scored["wall_seconds"])
+    per_hour = cost.repriced(run.content["cost"], prices, cost.gpus_of(run.scored))
+    return cost.usd(per_hour, run.scored["wall_seconds"])
 
 
 def total_usd(run: Run, prices: Sequence[dict]) -> float | None:
@@ -138,7 +139,8 @@ def total_usd(run: Run, prices: Sequence[dict]) -> float | None:
 
 def served_usd(run: Run, prices: Sequence[dict], per: str) -> float | None:
     """USD per 1,000 of the examples or tokens that were served."""
-    usd = cost.usd(cost.repriced(run.content["cost"], prices), run.scored["seconds"])
+    per_hour = cost.repriced(run.content["cost"], prices, cost.gpus_of(run.scored))
+    usd = cost.usd(per_hour, run.scored["seconds"])
     return None if usd is None or not run.scored[per] else 1000 * usd / run.scored[per]
 
 
