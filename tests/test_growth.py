@@ -1,0 +1,74 @@
+"""What grows with records, cells and rows grows no faster than these: counted as work, never as time."""
+
+import sys
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from test_report import evaluation, tuned
+
+from study import cli
+from study.records import record, runs
+from study.report import __main__ as report
+from study.report import collect, tables
+
+
+def as_linear(work: list[int]) -> bool:
+    """Whether work on n, 2 n and 4 n things grows by a line, but for a tenth."""
+    one, two, four = work
+    return four - two <= 2.2 * (two - one)
+
+
+def runs_like(folder: Path, configs: Iterable[dict]) -> list[collect.Run]:
+    """Runs like that in `folder` but for these settings."""
+    [run] = collect.runs_of(folder)
+    found = []
+    for config in configs:
+        content = run.content | {"config": run.config | config}
+        found.append(collect.Run(run.path, content, run.train, run.state, examples=run.examples))
+    return found
+
+
+def test_a_report_reads_each_record_once(tmp_path, monkeypatch, capsys):
+    for seed in range(3):
+        tuned(tmp_path / str(seed), 70, f"--seed {seed}", eval=evaluation(70, examples=50))
+    looked_at, read = Counter(), record.read
+
+    def counting(path: Path) -> dict | None:
+        looked_at[path] += path.exists()
+        return read(path)
+
+    monkeypatch.setattr(record, "read", counting)
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path)])
+    report.main()
+    assert "Spent in all" in capsys.readouterr().out
+    assert {path: count for path, count in looked_at.items() if count} == dict.fromkeys(
+        (tmp_path / str(seed) / f"{part}.json" for seed in range(3) for part in ("train", "eval")), 1
+    )
+
+
+@pytest.mark.parametrize("setting", ["seed", "learning_rate", "batch_size"])
+def test_tables_look_at_each_run_as_often_whatever_their_number(tmp_path, monkeypatch, setting):
+    folder, looks = tuned(tmp_path / "run", 70, eval=evaluation(70, examples=50)), Counter()
+
+    def looking(run: collect.Run, name: str):
+        looks[len(found)] += 1
+        return object.__getattribute__(run, name)
+
+    for count in (20, 40, 80):
+        found = runs_like(folder, ({setting: number + 1} for number in range(count)))
+        with monkeypatch.context() as patch:
+            patch.setattr(collect.Run, "__getattribute__", looking)
+            tables.all_tables(collect.comparable(found), [])
+    assert as_linear([*looks.values()]), looks
+
+
+def test_a_script_has_its_flags_built_once_for_all_runs(monkeypatch):
+    built, build = [], cli.build_parser
+    monkeypatch.setattr(cli, "build_parser", lambda *about: built.append(about) or build(*about))
+    runs.plain_flags.cache_clear()
+    args = cli.parse_args("classification", "", [])
+    built.clear()
+    assert {runs.folder_of(args, "qlora") for args.seed in range(9)}
+    assert len(built) == 1
