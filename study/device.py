@@ -62,12 +62,14 @@ def launched() -> int:
 @dataclass(frozen=True)
 class Process:
     """This process: its script, when that began, and whether of several processes it is the one that speaks
-    and writes. A RANK that stands alone is none of a distributed launch."""
+    and writes. A RANK that stands alone is none of a distributed launch. One that looks up many runs while
+    none of them goes on keeps in `kept` what it has read."""
 
     script: str
     main: bool = field(default_factory=lambda: launched() <= 1 or int(os.environ.get("RANK") or 0) == 0)
     started: float = field(default_factory=time.time)  # for stamps: this clock may be set back or forward
     began: float = field(default_factory=time.monotonic)
+    kept: dict | None = field(default=None, compare=False)
 
     def seconds(self) -> float:
         """Since the script began: imports and loading count, since the machine is paid for them."""

@@ -1,17 +1,24 @@
 """What grows with records, cells and rows grows no faster than these: counted as work, never as time."""
 
+import os
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from test_loops import loop
 from test_report import evaluation, tuned
 
 from study import cli
+from study.dry_run import DryRun
 from study.records import record, runs
 from study.report import __main__ as report
 from study.report import collect, tables
+
+ONE = {"RANKS": "4", "EPOCHS": "2", "DROPOUTS": "0.1"}
 
 
 def as_linear(work: list[int]) -> bool:
@@ -72,3 +79,43 @@ def test_a_script_has_its_flags_built_once_for_all_runs(monkeypatch):
     built.clear()
     assert {runs.folder_of(args, "qlora") for args.seed in range(9)}
     assert len(built) == 1
+
+
+def test_a_dry_run_starts_as_many_processes_whatever_the_number_of_cells(tmp_path):
+    counter = tmp_path / "bin" / "python"
+    counter.parent.mkdir()
+    counter.write_text(f'#!/bin/sh\necho >> "$STARTED"\nexec {sys.executable} "$@"\n')
+    counter.chmod(0o755)
+    for name in ("awk", "sed", "grep", "tail"):
+        found = shutil.which(name)
+        (counter.parent / name).write_text(f'#!/bin/sh\necho >> "$STARTED"\nexec {found} "$@"\n')
+        (counter.parent / name).chmod(0o755)
+    started = []
+    for seeds in ("1", "1 2 3"):
+        env = {"PATH": f"{counter.parent}{os.pathsep}{os.environ['PATH']}", "STARTED": str(tmp_path / seeds)}
+        done = loop(
+            "run_lora.sh", "--dry_run", "--output_dir", tmp_path, cwd=tmp_path, SEEDS=seeds, **ONE, **env
+        )
+        assert f"{len(seeds.split())} cells" in done.stdout.splitlines()[-1]
+        started.append((tmp_path / seeds).read_text().count("\n"))
+    assert started[0] == started[1] < 4
+
+
+def test_a_dry_run_reads_each_earlier_record_once(tmp_path, monkeypatch, capsys):
+    for seed in range(3):
+        tuned(tmp_path / str(seed), 70, f"--seed {seed}", eval=evaluation(70, examples=50))
+    looked_at, read = Counter(), record.read
+    monkeypatch.setattr(record, "read", lambda path: looked_at.update([path]) or read(path))
+    monkeypatch.setattr(sys, "argv", [])  # which look-ups set, as this
+    monkeypatch.setenv("DATA_CHECKED", "")
+    asked = DryRun()
+    for seed in range(5, 8):
+        asked.cell("", str(ROOT / "llama2_classification_inference.py"), *lookup_of(tmp_path, seed))
+    assert capsys.readouterr().out.count("\nnot started") == 3
+    earlier = {path: count for path, count in looked_at.items() if path.parent.name in "012"}
+    assert set(earlier.values()) == {1}
+    assert len(earlier) == 6
+
+
+def lookup_of(folder: Path, seed: int) -> list[str]:
+    return ["--output_dir", str(folder), "--seed", str(seed), "--dry_run"]
