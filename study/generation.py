@@ -5,7 +5,6 @@ Answers are written down as they come, so an evaluation that was killed goes on 
 """
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import time
@@ -18,11 +17,11 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from study import checks, device
 from study.device import Process
-from study.encoding import sha256_of
 from study.errors import UserError, is_out_of_memory
 from study.fast import decoder, self_check
 from study.files import write_text
 from study.model import base_of, four_bit_layers, merge, should_merge
+from study.tokens import Chosen, largest_of, lengths_of, longest_first, sha256_of
 
 AUTO_EXAMPLES = 256
 
@@ -63,8 +62,7 @@ class KeptAnswers:
         self.began = time.monotonic()
         if not self.path:
             return
-        what = [self.run, prompts, "tokens, confidence"]
-        same = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        same = sha256_of([self.run, prompts, "tokens, confidence"])
         head, *lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else [""]
         if head == f"{same} {how}":
             for line in lines:
@@ -128,12 +126,13 @@ def generate(
         )
     kept = kept or KeptAnswers(Process("generate"))
     ends = stop_tokens(model, tokenizer)
-    checks.refuse_unknown_tokens(base_of(model), tokenizer, [ends[:1], *prompts, *(allowed or [])])
+    written = [ends[:1], [largest_of(prompts)], *(allowed or [])]
+    checks.refuse_unknown_tokens(base_of(model), tokenizer, written)
     allowed = allowed and with_all_ends(allowed, ends)
     model, slow, how = made_ready(model, prompts, merging)
     kept.resume(prompts, how)
     answer = fast_answers if slow is None else plain_answers
-    left = {i: prompt for i, prompt in enumerate(prompts) if i not in kept.answers}
+    left = Chosen(prompts, (i for i in range(len(prompts)) if i not in kept.answers))
     most = None if batch_size == "auto" else batch_size
     for index, found in answer(model, left, max_new_tokens, ends, allowed, most) if left else ():
         kept.add(index, found)
@@ -167,7 +166,7 @@ def in_order(
     confidences = [confidence for _, confidence in answers]
     return Answers(
         texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in answers],
-        input_tokens=sum(map(len, prompts)),
+        input_tokens=sum(lengths_of(prompts)),
         output_tokens=sum(len(ids) for ids, _ in answers),
         seconds=kept.spent(),
         earlier_seconds=kept.wall_seconds,
@@ -210,17 +209,17 @@ def why_generate(model) -> str | None:
     return self_check.attempt(lambda: decoder.why_not(model))
 
 
-def fast_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, allowed, most) -> Iterator:
+def fast_answers(model, prompts: Chosen, max_new_tokens, ends, allowed, most) -> Iterator:
     """(index, answer) of each of `prompts`, by the fast path in what memory is free."""
     from study.fast import decode
 
-    left, engine = dict(prompts), decode.Engine(model)
+    left, engine = Chosen(prompts.rows, prompts), decode.Engine(model)
     given = engine.memory = 0.92 * device.free_memory()
     while left:
         try:
             for index, answer in engine.answers(left, max_new_tokens, ends, allowed, most):
                 yield index, answer
-                left.pop(index)
+                del left.numbers[index]
         except RuntimeError as error:
             engine.memory /= 2
             if not is_out_of_memory(error) or engine.memory <= 0.05 * given:  # both may be 0
@@ -233,12 +232,10 @@ def fast_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, all
         print("out of memory: going on with half of it", flush=True)
 
 
-def plain_answers(
-    model, prompts: dict[int, list[int]], max_new_tokens, ends, allowed, most, write=None
-) -> Iterator:
+def plain_answers(model, prompts: Chosen, max_new_tokens, ends, allowed, most, write=None) -> Iterator:
     """The same by transformers' `generate`, in batches of like length; `write` stands for continue_batch."""
     write = write or continue_batch
-    order = sorted(prompts, key=lambda i: -len(prompts[i]))  # the longest first: too large shows at once
+    order = longest_first(prompts)  # too large shows at once
     size = most or AUTO_EXAMPLES
     while order:
         room = fitting(model, len(prompts[order[0]]) + max_new_tokens)
