@@ -1,19 +1,22 @@
 """What grows with records, cells and rows grows no faster than these: counted as work, never as time."""
 
+import hashlib
+import json
 import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import DEMO_MODEL, ROOT, write_rows
 from test_loops import loop
 from test_report import evaluation, tuned
 
-from study import cli
+from study import classes, cli, data, encoding, files, tokens
 from study.dry_run import DryRun
+from study.model import load_tokenizer
 from study.records import record, runs
 from study.report import __main__ as report
 from study.report import collect, tables
@@ -119,3 +122,65 @@ def test_a_dry_run_reads_each_earlier_record_once(tmp_path, monkeypatch, capsys)
 
 def lookup_of(folder: Path, seed: int) -> list[str]:
     return ["--output_dir", str(folder), "--seed", str(seed), "--dry_run"]
+
+
+# Rows
+
+SEVERAL = [[5, 70_000, 0], [], [31_999], [7] * 9]
+
+
+def test_rows_of_tokens_come_out_as_they_went_in_and_have_the_fingerprint_of_their_lists():
+    rows = tokens.TokenRows(SEVERAL)
+    assert [rows[0], rows[-1], rows[1:3], list(rows)] == [SEVERAL[0], SEVERAL[-1], SEVERAL[1:3], SEVERAL]
+    assert (rows.lengths(), rows.largest(), rows == SEVERAL) == ([3, 0, 1, 9], 70_000, True)
+    for held, plain in ((rows, SEVERAL), ([{"a": 1}, rows, "x"], [{"a": 1}, SEVERAL, "x"])):
+        assert tokens.sha256_of(held) == hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+    assert tokens.sha256_of(tokens.TokenRows()) == hashlib.sha256(b"[]").hexdigest()
+
+
+def test_many_examples_have_the_fingerprint_of_their_lists_and_take_5_bytes_a_token():
+    examples = encoding.ExampleRows()
+    for row in SEVERAL * 1000:
+        examples.append(row, [2, 1])
+    plain = [[example.answer_start, example.ids] for example in examples]
+    assert plain[0] == [3, [5, 70_000, 0, 2, 1]]
+    assert tokens.sha256_of(examples) == hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+    held = [examples.rows.ids, examples.rows.ends, examples.answer_starts]
+    assert sum(map(sys.getsizeof, held[:1])) <= 5 * sum(encoding.lengths(examples))
+
+
+def test_texts_are_tokenized_some_at_a_time_in_their_order_each_once(monkeypatch):
+    tokenizer, seen = load_tokenizer(str(DEMO_MODEL)), []
+    texts = [f"text {i} of several" for i in range(600)]
+
+    def counting() -> Iterator[str]:
+        for text in texts:
+            seen.append(text)
+            yield text
+
+    found = encoding.batched(tokenizer, counting())
+    first = next(found)
+    assert len(seen) <= 3 * encoding.TOGETHER  # the others have not been asked for
+    assert [first, *found] == tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert seen == texts
+
+
+def test_a_class_is_looked_at_once_however_many_rows_it_has(tmp_path, monkeypatch):
+    looked, looks = Counter(), classes.looks
+    for module in (classes, data):
+        monkeypatch.setattr(module, "looks", lambda label: looked.update([label]) or looks(label))
+    for rows in (100, 400):
+        looked.clear()
+        file = write_rows(
+            tmp_path / "r.jsonl", [{"text": f"t {i}", "label": "ab"[i % 2]} for i in range(rows)]
+        )
+        data.load(cli.parse_args("classification", "", ["--train_file", str(file)]), ["train"])
+        assert looked == {"a": 2, "b": 2}
+
+
+def test_lines_of_json_are_read_once_and_one_by_one(tmp_path, monkeypatch):
+    file = write_rows(tmp_path / "rows.jsonl", [{"text": f"t {i}", "label": "a"} for i in range(100)])
+    monkeypatch.setattr(files, "content_of", None)  # which would hold all of it
+    columns = {"--text_column": "text", "--label_column": "label"}
+    found = list(files.read_file(file, "--train_file", columns))
+    assert found == [(i + 1, {"text": f"t {i}", "label": "a"}) for i in range(100)]
