@@ -80,8 +80,8 @@ serving() { # the classifier of all posts behind HTTP
 
 shapes() { # Llama-2's sizes with random weights: what training and scoring take
   local size
-  for size in 7b 13b; do
-    ./sample_ablate.sh --pretrained_ckpt "$shapes/$size" --epochs 1 --max_train_samples 1600 --max_eval_samples 1000 \
+  for size in ${SIZES:-7b 13b}; do
+    FRACTIONS=1.0 ./sample_ablate.sh --pretrained_ckpt "$shapes/$size" --epochs 1 --max_train_samples 1600 --max_eval_samples 1000 \
       "${posts[@]}" --output_dir results/study/experiments/shapes "$@"
   done
 }
