@@ -9,4 +9,5 @@ set_up requirements.txt requirements-serving.txt tests/requirements.txt
 ruff check .
 ruff format --check .
 shellcheck ./*.sh study/*.sh demo/*.sh benchmarks/*.sh serving/*.sh .ci/run
-python -m pytest "$@"
+# Each file in one process, which has its own fixtures; three on two cores, since some tests wait.
+python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"

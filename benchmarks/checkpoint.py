@@ -42,6 +42,7 @@ def flan(width: int, inner: int, layers: int, heads: int) -> dict:
 
 
 MODELS = {  # as their hub pages have them
+    "tiny": llama(64, 128, 2, 2),  # of no size, for what is not about the model
     "7b": llama(4096, 11008, 32, 32),  # Touvron et al., 2023
     "13b": llama(5120, 13824, 40, 40),
     "70b": llama(8192, 28672, 80, 64, 8),

@@ -58,7 +58,7 @@ def fine_tune(args, folder: Path, train: data.Split, labels: list[str], process:
         content["checkpoint"] = checkpoint.identify(args.pretrained_ckpt, fetch=True)
 
         # The libraries load here, so that --help, bad input and a finished run answer at once.
-        from study import checks, encoder, encoding, loop, model, packing, resuming
+        from study import checks, encoder, loop, model, packing, resuming, tokens
 
         tokenizer = model.load_tokenizer(args.pretrained_ckpt, ends=False)
         rows, cut = encoder.encode(tokenizer, [text for text, _ in train.examples], args.max_seq_length)
@@ -80,7 +80,7 @@ def fine_tune(args, folder: Path, train: data.Split, labels: list[str], process:
             max_grad_norm=1.0,
         )
         run = {name: content[name] for name in ("method", "config", "data", "checkpoint")}
-        run["examples_sha256"] = encoding.sha256_of([rows, classes])
+        run["examples_sha256"] = tokens.sha256_of([rows, classes])
         training = loop.Training(tuned, texts, steps, recipe, args)
         save = functools.partial(encoder.save, tuned, tokenizer, folder)
         content["train"] = loop.train(training, folder, run, process, save)

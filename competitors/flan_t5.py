@@ -106,7 +106,7 @@ def fit(examples: list[tuple[str, str]], args, folder: Path, content: dict, proc
     """Train, leave the model in `folder`, and return the record's `train`."""
     from peft import LoraConfig
 
-    from study import checks, encoding, loop, model, packing, t5, training
+    from study import checks, loop, model, packing, t5, tokens, training
 
     tokenizer = model.load_tokenizer(args.pretrained_ckpt)
     pairs, shortened = t5.encode_pairs(tokenizer, args.task, examples, args)
@@ -137,7 +137,7 @@ def fit(examples: list[tuple[str, str]], args, folder: Path, content: dict, proc
         max_grad_norm=1.0,
     )
     run = {name: content[name] for name in ("method", "config", "data", "prompt_sha256", "checkpoint")}
-    run["examples_sha256"] = encoding.sha256_of([[pair.prompt, pair.answer] for pair in pairs])
+    run["examples_sha256"] = tokens.sha256_of([[pair.prompt, pair.answer] for pair in pairs])
     steps = packing.plan_steps(len(pairs), args.batch_size, args.epochs, args.seed)
     looping = loop.Training(tuned, t5.learnable(pairs, tuned), steps, recipe, args)
     save = functools.partial(t5.save, tuned, args.pretrained_ckpt, args.tuning, tokenizer, folder)

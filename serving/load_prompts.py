@@ -52,7 +52,7 @@ def build(source: data.Split, args: argparse.Namespace) -> list[Prompt]:
     tokenizer = model.load_tokenizer(args.pretrained_ckpt)
     texts = [text for text, _ in source.examples]
     rooms = [args.max_new_tokens] * len(texts)
-    fitted = encoding.fit_tuning(tokenizer, args.task, texts, rooms, args.max_seq_length)
+    fitted = list(encoding.fit_tuning(tokenizer, args.task, texts, rooms, args.max_seq_length))
     lengths = [len(ids) for _, _, ids in fitted]
     most = NEAR * args.prompt_tokens
     found = [

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from prompts import prompt_sha256
 from serving import client, load_flags, load_prompts, load_shown, measuring
 from serving.load_prompts import Prompt
-from study import checkpoint, cli, data, device, encoding
+from study import checkpoint, cli, data, device, tokens
 from study.errors import UserError
 from study.records import cost, record, runs
 from study.records.schema import READ, SCHEMA, lookup
@@ -68,7 +68,7 @@ def main(process: device.Process) -> None:
             if not args.prompts_file:
                 content["prompt_sha256"] = prompt_sha256(args.task, "instruction")
             texts = [prompt.text for prompt in prompts]
-            content["serve"] |= {"prompts": len(texts), "prompts_sha256": encoding.sha256_of(texts)}
+            content["serve"] |= {"prompts": len(texts), "prompts_sha256": tokens.sha256_of(texts)}
             device.pass_over_libraries()
             say_sweep(args, server, prompts, content["serve"]["rates"])
             sweep(server, prompts, labels_of(source, args), content, path, args, process)

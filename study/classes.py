@@ -29,9 +29,12 @@ IGNORABLE = re.compile(
 def one_spelling(split, merge: bool | None):
     """The split with one spelling for each class, the most frequent, of those that differ only in case, white
     space or what can't be seen. Raises UserError if there are several and not `merge`."""
-    rows: dict[str, dict[str, list[int]]] = {}  # by what a class looks like but for case, and by its spelling
+    spelled_so: dict[str, list[int]] = {}
     for (_, label), number in zip(split.examples, split.numbers, strict=True):
-        rows.setdefault(same(label), {}).setdefault(label, []).append(number)
+        spelled_so.setdefault(label, []).append(number)
+    rows: dict[str, dict[str, list[int]]] = {}  # by what a class looks like but for case, and by its spelling
+    for label, numbers in spelled_so.items():
+        rows.setdefault(same(label), {})[label] = numbers
     several = [spellings for spellings in rows.values() if len(spellings) > 1]
     if several and not merge:
         groups = (" and ".join(where(*each) for each in spellings.items()) for spellings in several)
@@ -50,7 +53,10 @@ def where(label: str, numbers: Sequence[int]) -> str:
 def renamed(split, labels: Iterable[str]):
     """The split with each of `labels` in the place of what is the same but for its spelling."""
     names = {same(label): label for label in labels}
-    pairs = [(text, names.get(same(label), label)) for text, label in split.examples]
+    if not names:
+        return replace(split, merged={})
+    spellings = {label: names.get(same(label), label) for label in {label for _, label in split.examples}}
+    pairs = [(text, spellings[label]) for text, label in split.examples]
     merged: dict[str, Counter] = {}
     for (_, before), (_, label) in zip(split.examples, pairs, strict=True):
         if before != label:

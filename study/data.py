@@ -60,6 +60,7 @@ class Split:
     fraction: float | None = None
     alone: int = 0
     held_out: dict[str, dict] = field(default_factory=dict)
+    hashed: list[int] | None = None
 
     def __post_init__(self):
         self.places = self.places or [number - 1 for number in self.numbers]
@@ -80,8 +81,16 @@ class Split:
         }
 
     def sha256(self) -> str:
-        rows = "".join(json.dumps(example, ensure_ascii=False) + "\n" for example in self.examples)
-        return hashlib.sha256(rows.encode("utf-8", "surrogatepass")).hexdigest()
+        digest, write = hashlib.sha256(), json.JSONEncoder(ensure_ascii=False).encode
+        for example in self.examples:
+            digest.update(f"{write(example)}\n".encode("utf-8", "surrogatepass"))
+        return digest.hexdigest()
+
+    def hashes(self) -> list[int]:
+        """Of each text, but for white space. Two texts may share one; a copy of all would be large."""
+        if self.hashed is None:
+            self.hashed = [hash(" ".join(text.split())) for text, _ in self.examples]
+        return self.hashed
 
     def count_repeated(self) -> dict[str, int]:
         """How many texts occur more than once, and how many of these with different classes."""
@@ -90,6 +99,7 @@ class Split:
 
     def keep(self, indices: Sequence[int]) -> "Split":
         columns = {name: getattr(self, name) for name in ("examples", "numbers", "places")}
+        columns |= {"hashed": self.hashed} if self.hashed else {}
         return replace(self, **{name: [column[i] for i in indices] for name, column in columns.items()})
 
 
@@ -130,7 +140,7 @@ def load(
         for name in splits.keys() - {"train"}:
             splits[name] = classes.fit(splits[name], labels, args.merge_labels, args.unseen_labels)
         if "train" in splits:
-            splits["train"].repeated = find_repeated(splits["train"].examples)
+            splits["train"].repeated = find_repeated(splits["train"])
     return splits
 
 
@@ -237,11 +247,11 @@ def find_in_folder(folder: Path, split: str) -> Path:
 def clean(source: str, rows: Iterator[Row], columns: Columns, task: str, unlabelled: str | None) -> Split:
     """The examples in `columns` of `rows`, trimmed; rows that can't be used are dropped and counted by
     reason."""
-    split = Split(source, [], [])
+    split, classes_as_read = Split(source, [], []), {}
     for place, (number, row) in enumerate(rows):
         text, answer = (read_text(row, flag, columns, f"{source} row {number}") for flag in columns)
-        if task == "classification":  # its Unicode forms look the same; one that shows nothing is none
-            answer = unicodedata.normalize("NFC", answer) if looks(answer) else ""
+        if task == "classification":
+            answer = classes_as_read.get(answer) or classes_as_read.setdefault(answer, as_class(answer))
         reason = reason_to_drop((text, answer), columns, unlabelled)
         if reason:
             split.dropped[reason] += 1
@@ -257,6 +267,11 @@ def clean(source: str, rows: Iterator[Row], columns: Columns, task: str, unlabel
         dropped = ", ".join(f"{count} rows with {reason}" for reason, count in split.dropped.items())
         raise UserError(f"{source} has no usable row" + (f": {dropped}" if dropped else ": it is empty"))
     return split
+
+
+def as_class(answer: str) -> str:
+    """Its Unicode forms look the same; one that shows nothing is none."""
+    return unicodedata.normalize("NFC", answer) if looks(answer) else ""
 
 
 def reason_to_drop(pair: tuple[str, str], columns: Columns, unlabelled: str | None) -> str | None:
@@ -287,8 +302,9 @@ def cell(row: dict, flag: str, column: str, columns: Columns, where: str) -> str
         raise UserError(
             f'{where}: column "{column}" holds {kind}, not text; name another column or make it text'
         )
-    # Half of a surrogate pair, which JSON can spell, is no character.
-    return (value or "").encode("utf-8", "replace").decode().strip()
+    if value and not value.isascii():  # half of a surrogate pair, which JSON can spell, is no character
+        value = value.encode("utf-8", "replace").decode()
+    return (value or "").strip()
 
 
 def labels_of(split: Split) -> list[str]:
@@ -302,8 +318,19 @@ def labels_of(split: Split) -> list[str]:
 def drop_overlap(splits: dict[str, Split], drop: bool) -> None:
     """Count the train texts that stand in test too, but for white space; with `drop`, take them out of
     train."""
-    train, seen = splits["train"], {tuple(text.split()) for text, _ in splits["test"].examples}
-    apart = [i for i, (text, _) in enumerate(train.examples) if tuple(text.split()) not in seen]
+    train, places = splits["train"], {}
+    for i, number in enumerate(splits["test"].hashes()):
+        places.setdefault(number, []).append(i)
+
+    def stands_in_test(text: str, number: int) -> bool:
+        same = (splits["test"].examples[i][0] for i in places.get(number, ()))
+        return any(text.split() == other.split() for other in same)
+
+    apart = [
+        i
+        for i, ((text, _), number) in enumerate(zip(train.examples, train.hashes(), strict=True))
+        if not stands_in_test(text, number)
+    ]
     shared = len(train.examples) - len(apart)
     if drop and not apart:
         raise UserError(
@@ -385,14 +412,12 @@ def check_held_out(split: Split, name: str, trained: dict) -> None:
         )
 
 
-def find_repeated(examples: Sequence[tuple[str, str]]) -> dict[str, Counter]:
+def find_repeated(split: Split) -> dict[str, Counter]:
     """The texts that occur more than once, but for white space, with how often each class stands beside them;
     those with the most rows of other than their usual class first, then the most frequent."""
-    # A second copy of a million texts would be large, hashes are small: only texts that share one are kept.
-    hashes = [hash(" ".join(text.split())) for text, _ in examples]
-    several = {number for number, count in Counter(hashes).items() if count > 1}
+    several = {number for number, count in Counter(split.hashes()).items() if count > 1}
     found: dict[str, Counter] = {}
-    for (text, label), number in zip(examples, hashes, strict=True):
+    for (text, label), number in zip(split.examples, split.hashes(), strict=True):
         if number in several:
             found.setdefault(" ".join(text.split()), Counter())[label] += 1
 

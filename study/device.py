@@ -63,13 +63,14 @@ def launched() -> int:
 class Process:
     """This process: its script, when that began, how many processes, each with its GPU, compute together, and
     whether of these it is the one that speaks and writes. A RANK that stands alone is none of a distributed
-    launch."""
+    launch. One that looks up many runs while none of them goes on keeps in `kept` what it has read."""
 
     script: str
     main: bool = field(default_factory=lambda: launched() <= 1 or int(os.environ.get("RANK") or 0) == 0)
     started: float = field(default_factory=time.time)  # for stamps: this clock may be set back or forward
     began: float = field(default_factory=time.monotonic)
     count: int = field(default_factory=lambda: max(1, launched()))
+    kept: dict | None = field(default=None, compare=False)
 
     def seconds(self) -> float:
         """Since the script began: imports and loading count, since the machine is paid for them."""

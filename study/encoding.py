@@ -2,15 +2,18 @@
 so that nothing else has to be."""
 
 import argparse
-import hashlib
-import json
 import random
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from functools import partial
+from itertools import chain, islice, tee
 
 from prompts import build_prompt, defuse, parse_label
 from study.errors import UserError
+from study.tokens import TokenRows, listed
 
 TOGETHER = 256  # texts that are tokenized at once: the tokenizer's notes on them take memory
 TODAY = datetime(2024, 7, 26)  # for chat templates that write the date: prompts must not change by the day
@@ -25,13 +28,69 @@ class Example:
     answer_start: int
 
 
-def batched(tokenizer, texts: Sequence[str]) -> list[list[int]]:
+class ExampleRows(Sequence):
+    """Many of them, kept small: each is made when it is asked for."""
+
+    def __init__(self):
+        self.rows, self.answer_starts = TokenRows(), array("i")
+
+    def append(self, prompt: Sequence[int], answer: Sequence[int]) -> None:
+        self.rows.append(prompt, answer)
+        self.answer_starts.append(len(prompt))
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[j] for j in range(len(self))[i]]
+        return Example(self.rows[i], self.answer_starts[i])
+
+    def json_pieces(self) -> Iterator[bytes]:
+        """As a list of [answer_start, ids]."""
+        each = zip(self.answer_starts, self.rows.json_rows(), strict=True)
+        return listed(b"[%d, %s]" % (start, ids) for start, ids in each)
+
+
+def lengths(examples: Sequence[Example]) -> list[int]:
+    """Tokens of each."""
+    if isinstance(examples, ExampleRows):
+        return examples.rows.lengths()
+    return [len(example.ids) for example in examples]
+
+
+def batched(tokenizer, texts: Iterable[str]) -> Iterator[list[int]]:
     """The tokens of every text, without those that begin or end one. A fast tokenizer takes several at once,
-    on all cores."""
-    rows: list[list[int]] = []
-    for first in range(0, len(texts), TOGETHER):
-        rows += tokenizer(list(texts[first : first + TOGETHER]), add_special_tokens=False)["input_ids"]
-    return rows
+    on all cores, and the next ones while these are used."""
+    texts = iter(texts)
+    chunks = iter(lambda: list(islice(texts, TOGETHER)), [])
+    first, second = next(chunks, []), next(chunks, None)
+    if second is None:
+        yield from tokenizer(first, add_special_tokens=False)["input_ids"] if first else ()
+        return
+    read = quick_reader(tokenizer, first[0])
+    with ThreadPoolExecutor(1) as beside:
+        reading = beside.submit(read, first)
+        for chunk in chain([second], chunks):
+            following = beside.submit(read, chunk)
+            yield from (found if isinstance(found, list) else found.ids for found in reading.result())
+            reading = following
+        yield from (found if isinstance(found, list) else found.ids for found in reading.result())
+
+
+def quick_reader(tokenizer, text: str) -> Callable[[list[str]], list]:
+    """What reads several texts: the tokenizer, or where it adds nothing to it (`text` says) what it is made
+    of, which then leaves out the places of tokens in their texts. Of each it gives the tokens, or what has
+    them as `ids`."""
+    from transformers import PreTrainedTokenizerFast
+
+    slow = lambda some: tokenizer(some, add_special_tokens=False)["input_ids"]
+    known, backend = slow([text])[0], getattr(tokenizer, "backend_tokenizer", None)
+    plain = getattr(type(tokenizer), "_encode_plus", None) is PreTrainedTokenizerFast._encode_plus
+    if not plain or backend is None:
+        return slow
+    quick = partial(backend.encode_batch_fast, add_special_tokens=False)
+    return quick if quick([text])[0].ids == known else slow
 
 
 def beginning(tokenizer) -> list[int]:
@@ -41,20 +100,15 @@ def beginning(tokenizer) -> list[int]:
     return whole[: places[0]] if places else []
 
 
-def prompts_ids(tokenizer, prompts: Sequence[str]) -> list[list[int]]:
+def prompts_ids(tokenizer, prompts: Iterable[str]) -> Iterator[list[int]]:
     """Prompts as the model sees them, in training and inference alike: with the tokenizer's own beginning,
     unless a chat template has written one, and no EOS."""
     begins = beginning(tokenizer)
-    return [ids if ids[:1] and ids[0] in begins else begins + ids for ids in batched(tokenizer, prompts)]
+    return (ids if ids[:1] and ids[0] in begins else begins + ids for ids in batched(tokenizer, prompts))
 
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
-    return prompts_ids(tokenizer, [prompt])[0]
-
-
-def sha256_of(rows: Sequence) -> str:
-    """Fingerprint of what the model sees: lists of token ids."""
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return next(prompts_ids(tokenizer, [prompt]))
 
 
 def answer_ids(tokenizer, task: str, answer: str, cue: str | None = None) -> list[int]:
@@ -107,8 +161,8 @@ def label_answers(
 
 
 def fit(
-    tokenizer, texts: Sequence[str], write: Callable[[str], str], budgets: Sequence[int]
-) -> list[tuple[str, bool, list[int]]]:
+    tokenizer, texts: Iterable[str], write: Callable[[str], str], budgets: Sequence[int]
+) -> Iterator[tuple[str, bool, list[int]]]:
     """For each text its longest beginning whose prompt `write(text)` has at most so many tokens, whether it
     was cut, and that prompt's tokens.
 
@@ -116,14 +170,13 @@ def fit(
     the budget.
     """
     # A token is rarely longer than 40 characters: cut a giant text before it is tokenized over and over.
-    beginnings = [text[: 40 * max(budget, 1)] for text, budget in zip(texts, budgets, strict=True)]
-    rows = prompts_ids(tokenizer, [write(beginning) for beginning in beginnings])
-    fitted = []
-    for text, kept, ids, budget in zip(texts, beginnings, rows, budgets, strict=True):
+    begun = ((text, text[: 40 * max(budget, 1)]) for text, budget in zip(texts, budgets, strict=True))
+    both, again = tee(begun)
+    rows = prompts_ids(tokenizer, (write(beginning) for _, beginning in again))
+    for (text, kept), ids, budget in zip(both, rows, budgets, strict=True):
         if len(ids) > budget:
             kept, ids = shorten(tokenizer, kept, ids, write, budget)  # noqa: PLW2901
-        fitted.append((kept, kept != text, ids))
-    return fitted
+        yield kept, kept != text, ids
 
 
 def shorten(
@@ -136,7 +189,8 @@ def shorten(
                 f"the prompt without its text has {len(ids)} tokens and only {max(budget, 0)} fit: "
                 "raise --max_seq_length, lower --max_new_tokens or --shots, or take a longer context"
             )
-        kept = first_tokens(tokenizer, kept, token_count(tokenizer, kept) - (len(ids) - budget))
+        places = places_of_tokens(tokenizer, kept)
+        kept = cut_behind(kept, places, len(places) - (len(ids) - budget))
         ids = prompt_ids(tokenizer, write(kept))
     return kept, ids
 
@@ -153,19 +207,27 @@ def token_count(tokenizer, text: str) -> int:
 
 def first_tokens(tokenizer, text: str, count: int) -> str:
     """The beginning of `text` that its first `count` tokens cover."""
-    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    return text if count >= len(offsets) else text[: offsets[count][0]].rstrip() if count > 0 else ""
+    return cut_behind(text, places_of_tokens(tokenizer, text), count)
+
+
+def places_of_tokens(tokenizer, text: str) -> list[tuple[int, int]]:
+    """Where each token begins and ends in the text."""
+    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+
+
+def cut_behind(text: str, places: Sequence[tuple[int, int]], count: int) -> str:
+    return text if count >= len(places) else text[: places[count][0]].rstrip() if count > 0 else ""
 
 
 def fit_tuning(
-    tokenizer, task: str, texts: Sequence[str], rooms: Sequence[int], max_seq_length: int
-) -> list[tuple[str, bool, list[int]]]:
+    tokenizer, task: str, texts: Iterable[str], rooms: Sequence[int], max_seq_length: int
+) -> Iterator[tuple[str, bool, list[int]]]:
     """The texts as every prompt of their task shows them: shortened so that their tuning prompts, returned
     too, leave so much room."""
     special = special_tokens(tokenizer)
     return fit(
         tokenizer,
-        [defuse(text, special) for text in texts],
+        (defuse(text, special) for text in texts),
         lambda text: build_prompt(task, "instruction", text),
         [max_seq_length - room for room in rooms],
     )
@@ -173,7 +235,7 @@ def fit_tuning(
 
 def encode_examples(
     tokenizer, task: str, pairs: Sequence[tuple[str, str]], args: argparse.Namespace
-) -> tuple[list[Example], int]:
+) -> tuple[ExampleRows, int]:
     """Training sequences of (text, answer) pairs and how many texts were shortened.
 
     The prompt keeps `--max_new_tokens` free for the answer, as inference does; only a longer answer makes it
@@ -197,18 +259,25 @@ def encode_examples(
                 f"{len(ending)}, and {least} of the prompt without its text: raise it, or drop that example"
             )
     rooms = [max(len(ending), args.max_new_tokens) for ending in endings]
-    fitted = fit_tuning(tokenizer, task, [text for text, _ in pairs], rooms, args.max_seq_length)
-    examples = [Example(ids + ending, len(ids)) for (_, _, ids), ending in zip(fitted, endings, strict=True)]
-    return examples, sum(cut for _, cut, _ in fitted)
+    fitted = fit_tuning(tokenizer, task, (text for text, _ in pairs), rooms, args.max_seq_length)
+    examples, shortened = ExampleRows(), 0
+    for (_, cut, ids), ending in zip(fitted, endings, strict=True):
+        examples.append(ids, ending)
+        shortened += cut
+    return examples, shortened
 
 
 def encode_prompts(
     tokenizer, task: str, texts: Sequence[str], args: argparse.Namespace
-) -> tuple[list[list[int]], int]:
+) -> tuple[TokenRows, int]:
     """The prompts of a fine-tuned model, shortened as in training, and how many were."""
-    rooms = [args.max_new_tokens] * len(texts)
-    fitted = fit_tuning(tokenizer, task, texts, rooms, args.max_seq_length)
-    return [ids for _, _, ids in fitted], sum(cut for _, cut, _ in fitted)
+    prompts, shortened = TokenRows(), 0
+    for _, cut, ids in fit_tuning(
+        tokenizer, task, texts, [args.max_new_tokens] * len(texts), args.max_seq_length
+    ):
+        prompts.append(ids)
+        shortened += cut
+    return prompts, shortened
 
 
 # Prompts of untuned models
@@ -289,7 +358,7 @@ def encode_baseline(
     examples: Sequence[tuple[str, str]],
     context: int,
     args: argparse.Namespace,
-) -> tuple[list[list[int]], dict[str, int]]:
+) -> tuple[TokenRows, dict[str, int]]:
     """The prompts of an untuned model and what was cut: {"texts", "examples", "example_tokens"}.
 
     A text is first shortened as fine-tuning shows it, so that all methods read the same; then the examples
@@ -299,25 +368,29 @@ def encode_baseline(
     special, budget = special_tokens(tokenizer), context - args.max_new_tokens
     labels = [defuse(label, special) for label in labels]
 
-    def views(texts: Sequence[str]) -> list[tuple[str, bool, list[int]]]:
+    def views(texts: Sequence[str]) -> list[tuple[str, bool]]:
         rooms = [args.max_new_tokens] * len(texts)
-        return fit_tuning(tokenizer, args.task, texts, rooms, args.max_seq_length)
+        fitted = fit_tuning(tokenizer, args.task, texts, rooms, args.max_seq_length)
+        return [(text, cut) for text, cut, _ in fitted]
 
     def write(text: str, shown: Sequence[tuple[str, str]]) -> str:
         return in_chat(tokenizer, build_prompt(args.task, args.prompt_type, text, labels, shown), args)
 
     queries, cut = views(texts), {"examples": 0, "example_tokens": 0}
-    kept = [text for text, _, _ in queries]
+    kept = [text for text, _ in queries]
     answers = [defuse(answer, special) for _, answer in examples]
     shown = [
         (text, answer)
-        for (text, _, _), answer in zip(views([text for text, _ in examples]), answers, strict=True)
+        for (text, _), answer in zip(views([text for text, _ in examples]), answers, strict=True)
     ]
     if shown:
         # A text's tokens change a little at its borders; what that takes comes off the query below.
         room = budget - len(prompt_ids(tokenizer, write("", [("", answer) for answer in answers])))
         longest = max(map(len, batched(tokenizer, kept)))
         shown, cut = shorten_examples(tokenizer, shown, room - min(longest, room // 2))
+    prompts, cut["texts"] = TokenRows(), 0
     fitted = fit(tokenizer, kept, lambda text: write(text, shown), [budget] * len(kept))
-    cut["texts"] = sum(first or then for (_, first, _), (_, then, _) in zip(queries, fitted, strict=True))
-    return [ids for _, _, ids in fitted], cut
+    for (_, first), (_, then, ids) in zip(queries, fitted, strict=True):
+        prompts.append(ids)
+        cut["texts"] += first or then
+    return prompts, cut

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 from study.errors import UserError
 
@@ -52,19 +53,25 @@ def is_lfs_pointer(head: bytes) -> bool:
 
 
 def read_file(path: Path, flag: str, columns: Columns, delimiter: str | None = None) -> Iterator[Row]:
-    """The rows of one local file, of CSV with `delimiter` or the one that its header has. Raises UserError,
-    naming the line where there is one."""
-    content, suffix, where = content_of(path, flag), bare_suffix(path), f"{flag} {path}"
+    """The rows of one local file, of CSV with `delimiter` or the one that its header has; JSON lines and CSV
+    are never held as a whole text. Raises UserError, naming the line where there is one."""
+    suffix = bare_suffix(path)
     if suffix == ".parquet":
-        return read_parquet(content, where, columns)
-    text = decoded(content, where)
+        return read_parquet(content_of(path, flag), f"{flag} {path}", columns)
+    refuse_no_file(path, flag)
     if suffix not in DELIMITERS:
-        return read_json(text, where, columns)
-    return read_csv(text, where, columns, delimiter or DELIMITERS[suffix])
+        return read_json(path, flag, columns)
+    return read_csv(path, flag, columns, delimiter or DELIMITERS[suffix])
 
 
 def content_of(path: Path, flag: str) -> bytes:
     """What a file of one of our formats holds, unpacked."""
+    refuse_no_file(path, flag)
+    with opened(path, flag) as file:
+        return file.read()
+
+
+def refuse_no_file(path: Path, flag: str) -> None:
     where = f"{flag} {path}"
     if path.is_dir():
         mend = "" if flag == "--predict_file" else ", or the folder by --dataset"
@@ -72,11 +79,20 @@ def content_of(path: Path, flag: str) -> bytes:
     if not path.is_file():
         raise UserError(f"{where}: there is no such file")
     refuse_other_formats(path, flag)
+
+
+@contextlib.contextmanager
+def opened(path: Path, flag: str) -> Iterator[BinaryIO]:
+    """A file to read, unpacked. Raises UserError where it can't be read, then or later."""
+    where = f"{flag} {path}"
     try:
-        content = path.read_bytes()
-        if is_lfs_pointer(content):
-            raise UserError(f"{where} is a Git LFS pointer, not the file itself: fetch it with git lfs pull")
-        return gzip.decompress(content) if path.suffix == ".gz" else content
+        with open(path, "rb") as packed:
+            if is_lfs_pointer(packed.read(64)):
+                raise UserError(
+                    f"{where} is a Git LFS pointer, not the file itself: fetch it with git lfs pull"
+                )
+            packed.seek(0)
+            yield gzip.GzipFile(fileobj=packed) if path.suffix == ".gz" else packed
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{where} is damaged or half-written ({error}): fetch or write it again") from None
     except OSError as error:
@@ -92,8 +108,7 @@ def decoded(content: bytes, where: str) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{where} line {line} is not UTF-8 text: save it as UTF-8") from None
+        raise not_utf8(where, content.count(b"\n", 0, error.start) + 1) from None
 
 
 def named(columns: Columns) -> list[str]:
@@ -117,19 +132,35 @@ def no_column(column: str, names: Iterable, columns: Columns, where: str) -> Use
     return UserError(f'{where} has no column "{column}" but {have:.300}: name it by {", ".join(columns)}')
 
 
-def read_json(text: str, where: str, columns: Columns) -> Iterator[Row]:
+def lines_of(path: Path, flag: str) -> Iterator[tuple[int, str]]:
+    """The lines of a text, by number from 1."""
+    with opened(path, flag) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield number, line.removesuffix(b"\n").decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError:
+                raise not_utf8(f"{flag} {path}", number) from None
+
+
+def not_utf8(where: str, line: int) -> UserError:
+    return UserError(f"{where} line {line} is not UTF-8 text: save it as UTF-8")
+
+
+def read_json(path: Path, flag: str, columns: Columns) -> Iterator[Row]:
     """The rows of JSON lines, of an array, or of objects one behind the other, over whatever lines."""
-    kind, values = json_values(text, where)
+    where, (kind, values) = f"{flag} {path}", json_values(path, flag)
     if len(values) == 1 and isinstance(values[0][1], list):
         kind, values = "row", list(enumerate(values[0][1], 1))
-    for number, row in values:
+    count, values = len(values), values[::-1]
+    while values:  # each is given up as it goes, so that its texts are not held twice
+        number, row = values.pop()
         place = f"{where} {kind} {number}"
         if not isinstance(row, dict):
             raise UserError(f'{place} is not a JSON object such as {{"text": ..., "label": ...}}')
         twice = [column for column in named(columns) if column in getattr(row, "twice", ())]
         if twice:
             raise UserError(f'{place} has the key "{twice[0]}" twice: leave one of them')
-        held = [f'{count:,} under "{key}"' for key, count in held_rows(row)] if len(values) == 1 else []
+        held = [f'{count:,} under "{key}"' for key, count in held_rows(row)] if count == 1 else []
         if held and not all(column in row for column in named(columns)):
             raise UserError(
                 f"{where} is one JSON object that holds rows, {', '.join(held)}: save the rows alone, as an "
@@ -138,17 +169,19 @@ def read_json(text: str, where: str, columns: Columns) -> Iterator[Row]:
         yield number, row
 
 
-def json_values(text: str, where: str) -> tuple[str, list[tuple[int, object]]]:
+def json_values(path: Path, flag: str) -> tuple[str, list[tuple[int, object]]]:
     """Every JSON value of a text, numbered by its "line" where each line is one, or else as a "row"."""
+    where = f"{flag} {path}"
     decoder = json.JSONDecoder(object_pairs_hook=json_object, parse_int=json_integer)
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     values: list[tuple[int, object]] = []
     try:
-        for number, line in lines:
-            values.append((number, decoder.decode(line)))
+        for number, line in lines_of(path, flag):
+            if line.strip():
+                values.append((number, decoder.decode(line)))
         return "line", values
     except (ValueError, RecursionError) as error:
         reason = f"{where} line {number} {not_json(error)}"
+    text = decoded(content_of(path, flag), where)
     try:
         return "row", list(enumerate(json_stream(text, decoder), 1))
     except (ValueError, RecursionError) as error:
@@ -173,7 +206,7 @@ def not_json(error: Exception) -> str:
 
 
 def json_object(pairs: list[tuple[str, object]]) -> dict:
-    row = dict(pairs)
+    row = {sys.intern(name): value for name, value in pairs}  # which a million rows share
     if len(row) < len(pairs):
         row = Repeating(row)
         row.twice = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
@@ -204,11 +237,21 @@ def delimiter_of(text: str, candidates: str, columns: Columns) -> str:
     return max(candidates, key=fits)
 
 
-def read_csv(text: str, where: str, columns: Columns, delimiters: str) -> Iterator[Row]:
+def read_csv(path: Path, flag: str, columns: Columns, delimiters: str) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
+    where, as_text = f"{flag} {path}", {"encoding": "utf-8-sig", "newline": ""}
     try:
-        mark = delimiter_of(text, delimiters, columns)
-        rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
+        with opened(path, flag) as file:
+            mark = delimiter_of(io.TextIOWrapper(file, **as_text).read(65536), delimiters, columns)
+        with opened(path, flag) as file:
+            yield from csv_rows(io.TextIOWrapper(file, **as_text), where, columns, mark)
+    except UnicodeDecodeError:
+        decoded(content_of(path, flag), where)  # says which line
+
+
+def csv_rows(text: Iterable[str], where: str, columns: Columns, mark: str) -> Iterator[Row]:
+    try:
+        rows = csv.DictReader(text, delimiter=mark, strict=True)
         if rows.fieldnames:
             check_columns(rows.fieldnames, columns, where)
         for number, row in enumerate(rows, 1):

@@ -7,7 +7,6 @@ processes each answers its share of the prompts.
 
 import contextlib
 import glob
-import hashlib
 import importlib.util
 import json
 import time
@@ -20,12 +19,12 @@ from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from study import checks, device, processes
 from study.device import Process
-from study.encoding import sha256_of
 from study.errors import UserError, is_out_of_memory
 from study.fast import decoder, self_check
 from study.files import write_text
 from study.model import base_of, four_bit_layers, merge, should_merge
 from study.packing import common_prefix
+from study.tokens import Chosen, largest_of, lengths_of, longest_first, sha256_of
 
 AUTO_EXAMPLES = 256
 
@@ -81,8 +80,7 @@ class KeptAnswers:
         self.began = time.monotonic()
         if not self.folder:
             return
-        what = [self.run, prompts, "tokens, confidence"]
-        same = hashlib.sha256(json.dumps(what).encode()).hexdigest()
+        same = sha256_of([self.run, prompts, "tokens, confidence"])
         if self.process.main:
             self.take_over(same, how, len(prompts))
             self.begin(f"{same} {how}\n")
@@ -172,12 +170,13 @@ def generate(
         )
     kept = kept or KeptAnswers(Process("generate"))
     ends = stop_tokens(model, tokenizer)
-    checks.refuse_unknown_tokens(base_of(model), tokenizer, [ends[:1], *prompts, *(allowed or [])])
+    written = [ends[:1], [largest_of(prompts)], *(allowed or [])]
+    checks.refuse_unknown_tokens(base_of(model), tokenizer, written)
     allowed = allowed and with_all_ends(allowed, ends)
     model, slow, how = made_ready(model, prompts, merging)
     kept.resume(prompts, how)
     answer = fast_answers if slow is None else plain_answers
-    left = share({i: prompt for i, prompt in enumerate(prompts) if i not in kept.answers}, max_new_tokens)
+    left = share(prompts, [i for i in range(len(prompts)) if i not in kept.answers], max_new_tokens)
     most = None if batch_size == "auto" else batch_size
     for index, found in answer(model, left, max_new_tokens, ends, allowed, most) if left else ():
         kept.add(index, found)
@@ -185,12 +184,15 @@ def generate(
     return in_order(tokenizer, prompts, kept, how, ends)
 
 
-def share(prompts: dict[int, list[int]], new: int) -> dict[int, list[int]]:
-    """Those of `prompts` that this process answers: of all lengths, and of as many tokens as the others', of
-    which each reads what all prompts begin with once."""
-    indices, shared = list(prompts), common_prefix([*prompts.values()]) if prompts else 0
-    mine = processes.mine([len(prompts[i]) - shared + new for i in indices])
-    return {indices[i]: prompts[indices[i]] for i in mine}
+def share(prompts: Sequence[list[int]], left: Sequence[int], new: int) -> Chosen:
+    """Those of the prompts `left` that this process answers: of all lengths, and of as many tokens as the
+    others', of which each reads what all prompts begin with once."""
+    if processes.count() == 1:
+        return Chosen(prompts, left)
+    chosen, lengths = Chosen(prompts, left), lengths_of(prompts)
+    shared = common_prefix(chosen.values()) if left else 0
+    mine = processes.mine([lengths[i] - shared + new for i in left])
+    return Chosen(prompts, (left[i] for i in mine))
 
 
 def made_ready(model, prompts: Sequence[list[int]], merging: str) -> tuple:
@@ -220,7 +222,7 @@ def in_order(
     confidences = [confidence for _, confidence in answers]
     return Answers(
         texts=[tokenizer.decode(ids, skip_special_tokens=True) for ids, _ in answers],
-        input_tokens=sum(map(len, prompts)),
+        input_tokens=sum(lengths_of(prompts)),
         output_tokens=sum(len(ids) for ids, _ in answers),
         seconds=kept.spent(),
         earlier_seconds=kept.wall_seconds,
@@ -264,17 +266,17 @@ def why_generate(model) -> str | None:
     return self_check.attempt(lambda: decoder.why_not(model))
 
 
-def fast_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, allowed, most) -> Iterator:
+def fast_answers(model, prompts: Chosen, max_new_tokens, ends, allowed, most) -> Iterator:
     """(index, answer) of each of `prompts`, by the fast path in what memory is free."""
     from study.fast import decode
 
-    left, engine = dict(prompts), decode.Engine(model)
+    left, engine = Chosen(prompts.rows, prompts), decode.Engine(model)
     given = engine.memory = 0.92 * device.free_memory()
     while left:
         try:
             for index, answer in engine.answers(left, max_new_tokens, ends, allowed, most):
                 yield index, answer
-                left.pop(index)
+                del left.numbers[index]
         except RuntimeError as error:
             engine.memory /= 2
             if not is_out_of_memory(error) or engine.memory <= 0.05 * given:  # both may be 0
@@ -287,12 +289,10 @@ def fast_answers(model, prompts: dict[int, list[int]], max_new_tokens, ends, all
         print("out of memory: going on with half of it", flush=True)
 
 
-def plain_answers(
-    model, prompts: dict[int, list[int]], max_new_tokens, ends, allowed, most, write=None
-) -> Iterator:
+def plain_answers(model, prompts: Chosen, max_new_tokens, ends, allowed, most, write=None) -> Iterator:
     """The same by transformers' `generate`, in batches of like length; `write` stands for continue_batch."""
     write = write or continue_batch
-    order = sorted(prompts, key=lambda i: -len(prompts[i]))  # the longest first: too large shows at once
+    order = longest_first(prompts)  # too large shows at once
     size = most or AUTO_EXAMPLES
     while order:
         room = fitting(model, len(prompts[order[0]]) + max_new_tokens)

@@ -10,19 +10,15 @@ LAUNCH=${LAUNCH:-python} # the command in front of each script, e.g. "accelerate
 trap 'exit 130' INT # a launcher of several processes ends otherwise, and the loop would go on
 cells=()
 evaluations=() # the record of each cell's scoring
-declare -A checked=()
+asked=() # of a dry run: the questions to study/dry_run.py
 failed=()
 left=()
 count=0
-unknown=0
-total=(0 0) # estimated seconds and USD
-each=(0 0)  # those of all cells one by one
 waiting=()  # folders of the cells that wait to be scored by $scorer, with their flags, quoted, and how they stood
 waiting_flags=()
 waiting_state=()
 scorer=
 owed=0      # estimated seconds of their scoring
-loaded=     # in a dry run: a cell before has paid for loading
 row=        # how the training went that serves the cells that follow: trained, failed or empty for none
 budget=(inf inf)
 dry_run=
@@ -64,20 +60,17 @@ while (($#)); do
 done
 set -- "${flags[@]}"
 
-look_up() { # look_up SCRIPT FLAG...: sets state, folder, evaluation (its record), seconds, usd, those of its training and those that a loaded base saves
-  local found about=$1 known=1
-  if [[ $dry_run ]]; then # reads the data for the first cell of each script and task; else the scripts do so themselves
-    [[ ! "$*" =~ --task_type\ [a-z]+ ]] || about+=" ${BASH_REMATCH[0]}"
-    known=${checked[$about]:-}
-    checked[$about]=1
-  fi
-  found=$(PYTHONIOENCODING=utf-8 DATA_CHECKED=$known python "$@" --dry_run) || return
+ask() { asked+=("$@" $'\x1e'); } # ask WHAT [WORD...]: a process for each cell would take most of a dry run's time
+
+look_up() { # look_up SCRIPT FLAG...: sets state, folder, evaluation (its record), seconds, usd, and the seconds of its training
+  local found
+  found=$(PYTHONIOENCODING=utf-8 DATA_CHECKED=1 python "$@" --dry_run) || return # the scripts read the data themselves
   if [[ ! $price ]]; then # once for all cells
     price=$(grep '^price ' <<<"$found" || true)
     [[ ! $price ]] || echo "$price"
   fi
   evaluation=$(sed -n '$!s/^[^>]* -> //p' <<<"$found" | tail -n 1)
-  IFS=$'\t' read -r state folder seconds usd training_seconds training_usd saved_seconds saved_usd <<<"${found##*$'\n'}"
+  IFS=$'\t' read -r state folder seconds usd training_seconds _ <<<"${found##*$'\n'}"
 }
 
 fail() { # fail HOW SCRIPT FLAG...: name the failed cell, and leave a record of it where the script left none
@@ -87,7 +80,6 @@ fail() { # fail HOW SCRIPT FLAG...: name the failed cell, and leave a record of 
 
 leave_failure() { # leave_failure HOW SCRIPT FLAG...; what it can't record is named at the end alone
   local left_in
-  [[ ! $dry_run ]] || return 0
   left_in=$(CELL_FAILED=$1 PYTHONIOENCODING=utf-8 python "${@:2}" --dry_run 2>/dev/null) || return 0
   cells+=("${left_in##*$'\n'}")
 }
@@ -141,14 +133,6 @@ calibrate() { # a short run of the cell's scripts in a hidden folder, so that th
   fi
 }
 
-add() { # add SUMS SECONDS USD: to both sums; a "?" makes the second unknown
-  local -n sums=$1
-  mapfile -t sums < <(awk -v a="${sums[0]}" -v b="${sums[1]}" -v s="$2" -v usd="$3" \
-    'BEGIN { print a + s; print (b == "?" || usd == "?") ? "?" : b + usd }')
-}
-
-less() { add "$1" "-$2" "${3/#[0-9]/-&}"; } # less SUMS SECONDS USD
-
 within_budget() { # within_budget FLAG...: 0 where the run that look_up has found may be spent, 2 where it exceeds the budget
   [[ "${budget[*]}" != "inf inf" && $state != finished ]] || return 0
   [[ $seconds != '?' || ${left[*]} ]] || calibrate "$@" || return 1
@@ -168,8 +152,8 @@ scored_since() { [[ $(find "$2" -maxdepth 1 -name 'eval*.json' -newer "$1" 2>/de
 
 score_waiting() { # score_waiting FLAG...: all cells that wait, with the flags that they share
   local i list flags status=0 before=${#failed[@]}
-  local state folder evaluation seconds usd training_seconds training_usd saved_seconds saved_usd
-  loaded=
+  local state folder evaluation seconds usd training_seconds
+  [[ ! $dry_run ]] || ask score
   ((${#waiting[@]})) || return 0
   printf '\nscoring %s\n' "${waiting[*]}"
   list=$(mktemp)
@@ -214,9 +198,9 @@ score_one_by_one() { # score_one_by_one FILE FLAG...: those of the cells that wa
 }
 
 score_best() { # score_best FLAG...: the cell that is best on the validation split, on the test split
-  local folder best found state evaluation seconds usd training_seconds training_usd saved_seconds saved_usd
+  local folder best found state evaluation seconds usd training_seconds
   if [[ $dry_run ]]; then
-    printf '\nand the best on the validation split will be scored on the test split, which is not in the sum\n'
+    ask best
     return
   fi
   if ((${#left[@]} + ${#failed[@]})); then
@@ -241,20 +225,21 @@ score_best() { # score_best FLAG...: the cell that is best on the validation spl
 }
 
 train_row() { # train_row "EPOCHS..." SCRIPT SCORER -- FLAG...: in one training all cells that differ in --epochs alone
-  local scripts=("$2" "$3") trainer=$2 state folder evaluation seconds usd training_seconds training_usd saved_seconds saved_usd every flags
+  local scripts=("$2" "$3") trainer=$2 state folder evaluation seconds usd training_seconds every flags
+  row=
+  [[ ! $dry_run ]] || ask row
+  [[ $1 == *[[:space:]]* ]] || return 0
   mapfile -t every < <(tr ' ' '\n' <<<"$1" | sort -nu)
   shift 4
-  row=
   ((${#every[@]} > 1)) || return 0
   flags=(--epochs "${every[-1]}" --also_epochs "${every[@]::${#every[@]}-1}" "$@")
-  checked[$trainer]=1 # the first cell's look-up reads the data
+  if [[ $dry_run ]]; then
+    ask row "$trainer" "${flags[@]}"
+    return
+  fi
   look_up "$trainer" "${flags[@]}" || return 0 # the cells say why
   [[ $state != finished ]] || return 0
   row=trained
-  if [[ $dry_run ]]; then
-    [[ $seconds == '?' ]] || add total "$seconds" "$usd"
-    return
-  fi
   within_budget --epochs "${every[-1]}" "$@" || {
     (($? == 2)) && row= && return 0 # the cells say so, and the shortest may fit
     row=failed
@@ -267,13 +252,18 @@ train_row() { # train_row "EPOCHS..." SCRIPT SCORER -- FLAG...: in one training 
 }
 
 cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last script is the one that scores
-  local scripts=() state folder evaluation seconds usd training_seconds training_usd saved_seconds saved_usd status
+  local scripts=() shares=${together:-} state folder evaluation seconds usd training_seconds status
   while [[ $1 != -- ]]; do
     scripts+=("$1")
     shift
   done
   shift
   count=$((count + 1))
+  if [[ $dry_run ]]; then
+    [[ ${#scripts[@]} == 1 ]] || shares=1 # with others, once each is trained
+    ask cell "$shares" "${scripts[-1]}" "$@"
+    return
+  fi
   printf '\n[%d] %s\n' "$count" "$*"
   look_up "${scripts[-1]}" "$@" || {
     status=$?
@@ -282,23 +272,6 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
     return 0
   }
   cells+=("$folder") evaluations+=("$evaluation")
-  if [[ $dry_run ]]; then
-    printf '%s  %s' "$state" "$folder"
-    [[ $state == finished ]] || printf '  %s' "$(say_estimate "$seconds" "$usd")"
-    printf '\n'
-    if [[ $seconds == '?' ]]; then
-      unknown=$((unknown + 1))
-    else
-      add each "$seconds" "$usd"
-      add total "$seconds" "$usd"
-      [[ ! $row ]] || less total "$training_seconds" "$training_usd"
-      if [[ $state != finished && (${#scripts[@]} == 2 || ${together:-}) ]]; then
-        [[ ! $loaded ]] || less total "$saved_seconds" "$saved_usd"
-        loaded=1
-      fi
-    fi
-    return
-  fi
   if [[ $row == failed && $state != finished && $state != trained ]]; then
     fail "its training failed" "${scripts[-1]}" "$@"
     return 0
@@ -326,20 +299,18 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
 }
 
 finish() { # print the table of all cells and name those that failed or are left
-  printf '\n'
   local report=0 folder path recorded=()
+  if [[ $dry_run ]]; then
+    printf '%s\0' "${asked[@]}" | PYTHONPATH=$root PYTHONIOENCODING=utf-8 python -m study.dry_run
+    exit
+  fi
+  printf '\n'
   for folder in "${cells[@]}"; do
     for path in "$folder"/train.json "$folder"/eval*.json; do
       [[ ! -e $path ]] || { recorded+=("$folder") && break; }
     done
   done
-  if [[ $dry_run ]]; then
-    ((unknown < count)) || total=('?' '?') each=('?' '?')
-    printf 'in all: %s, %d cells' "$(say_estimate "${total[@]}")" "$count"
-    [[ "${each[*]}" == "${total[*]}" ]] || printf ' (one by one: %s)' "$(say_estimate "${each[@]}")"
-    ((unknown == 0)) || printf ', %d of them without an estimate: no earlier run of that model, task and device' "$unknown"
-    printf '\n'
-  elif ((${#recorded[@]})); then
+  if ((${#recorded[@]})); then
     PYTHONPATH=$root python -m study.report "${recorded[@]}" || report=$?
   fi
   if ((${#left[@]})); then

@@ -24,10 +24,7 @@ class Answers:
     def __init__(self, classes: int, references: np.ndarray, answers: np.ndarray):
         self.classes, self.references, self.answers = classes, references, answers
         self.right = references == answers
-        self.one_hot = np.eye(classes + 1)[:, :-1]  # the last row, which is number -1, is of no class
-        self.columns = self.one_hot[references], self.one_hot[answers]  # [examples, classes]
-        self.hits = self.columns[0] * self.columns[1]
-        self.counts = tuple(column.sum(axis=0) for column in (self.hits, *self.columns))
+        self.counts = tuple(counted(of, classes) for of in (references[self.right], references, answers))
 
     def scores(self) -> dict[str, float]:
         """Accuracy, micro, macro and weighted F1, and the share of invalid answers, which count as wrong.
@@ -84,7 +81,9 @@ class Answers:
     def macro_f1_after(self, other: "Answers"):
         """Of swaps [repetitions, examples] the difference in macro F1 to `other`, where each example that is
         swapped has the other's answer."""
-        more = other.hits - self.hits, other.columns[1] - self.columns[1]
+        one_hot = np.eye(self.classes + 1)[:, :-1]  # the last row, which is number -1, is of no class
+        true, ours, theirs = (one_hot[of] for of in (self.references, self.answers, other.answers))
+        more = true * theirs - true * ours, theirs - ours  # [examples, classes]
         base = self.counts[1]
 
         def change(swaps: np.ndarray) -> np.ndarray:
@@ -106,6 +105,15 @@ class Summaries:
 
     def values(self) -> dict[str, np.ndarray]:
         return self.columns
+
+
+def counted(numbers: np.ndarray, classes: int) -> np.ndarray:
+    """How often each class is named, [classes], as floats. Raises ValueError for a number that is neither -1,
+    of no class, nor below `classes`."""
+    counts = np.bincount(numbers + 1, minlength=classes + 1)
+    if len(counts) > classes + 1:
+        raise ValueError(f"a class has the number {numbers.max()}, of {classes}")
+    return counts[1:].astype(float)
 
 
 def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
@@ -201,22 +209,30 @@ def examples_of(per_example: dict) -> Answers | Summaries:
     """Of what a record says of each example."""
     if "answers" not in per_example:
         return Summaries({name: np.array(per_example[name], dtype=float) / 100 for name in ROUGE})
-    named = [-1 if answer is None else answer for answer in per_example["answers"]]
+    named = per_example["answers"]
+    if None in named:
+        named = [-1 if answer is None else answer for answer in named]
     return Answers(len(per_example["classes"]), np.array(per_example["references"]), np.array(named))
 
 
 def metrics_of(per_example: dict) -> dict[str, dict]:
     """Each metric's `value` and `ci95` in percent, null where that can't be trusted; of macro F1 also how
     many `classes` it is over."""
-    examples, found = examples_of(per_example), {}
-    values = examples.values()
-    for name, value in examples.scores().items():
+    examples = examples_of(per_example)
+    found, values = points_of(examples), examples.values()
+    for name, metric in found.items():
         ends = interval_of(name, values[name][None])
-        found[name] = {"value": float(100 * value), "ci95": None if ends is None else list(ends)}
+        metric["ci95"] = None if ends is None else list(ends)
+    if isinstance(examples, Answers) and not examples.trusted():
+        found["macro_f1"]["ci95"] = None
+    return found
+
+
+def points_of(examples: Answers | Summaries) -> dict[str, dict]:
+    """The same without the intervals, which take most of the time."""
+    found = {name: {"value": float(100 * value)} for name, value in examples.scores().items()}
     if isinstance(examples, Answers):
         found["macro_f1"]["classes"] = examples.occurring()
-        if not examples.trusted():
-            found["macro_f1"]["ci95"] = None
     return found
 
 
@@ -228,14 +244,16 @@ def interval_of(
     return None if ends is None else (100 * float(ends[0]), 100 * float(ends[1]))
 
 
-def check(scored: dict, where: object) -> None:
-    """Raise UserError unless `per_example` of a record's `eval` has each example, and gives its metrics."""
+def check(scored: dict, where: object) -> Answers | Summaries:
+    """What came of each example, by `per_example` of a record's `eval`. Raises UserError unless that has each
+    of them, and gives its metrics."""
     per_example, number = scored["per_example"], scored["examples"]
     try:
         lengths = {len(column) for name, column in per_example.items() if name != "classes"}
         named = all(isinstance(label, str) for label in per_example.get("classes", []))
         sure = all(0 <= confidence <= 1 for confidence in per_example.get("confidences") or [])
-        found = metrics_of(per_example) if named and sure and lengths == {number} else {}
+        examples = examples_of(per_example)
+        found = points_of(examples) if named and sure and lengths == {number} else {}
         fits = all(
             abs(found[name]["value"] - metric["value"]) < 0.001
             and found[name].get("classes") == metric.get("classes")
@@ -245,6 +263,7 @@ def check(scored: dict, where: object) -> None:
         fits = False
     if not fits:
         raise UserError(f"{where}: its per_example does not give its metrics: --force redoes the run")
+    return examples
 
 
 def p_of_two(name: str, ours: dict, theirs: dict) -> float:

@@ -8,7 +8,7 @@ import hashlib
 import importlib.util
 import inspect
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
@@ -76,9 +76,12 @@ def split_to_fit(
     return groups
 
 
-def common_prefix(rows: Sequence[Sequence[int]]) -> int:
+def common_prefix(rows: Collection[Sequence[int]]) -> int:
     """How many tokens all rows begin with."""
-    first, last = min(rows), max(rows)
+    return common_beginning(min(rows), max(rows))
+
+
+def common_beginning(first: Sequence[int], last: Sequence[int]) -> int:
     shorter = min(len(first), len(last))
     return next((i for i in range(shorter) if first[i] != last[i]), shorter)
 
@@ -94,7 +97,8 @@ def shared_prefix(examples: Sequence[Example], loss_on: str) -> int:
     """How many tokens that none learns all of several examples begin with; 0 where to compute them once is
     not worth it."""
     most = min(learned_places(example, loss_on).start for example in examples)
-    count = common_prefix([example.ids[:most] for example in examples])
+    first, last = (end(example.ids[:most] for example in examples) for end in (min, max))
+    count = common_beginning(first, last)
     return count if len(examples) > 1 and count >= SHARED_LEAST else 0
 
 

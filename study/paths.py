@@ -22,7 +22,7 @@ import torch
 
 from study import checks, device, processes, sharding
 from study.dropout import ByExample
-from study.encoding import Example
+from study.encoding import Example, lengths
 from study.errors import is_out_of_memory
 from study.fast import decoder, memory, self_check
 from study.packing import learned_places, loss_sum, shared_prefix, split_to_fit, step_rows
@@ -182,7 +182,7 @@ def plan_for(
 ) -> memory.Plan:
     if kept:
         return memory.Plan(kept["tokens"], kept["keep"], kept["on_host"])
-    longest = max(len(example.ids) for example in examples)
+    longest = max(lengths(examples))
     given = args.max_tokens_per_batch
     wanted = None if given == "auto" else max(longest, min(given, max(tokens)))
     torch.cuda.empty_cache()
@@ -204,7 +204,7 @@ def fit_memory(
     fit, with.
     """
     tokens, checkpointing = args.max_tokens_per_batch, args.gradient_checkpointing
-    longest = max(len(example.ids) for example in examples)
+    longest = max(lengths(examples))
     if where.type != "cuda" or (tokens != "auto" and checkpointing != "auto"):
         return (4096 if tokens == "auto" else tokens), checkpointing == "on"
     enough = max(longest, min(ENOUGH_TOKENS, args.batch_size * longest)) if tokens == "auto" else tokens
@@ -221,8 +221,9 @@ def tokens_that_fit(
     model, examples, loss_on: str, padded: bool, checkpointing: bool, where: torch.device
 ) -> int:
     """How many tokens one forward and backward pass can take, from the memory that a small one takes."""
-    group = sorted(examples, key=lambda example: len(example.ids))[-4:]
-    count = sum(len(example.ids) for example in group)
+    each = lengths(examples)
+    longest = sorted(range(len(examples)), key=each.__getitem__)[-4:]
+    group, count = [examples[i] for i in longest], sum(each[i] for i in longest)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -43,6 +43,7 @@ from study.model import (
     place_of,
     refuse_other_model,
 )
+from study.tokens import Chosen
 from study.training import save_adapter, save_whole
 
 
@@ -63,7 +64,7 @@ class Pair:
 
 def encode_prompts(tokenizer, task: str, texts: Sequence[str], max_seq_length: int) -> tuple[list, int]:
     """The encoder's inputs, of at most `max_seq_length` tokens, and how many texts were shortened to fit."""
-    fitted = encoding.fit_tuning(tokenizer, task, texts, [1] * len(texts), max_seq_length)
+    fitted = list(encoding.fit_tuning(tokenizer, task, texts, [1] * len(texts), max_seq_length))
     return [[*ids, tokenizer.eos_token_id] for _, _, ids in fitted], sum(cut for _, cut, _ in fitted)
 
 
@@ -399,7 +400,7 @@ def answer(model, tokenizer, prompts: Sequence[list[int]], args, kept) -> genera
     ends = generation.stop_tokens(model, tokenizer)
     how = f"plain generate, weights in {str(dtype()).removeprefix('torch.')}"
     kept.resume(prompts, how)
-    left = {i: prompt for i, prompt in enumerate(prompts) if i not in kept.answers}
+    left = Chosen(prompts, (i for i in range(len(prompts)) if i not in kept.answers))
     most = None if args.eval_batch_size == "auto" else args.eval_batch_size
     for index, answer in generation.plain_answers(
         model, left, args.max_new_tokens, ends, None, most, continue_batch

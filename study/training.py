@@ -25,10 +25,11 @@ from transformers.integrations import get_reporting_integration_callbacks
 
 from study import checks, device, paths, processes, resuming, sharding
 from study.device import Process
-from study.encoding import Example, sha256_of
+from study.encoding import ExampleRows, lengths
 from study.errors import UserError, is_out_of_memory
 from study.model import CONFIG, fingerprint
 from study.packing import choose_batching, learned_places, plan_steps, seed_of
+from study.tokens import sha256_of
 
 
 class PackedTrainer(Trainer):
@@ -233,7 +234,7 @@ def train(
     tokenizer,
     lora,
     training: TrainingArguments,
-    examples: list[Example],
+    examples: ExampleRows,
     args,
     folder: Path,
     run: dict,
@@ -245,17 +246,18 @@ def train(
 
     `run` says what is being trained ({"method", "config", "data", "prompt_sha256", "checkpoint"}); a
     checkpoint of the same run is resumed, one of another refused."""
-    checks.refuse_unknown_tokens(model, tokenizer, [example.ids for example in examples])
+    checks.refuse_unknown_tokens(model, tokenizer, [[examples.rows.largest()]])
     padded = choose_batching(model, args.attn_implementation, training.device)
     model = with_adapter(model, lora, args)
     steps = plan_steps(len(examples), args.batch_size, args.epochs, args.seed)
     warmup = warmup_steps(training.warmup_steps, len(examples), args.batch_size)
     run = run | {
-        "examples_sha256": sha256_of([[example.answer_start, example.ids] for example in examples]),
+        "examples_sha256": sha256_of(examples),
         "schedule": f"constant after a linear warm-up of {warmup} steps",
     }
     checkpoint, spent, history = resuming.resume(Path(training.output_dir), run, args, process)
-    tokens = [sum(len(examples[i].ids) for i in step) for step in steps]
+    each = lengths(examples)
+    tokens = [sum(each[i] for i in step) for step in steps]
     kept = resuming.kept_plan(checkpoint, args)
     path = paths.choose(model, examples, tokens, args, padded, kept, training)
     training.gradient_checkpointing = path.checkpointing

@@ -5,9 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from threading import Event
 
 import pytest
 
@@ -54,58 +52,28 @@ def real_data() -> Path:
     return Path(folder)
 
 
-# Programs of some minutes (`BESIDE` of a test module) run one at a time beside the tests, which take a core,
-# and two at a time once the tests only wait for them.
-QUEUE, ONLY_WAITING, PROGRAMS = ThreadPoolExecutor(2), Event(), {}
 # Triton's kernels on the CPU: chosen at import, so in a process of its own.
 INTERPRETED = "TRITON_INTERPRET=1"
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """The tests of what comes of these programs are the last."""
-    items.sort(key=lambda item: hasattr(item.module, "BESIDE"))
+    """Workers take files in this order. Those with programs of some minutes (`PROGRAMS`) begin, and the first
+    letters of the alphabet, which are short, end: then no worker is alone for long."""
+    items.sort(key=lambda item: item.path.name, reverse=True)
+    items.sort(key=lambda item: not hasattr(item.module, "PROGRAMS"))
 
 
-def pytest_collection_finish(session) -> None:
-    """Start the programs of the tests that will run."""
+def pytest_collection_finish() -> None:
     pass_over_libraries()
-    if session.config.option.collectonly:
-        return
-    modules = dict.fromkeys(item.module for item in session.items)
-    QUEUE.submit(ONLY_WAITING.wait)  # keeps one of the queue's two workers
-    # Those of test_kernel_checks take longest and begin; short ones fill what is left.
-    for module in reversed(modules):
-        for command in getattr(module, "BESIDE", ()):
-            start_beside(*command)
 
 
-def pytest_sessionfinish() -> None:
-    """What no test waits for any more is not begun."""
-    QUEUE.shutdown(wait=False, cancel_futures=True)
-    ONLY_WAITING.set()
-
-
-def start_beside(*command: str) -> Future:
-    if command not in PROGRAMS:
-        PROGRAMS[command] = QUEUE.submit(run_beside, command)
-    return PROGRAMS[command]
-
-
-def run_beside(command: tuple[str, ...]) -> subprocess.CompletedProcess:
+def run_program(*command: str) -> subprocess.CompletedProcess:
     """Python on the CPU; words like NAME=value before the program are its environment."""
     words = [word for word in command if "=" in word]
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env |= {"PYTHONPATH": str(ROOT)} | dict(word.split("=", 1) for word in words)
     program = [sys.executable, *command[len(words) :]]
     return subprocess.run(program, env=env, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-def ran_beside(*command: str) -> subprocess.CompletedProcess:
-    """What has come of a program that a test module names in BESIDE."""
-    started = start_beside(*command)
-    if not started.done():
-        ONLY_WAITING.set()
-    return started.result()
 
 
 def run_script(script: str, *flags: object, **options) -> subprocess.CompletedProcess:

@@ -15,7 +15,7 @@ from study.model import merge
 from tests.conftest import confidence_by_hand
 from tests.engine_cases import ALLOWED, ENDS, make_prompts
 from tests.exactness import llama, with_adapters
-from tests.mutations import remember_unpacked
+from tests.mutations import interpret_quickly
 
 SEATS = 4
 FEW = 6  # prompts with merged weights
@@ -85,7 +85,7 @@ def after_another(engine: Continuous, prompts) -> list[list[int]]:
 
 
 def main() -> None:
-    remember_unpacked()
+    interpret_quickly()
     base = llama(hidden_size=nf4.PERMUTED_COLUMNS, intermediate_size=2 * nf4.PERMUTED_COLUMNS)
     tuned, draw = with_adapters(base, 4, 0.0).train(), random.Random(5)
     alike = make_prompts(20, (4, 11, 1, 23, 8, 2, 5, 9))

@@ -22,7 +22,7 @@ from study.fast.train import FusedModel
 from study.model import merge
 from study.packing import learned_places
 from tests.exactness import make_examples
-from tests.mutations import remember_unpacked
+from tests.mutations import interpret_quickly
 
 SIZES = {
     "vocab_size": 96,
@@ -395,7 +395,7 @@ def unlisted() -> list[str]:
 
 def main() -> None:
     results: dict = {}
-    remember_unpacked()
+    interpret_quickly()
     of_quantizations(results)
     quickly_unpacked()
     of_models(results)

@@ -15,7 +15,7 @@ from study.generation import follow_one_of, with_all_ends
 from study.model import merge
 from tests.conftest import confidence_by_hand
 from tests.exactness import llama, with_adapters
-from tests.mutations import remember_unpacked
+from tests.mutations import interpret_quickly
 
 ENDS = [7, 9, 79, 95]  # the last two come up in free answers
 NEW_TOKENS = 5
@@ -65,7 +65,7 @@ def multiply_error(sizes, width: int, rows: int) -> float:
 
 def main() -> None:
     # Train mode, without dropout: bitsandbytes would repack the weights of a layer in eval mode on the CPU.
-    remember_unpacked()
+    interpret_quickly()
     base = llama(hidden_size=nf4.PERMUTED_COLUMNS, intermediate_size=2 * nf4.PERMUTED_COLUMNS)
     tuned, results = with_adapters(base, 4, 0.0).train(), {}
     prompts = make_prompts(20, (4, 11, 1, 23, 8))

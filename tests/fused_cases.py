@@ -26,7 +26,7 @@ from tests.exactness import (
     truth,
     with_adapters,
 )
-from tests.mutations import remember_unpacked
+from tests.mutations import interpret_quickly
 
 
 def left_as_it_was(model, examples) -> dict[str, bool]:
@@ -86,7 +86,7 @@ def grouped(keep: str, examples) -> tuple:
 
 def main() -> None:
     base, results = llama(), {}
-    remember_unpacked()
+    interpret_quickly()
     examples, tokens = make_examples(TINY_LENGTHS, TINY["vocab_size"]), 36
     attention = copy.deepcopy(base.model.layers[0].self_attn)
     weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]

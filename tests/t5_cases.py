@@ -20,7 +20,7 @@ from study import t5
 from study.fast import t5 as fast_t5
 from study.fast import t5_kernels
 from study.fast.t5 import Packed
-from tests.mutations import Mutation, launch
+from tests.mutations import Mutation, interpret_quickly, launch
 
 SIZE = {"vocab_size": 61, "d_model": 40, "d_kv": 16, "d_ff": 48, "num_heads": 2, "num_layers": 1}
 KINDS = {
@@ -128,6 +128,7 @@ def self_checks() -> dict[str, str | None]:
 
 
 if __name__ == "__main__":
+    interpret_quickly()
     F.dropout = lambda x, *_: x  # drawn by torch, and anew each time
     fast_t5.ROUNDED = 32, 16
     found = {kind: case(kind) for kind in KINDS}

@@ -10,13 +10,13 @@ import re
 import tempfile
 
 import pytest
-from conftest import ROOT, ran_beside
+from conftest import ROOT, run_program
 
 pytest.importorskip("triton")
 
 
 CAPABILITIES = {"A10G": 86, "H100": 90}
-BESIDE = [
+PROGRAMS = [
     (f"TRITON_CACHE_DIR={tempfile.mkdtemp()}", "tests/compile_cases.py", str(capability))
     for capability in CAPABILITIES.values()
 ]
@@ -25,7 +25,7 @@ BESIDE = [
 @pytest.mark.parametrize("card", CAPABILITIES)
 def test_every_kernel_compiles(card):
     capability = CAPABILITIES[card]
-    done = ran_beside(*BESIDE[list(CAPABILITIES).index(card)])
+    done = run_program(*PROGRAMS[list(CAPABILITIES).index(card)])
     assert done.returncode == 0, done.stderr[-3000:]
     sources = [path.read_text() for path in (ROOT / "study" / "fast").glob("*.py")]
     kernels = {

@@ -7,19 +7,19 @@ import json
 import random
 
 import pytest
-from conftest import INTERPRETED, ran_beside
+from conftest import INTERPRETED, run_program
 
 pytest.importorskip("triton")
 from study.fast.continuous import Rows
 
-BESIDE = [(INTERPRETED, "tests/continuous_cases.py")]
+PROGRAMS = [(INTERPRETED, "tests/continuous_cases.py")]
 WEIGHTS = pytest.mark.parametrize("weights", ["4 bits", "merged"])
 
 
 @pytest.fixture(scope="module")
 def results():
     """Run every case of continuous_cases.py at once: its results by name."""
-    done = ran_beside(*BESIDE[0])
+    done = run_program(*PROGRAMS[0])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

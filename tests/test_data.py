@@ -861,7 +861,7 @@ def test_repeated_texts_are_listed_by_a_dry_run_of_a_classification_only(task, w
 def test_a_million_rows_are_searched_for_repeated_texts_in_seconds():
     examples = [(f"text {i % 900_000} of some words", "ab"[i % 2]) for i in range(1_000_000)]
     began = time.perf_counter()
-    assert len(data.find_repeated(examples)) == 100_000
+    assert len(data.find_repeated(data.Split("file", examples, []))) == 100_000
     assert time.perf_counter() - began < 20
 
 

@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from conftest import INTERPRETED, ran_beside
+from conftest import INTERPRETED, run_program
 
 from study import device
 
@@ -22,13 +22,13 @@ from study.fast.decode import Choices, Places, shared_prefix_of_prompts
 ANSWERS = [[5, 6, 7], [5, 6, 8, 7], [11, 7]]
 
 
-BESIDE = [(INTERPRETED, "tests/engine_cases.py")]
+PROGRAMS = [(INTERPRETED, "tests/engine_cases.py")]
 
 
 @pytest.fixture(scope="module")
 def results():
     """Run every case of engine_cases.py at once: its results by name."""
-    done = ran_beside(*BESIDE[0])
+    done = run_program(*PROGRAMS[0])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

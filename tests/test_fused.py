@@ -6,18 +6,18 @@ On the CPU, with Triton's interpreter, in a process of its own, since that is ch
 import json
 
 import pytest
-from conftest import INTERPRETED, ran_beside
+from conftest import INTERPRETED, run_program
 
 pytest.importorskip("triton")
 from study.fast.memory import KEEPS
 
-BESIDE = [(INTERPRETED, "tests/fused_cases.py")]
+PROGRAMS = [(INTERPRETED, "tests/fused_cases.py")]
 
 
 @pytest.fixture(scope="module")
 def errors():
     """Run every case of fused_cases.py at once: its results by name."""
-    done = ran_beside(*BESIDE[0])
+    done = run_program(*PROGRAMS[0])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import INTERPRETED, ROOT, ran_beside
+from conftest import INTERPRETED, ROOT, run_program
 
 from study import device
 
@@ -22,7 +22,7 @@ from study.fast.decode import shared_prefix_of_prompts
 from study.packing import shared_prefix
 
 MUTATIONS = Path(tempfile.mkdtemp()) / "mutations.json"
-BESIDE = [
+PROGRAMS = [
     (INTERPRETED, "-m", "tests.mutations", "--output", str(MUTATIONS)),
     (INTERPRETED, "tests/eligibility_cases.py"),
 ]
@@ -33,7 +33,7 @@ BESIDE = [
 
 @pytest.fixture(scope="module")
 def mutations() -> list[dict]:
-    done = ran_beside(*BESIDE[0])
+    done = run_program(*PROGRAMS[0])
     assert MUTATIONS.exists(), done.stderr[-3000:]
     return json.loads(MUTATIONS.read_text())["mutations"]
 
@@ -68,7 +68,7 @@ def test_every_kernel_is_broken_in_turn(mutations):
 
 @pytest.fixture(scope="module")
 def eligibility() -> dict:
-    done = ran_beside(*BESIDE[1])
+    done = run_program(*PROGRAMS[1])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

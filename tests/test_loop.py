@@ -10,12 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import INTERPRETED, PROCESS, ROOT, ran_beside
+from conftest import INTERPRETED, PROCESS, ROOT, run_program
 
 from study import loop
 from study.errors import UserError
 
-BESIDE = [(INTERPRETED, "tests/t5_cases.py")]
+PROGRAMS = [(INTERPRETED, "tests/t5_cases.py")]
 RECIPE = loop.Recipe(learning_rate=0.1, warmup=2, falls=False, weight_decay=0.01, max_grad_norm=1.0)
 RUN = {"method": "encoder", "data": {}, "examples_sha256": "0"}
 
@@ -154,7 +154,7 @@ def test_checkpoints_take_at_most_a_twentieth_of_the_time(tmp_path, monkeypatch)
 @pytest.fixture(scope="module")
 def t5_errors() -> dict:
     pytest.importorskip("triton")
-    done = ran_beside(*BESIDE[0])
+    done = run_program(*PROGRAMS[0])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -151,14 +151,14 @@ def test_bad_rows_are_named_by_their_lines_and_kept_with_null(run, tmp_path):
 @pytest.mark.parametrize("run", ["classification"], indirect=True)
 def test_a_killed_prediction_goes_on_and_ends_with_the_same_bytes(run, tmp_path):
     task, folder = run
-    file = write_rows(tmp_path / "new.jsonl", rows_of(task, 12))
-    whole, flags = tmp_path / "whole.jsonl", ("--eval_batch_size", 1, "--max_new_tokens", 20)
+    file = write_rows(tmp_path / "new.jsonl", rows_of(task, 10))
+    whole, flags = tmp_path / "whole.jsonl", ("--eval_batch_size", 1, "--max_new_tokens", 10)
     predicted(task, folder, file, *flags, "--predictions_file", whole)
     before = whole.read_bytes()
 
     def some_are_there() -> bool:
         kept = [*folder.glob(".predictions-*.answers.jsonl")]
-        return bool(kept) and kept[0].read_text().count("\n") > 3
+        return bool(kept) and kept[0].read_text().count("\n") > 2
 
     words = ("--experiment_dir", folder, "--predict_file", file, *flags)
     kill(start_until(some_are_there, f"llama2_{task}_inference.py", *words))
@@ -170,7 +170,7 @@ def test_a_killed_prediction_goes_on_and_ends_with_the_same_bytes(run, tmp_path)
     assert output_of(folder).read_bytes() == before
     assert not [*folder.glob(".predictions*")]
     again = predicted(task, folder, file, *flags)
-    assert again.startswith(f"finished   {output_of(folder)}\npredicted  12 texts")
+    assert again.startswith(f"finished   {output_of(folder)}\npredicted  10 texts")
     assert "finished\t" in predicted(task, folder, file, "--dry_run", *flags)
     record = Path(f"{output_of(folder)}.json")
     record.write_text(record.read_text().replace('"finished",', '"running",', 1))  # killed before its end

@@ -1605,7 +1605,7 @@ def test_between_settings_run_as_often_a_script_has_its_own_defaults(tmp_path):
     competitor(tmp_path / "other", "t5-lora", 70, "--tuning lora --epochs 9 --lora_r 8 --dropout 0.1", "t5")
     found, problems = find_runs([tmp_path])
     assert not problems
-    [run] = usual_runs(found, found[0].label)
+    [run] = usual_runs(found)
     assert (run.config["lora_r"], run.config["dropout"], run.config["epochs"]) == (16, 0.05, 5)
 
 

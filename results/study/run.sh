@@ -26,7 +26,7 @@ base() { # six minutes on one GPU
   for file in newsgroups_test:text samsum_{train,validation,test}:summary samsum_{validation,test}:dialogue; do
     not+=("$data/${file/:/.jsonl.gz:}")
   done
-  python demo/pretrain.py "$base" --texts "${of[@]}" --exclude "${not[@]}"
+  python demo/pretrain.py "$base" --passes 12 --dropout 0.2 --block 2048 --rows 32 --texts "${of[@]}" --exclude "${not[@]}"
 }
 
 choose() { # learning rate and epochs, on a tenth of the training posts that is held out, from a tenth of the others
@@ -80,8 +80,8 @@ serving() { # the classifier of all posts behind HTTP
 
 shapes() { # Llama-2's sizes with random weights: what training and scoring take
   local size
-  for size in 7b 13b; do
-    ./sample_ablate.sh --pretrained_ckpt "$shapes/$size" --epochs 1 --max_train_samples 1600 --max_eval_samples 1000 \
+  for size in ${SIZES:-7b 13b}; do
+    FRACTIONS=1.0 ./sample_ablate.sh --pretrained_ckpt "$shapes/$size" --epochs 1 --max_train_samples 1600 --max_eval_samples 1000 \
       "${posts[@]}" --output_dir results/study/experiments/shapes "$@"
   done
 }

@@ -9,7 +9,7 @@ merged where memory allows (study/model.py), or stay in 4 bits (nf4.py).
 import itertools
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +20,7 @@ from study.fast import cache, kernels, nf4
 from study.fast.decoder import head_size, linear_groups
 from study.model import base_of
 from study.packing import common_prefix, counting
+from study.tokens import longest_first
 
 # Chosen on an H200 with Llama-2-7B (benchmarks/results/inference-7b.json has the speed that came of it):
 GRAPH_MOST = 512  # examples up to which a step may be bound by its launches, and so becomes a graph
@@ -359,7 +360,7 @@ class Engine:
     @torch.inference_mode()
     def answers(
         self,
-        prompts: dict[int, list[int]],
+        prompts: Mapping[int, list[int]],
         max_new_tokens: int,
         ends: Sequence[int],
         allowed: Sequence[list[int]] | None = None,
@@ -370,9 +371,9 @@ class Engine:
 
         At most `most` examples are at work at once. Raises torch.OutOfMemoryError.
         """
-        waiting = deque(sorted(prompts, key=lambda index: -len(prompts[index])))
+        waiting = deque(longest_first(prompts))
         choices = Choices(allowed, self.embedding.device) if allowed else None
-        places = self.prepare(list(prompts.values()), max_new_tokens, choices, most or len(prompts))
+        places = self.prepare(prompts.values(), max_new_tokens, choices, most or len(prompts))
         shared = self.cache.shared
         print(f"{'':11}{shared:,} shared tokens, room for {self.idle_place - shared:,} others", flush=True)
         active: list[Running] = []
@@ -405,7 +406,7 @@ class Engine:
                 loaded = active
 
     def prepare(
-        self, prompts: Sequence[list[int]], max_new_tokens: int, choices: Choices | None, most: int
+        self, prompts: Collection[list[int]], max_new_tokens: int, choices: Choices | None, most: int
     ) -> Places:
         """Make the cache and read what all prompts begin with. Returns the places for what is their own."""
         shared, device = shared_prefix_of_prompts(prompts), self.embedding.device
@@ -416,7 +417,7 @@ class Engine:
         self.state = torch.zeros(7, self.most + 64, dtype=torch.long, device=device)
         self.shares = torch.ones(self.most + 64, device=device)  # of the last tokens in `state`
         if shared:
-            self.read([Running(-1, prompts[0][:shared], 0)])
+            self.read([Running(-1, next(iter(prompts))[:shared], 0)])
         self.cache.shared = shared
         return Places(shared, self.idle_place)
 
@@ -475,6 +476,6 @@ def listed(tokens: torch.Tensor, shares: torch.Tensor | None = None) -> list[tup
     )
 
 
-def shared_prefix_of_prompts(prompts: Sequence[list[int]]) -> int:
+def shared_prefix_of_prompts(prompts: Collection[list[int]]) -> int:
     """How many tokens all prompts begin with; each keeps one of its own."""
     return min(common_prefix(prompts), min(map(len, prompts)) - 1) if len(prompts) > 1 else 0

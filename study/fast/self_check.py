@@ -18,12 +18,13 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 
 from study import checks
-from study.encoding import Example
+from study.encoding import Example, lengths
 from study.errors import is_out_of_memory
 from study.fast.decoder import NAMES, linear_layers
 from study.model import base_of
 from study.packing import common_prefix, loss_sum, shared_prefix, split_to_fit
 
+MANY = 20_000  # examples, beyond which some must do
 SEED = 20_240_229  # of the adapters and of dropout
 STRENGTH = 0.25  # of an adapter beside its weight, in Frobenius norm: it matters, and doesn't drown the model
 
@@ -79,7 +80,16 @@ def training(model, fast, examples: Sequence[Example], loss_on: str) -> str | No
         errors = training_errors(model, fast, groups_of(some, fast.plan.tokens, loss_on), loss_on)
         return too_large(errors, fast.embedding.dtype)
 
-    return with_less(lambda some: attempt(lambda: check(some)), examples, lambda example: len(example.ids))
+    some = some_of(examples)
+    return with_less(lambda some: attempt(lambda: check(some)), some, lambda example: len(example.ids))
+
+
+def some_of(examples: Sequence[Example]) -> list[Example]:
+    """All of few examples; of many those at equal distances, beside the longest and the two shortest."""
+    each = lengths(examples)
+    order = sorted(range(len(examples)), key=each.__getitem__)
+    chosen = {*range(0, len(examples), -(-len(examples) // MANY)), order[-1], *order[:2]}
+    return [examples[i] for i in sorted(chosen)]
 
 
 @contextlib.contextmanager

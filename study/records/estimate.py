@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 
@@ -43,7 +44,7 @@ def say_dry_run(path: Path, args: argparse.Namespace, method: str, process: Proc
     left = (0,) * 6
     if state != "finished":
         cost.say_ambiguity(args, device.name())
-        left = estimate(args, method, path, training == "finished")
+        left = estimate(args, method, path, training == "finished", process.kept)
     print(state, path.parent, *("?" if number is None else f"{number:.6g}" for number in left), sep="\t")
 
 
@@ -90,27 +91,23 @@ def stands(path: Path, force: bool) -> str:
     return "not started" if force and state == "finished" else state
 
 
-def estimate(args: argparse.Namespace, method: str, path: Path, trained: bool) -> tuple[float | None, ...]:
+def estimate(
+    args: argparse.Namespace, method: str, path: Path, trained: bool, kept: dict | None = None
+) -> tuple[float | None, ...]:
     """Seconds and USD that the run of the record `path` takes, those of the training in it, where that is not
     finished, and those that it saves where another evaluation of the same process has loaded the base; None
-    where nothing tells."""
-    here = device.name()
+    where nothing tells. What earlier records tell is read once where it is `kept`."""
+    here, kept = device.name(), {} if kept is None else kept
     training, scoring, saved = (0.0, 0.0), (0.0, 0.0), (0.0, 0.0)
     if METHODS[method].trains and not trained:
-        before = earlier(args, here, "train", method)
-        training = priced(args, here, training_seconds(args, before), gpus_of(before, "train"))
+        before = earlier(args, here, "train", method, kept)
+        training = priced(args, here, training_seconds(args, before), before.gpus)
     if part_of(path) == "eval":
-        before = earlier(args, here, "eval", method)
-        gpus = gpus_of(before, "eval")
-        scoring = priced(args, here, evaluation_seconds(args, before), gpus)
-        saved = priced(args, here, loading_saved(before), gpus)
+        before = earlier(args, here, "eval", method, kept)
+        scoring = priced(args, here, evaluation_seconds(args, before), before.gpus)
+        saved = priced(args, here, before.loading_saved, before.gpus)
     whole = (None if None in parts else sum(parts) for parts in zip(training, scoring, strict=True))
     return (*whole, *training, *saved)
-
-
-def gpus_of(records: Sequence[dict], part: str) -> int:
-    """The most that a part of these took."""
-    return max((cost.gpus_of(run[part]) for run in records), default=1)
 
 
 def priced(args: argparse.Namespace, here: str, seconds: float | None, gpus: int) -> tuple:
@@ -121,79 +118,110 @@ def priced(args: argparse.Namespace, here: str, seconds: float | None, gpus: int
     return seconds, cost.usd(price, seconds)
 
 
-def earlier(args: argparse.Namespace, here: str, part: str, method: str) -> list[dict]:
+class Earlier:
+    """Finished records of one part, of the same model, task and method on the same device, and what they
+    tell: each figure computed once, however many runs are to be estimated from them."""
+
+    def __init__(self):
+        self.records: list[dict] = []
+        self.rows: dict[tuple, int | None] = {}  # of a split, by what names it
+
+    def median_of(self, measure: Callable[[dict], float], records: Sequence[dict] | None = None) -> float:
+        return median(map(measure, self.records if records is None else records))
+
+    @cached_property
+    def gpus(self) -> int:
+        """The most that one of them took."""
+        parts = (run.get("train") or run["eval"] for run in self.records)
+        return max(map(cost.gpus_of, parts), default=1)
+
+    @cached_property
+    def training(self) -> tuple[float, float]:
+        """Seconds for an example in an epoch, and of a training beside these."""
+        each = self.median_of(
+            lambda run: run["train"]["seconds"] / run["train"]["examples"] / run["config"].get("epochs", 1)
+        )
+        return each, self.median_of(lambda run: run["train"]["wall_seconds"] - run["train"]["seconds"])
+
+    @cached_property
+    def scoring(self) -> float:
+        """Seconds for an example."""
+        return self.median_of(lambda run: run["eval"]["seconds"] / run["eval"]["examples"])
+
+    @cached_property
+    def loading(self) -> tuple[float | None, float | None]:
+        """Seconds of an evaluation beside its decoding, where it has loaded its base, and where it found that
+        loaded; None where no record tells."""
+        parted: tuple[list, list] = [], []
+        for run in self.records:
+            parted["loaded_by" in run["eval"]].append(run)
+        beside = lambda run: run["eval"]["wall_seconds"] - run["eval"]["seconds"]
+        return tuple(self.median_of(beside, of) if of else None for of in parted)
+
+    @cached_property
+    def loading_saved(self) -> float:
+        """Seconds by which an evaluation is shorter that finds its base loaded; 0 where no record tells."""
+        own, shared = self.loading
+        return 0.0 if own is None or shared is None else max(0.0, own - shared)
+
+    def available(self, args: argparse.Namespace, split: str, flag: str) -> int | None:
+        """How many examples the split has that the flags name, as a record of it says."""
+        names = [flag, "dataset", *HELD_OUT]
+        if any(getattr(args, name) for name in HELD_OUT):
+            names.append("train_file")
+        asked = split, *((name, str(getattr(args, name))) for name in names)
+        if asked not in self.rows:
+            same = (
+                run
+                for run in self.records
+                if all(run["config"].get(name) == getattr(args, name) for name in names)
+            )
+            rows = (lookup(run, f"data.{split}.available") for run in same)
+            self.rows[asked] = next(filter(None, rows), None)
+        return self.rows[asked]
+
+
+def earlier(args: argparse.Namespace, here: str, part: str, method: str, kept: dict) -> Earlier:
     """The finished records in --output_dir of the same model, task and method, measured `here`."""
-    found = []
-    for path in sorted(Path(args.output_dir).rglob(PARTS[part].files)):
+    place = args.output_dir, part
+    if place not in kept:
+        kept[place] = read_earlier(Path(args.output_dir), part)
+    of = args.task, method, METHODS[method].model or args.pretrained_ckpt, here
+    return kept[place].setdefault(of, Earlier())
+
+
+def read_earlier(folder: Path, part: str) -> dict[tuple, Earlier]:
+    """The finished records of a part in a folder, by task, method, model and device."""
+    found: dict[tuple, Earlier] = {}
+    for path in sorted(folder.rglob(PARTS[part].files)):
         try:
             content = read_whole(path)
         except UserError:
             continue  # the report names it
-        key = (content["status"], content["task"], content["method"], content["model"])
-        model = METHODS[method].model or args.pretrained_ckpt
-        same = key == ("finished", args.task, method, model)
-        if same and (lookup(content, f"{part}.examples") or 0) > 0 and cost.measured_on(content) == here:
-            found.append(content)
+        if content["status"] == "finished" and (lookup(content, f"{part}.examples") or 0) > 0:
+            of = content["task"], content["method"], content["model"], cost.measured_on(content)
+            large = ("per_example", "loss_history")  # which are most of a record
+            measured = {name: value for name, value in content[part].items() if name not in large}
+            slim = {"config": content["config"], "data": content["data"], part: measured}
+            found.setdefault(of, Earlier()).records.append(slim)
     return found
 
 
-def training_seconds(args: argparse.Namespace, records: Sequence[dict]) -> float | None:
-    rows = available(args, records, "train", "train_file")
+def training_seconds(args: argparse.Namespace, before: Earlier) -> float | None:
+    rows = before.available(args, "train", "train_file")
     if rows is None:
         return None
     examples = min(rows, args.max_train_samples or rows) * args.train_sample_fraction
-    passes = examples * getattr(args, "epochs", 1)
-    each = median_of(
-        records,
-        lambda run: run["train"]["seconds"] / run["train"]["examples"] / run["config"].get("epochs", 1),
-    )
-    return passes * each + median_of(
-        records, lambda run: run["train"]["wall_seconds"] - run["train"]["seconds"]
-    )
+    each, beside = before.training
+    return examples * getattr(args, "epochs", 1) * each + beside
 
 
-def evaluation_seconds(args: argparse.Namespace, records: Sequence[dict]) -> float | None:
-    rows = available(args, records, args.split, f"{args.split}_file")
+def evaluation_seconds(args: argparse.Namespace, before: Earlier) -> float | None:
+    rows = before.available(args, args.split, f"{args.split}_file")
     if rows is None:
         return None
-    each = median_of(records, lambda run: run["eval"]["seconds"] / run["eval"]["examples"])
-    own, shared = by_loading(records)
-    return min(rows, args.max_eval_samples or rows) * each + loading_seconds(own or shared)
-
-
-def by_loading(records: Sequence[dict]) -> tuple[list[dict], list[dict]]:
-    """Evaluations that have loaded their base, and those that found it loaded."""
-    parted = [], []
-    for run in records:
-        parted["loaded_by" in run["eval"]].append(run)
-    return parted
-
-
-def loading_seconds(records: Sequence[dict]) -> float:
-    """Of an evaluation, beside its decoding."""
-    return median_of(records, lambda run: run["eval"]["wall_seconds"] - run["eval"]["seconds"])
-
-
-def loading_saved(records: Sequence[dict]) -> float:
-    """Seconds by which an evaluation is shorter that finds its base loaded; 0 where no record tells."""
-    own, shared = by_loading(records)
-    return max(0.0, loading_seconds(own) - loading_seconds(shared)) if own and shared else 0.0
-
-
-def median_of(records: Sequence[dict], measure: Callable[[dict], float]) -> float:
-    return median(map(measure, records))
-
-
-def available(args: argparse.Namespace, records: Sequence[dict], split: str, flag: str) -> int | None:
-    """How many examples the split has that the flags name, as a record of it says."""
-    names = [flag, "dataset", *HELD_OUT]
-    if any(getattr(args, name) for name in HELD_OUT):
-        names.append("train_file")
-    for content in records:
-        rows = lookup(content, f"data.{split}.available")
-        if rows and all(content["config"].get(name) == getattr(args, name) for name in names):
-            return rows
-    return None
+    own, shared = before.loading
+    return min(rows, args.max_eval_samples or rows) * before.scoring + (shared if own is None else own)
 
 
 def check_gpu_name(args: argparse.Namespace) -> None:

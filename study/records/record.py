@@ -91,12 +91,18 @@ def read(path: Path) -> dict | None:
 def read_whole(path: Path, part: str | None = None) -> dict | None:
     """A record, of a run that goes on what there is. Raises UserError for one that lacks what tables need of
     its `part`, or of the one that its name says."""
+    return read_standing(path, part)[0]
+
+
+def read_standing(path: Path, part: str | None = None) -> tuple[dict | None, str]:
+    """What `read_whole` gives, and the `status`, from one look at the file."""
     content = read(path)
-    if content is None or content["status"] != "finished":
+    state = state_of(path, content)
+    if state != "finished":
         content = read(beside(path)) or content
     if content is not None:
         schema.check(content, path, part)
-    return content
+    return content, state
 
 
 def finite(text: str) -> float:
@@ -112,7 +118,11 @@ def beside(path: Path) -> Path:
 
 def status(path: Path) -> str:
     """How a run stands: a record's status, "running", "unfinished" (begun, no record) or "not started"."""
-    content = read(path)
+    return state_of(path, read(path))
+
+
+def state_of(path: Path, content: dict | None) -> str:
+    """The `status` of the record `path`, which holds `content`."""
     if content and content["status"] == "finished":
         return "finished"
     if beside(path).exists():

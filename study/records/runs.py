@@ -6,6 +6,7 @@ Nothing here needs torch, so a look-up answers at once.
 import argparse
 import shlex
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from prompts import prompt_sha256
@@ -74,8 +75,15 @@ def predictions_beside(path: Path) -> Path:
 def defaults(args: argparse.Namespace) -> dict:
     """The flags of the same script as nobody has changed them."""
     kind = getattr(args, "kind", "prompt" if hasattr(args, "prompt_type") else "causal")
-    plain = vars(cli.build_parser(None if hasattr(args, "task_type") else args.task, "", kind).parse_args([]))
+    plain = plain_flags(None if hasattr(args, "task_type") else args.task, kind)
     return plain | {name: value for name, value in cli.open_defaults(args).items() if plain.get(name) is None}
+
+
+@cache
+def plain_flags(task: str | None, kind: str) -> dict:
+    """Made once for all runs of a script, since a parser takes as long as a record to read. Not to be
+    changed."""
+    return vars(cli.build_parser(task, "", kind).parse_args([]))
 
 
 def suffix(settings: dict, mark: str) -> str:

@@ -6,7 +6,10 @@ entry. A part of a run (its training, an evaluation) leaves one record, a JSON o
 does a sweep of load over a server (part serve), which is of no method.
 """
 
+import os
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from string import Formatter
 from types import NoneType
@@ -194,10 +197,10 @@ OPTIONAL = SPENT | {
 ATTEMPT = SPENT | {"status": str, "finished": str | None}  # of `spent_before`
 
 
-def part_of(path: Path) -> str | None:
+def part_of(path: Path | str) -> str | None:
     """The part whose record a file is by its name, also while its run goes on; None for another file."""
-    name = path.name.lstrip(".")
-    return next((part for part, about in PARTS.items() if Path(name).match(about.files)), None)
+    name = os.path.basename(path).lstrip(".")
+    return next((part for part, about in PARTS.items() if fnmatchcase(name, about.files)), None)
 
 
 def settings_of(method: str, part: str, drop_overlap: bool = False) -> tuple[str, ...]:
@@ -296,9 +299,15 @@ def refuse_lacking(content: dict, path: Path, wanted: dict) -> None:
         )
 
 
+@cache
+def parted(dotted: str) -> list[str]:
+    """Once for all records, each of which is asked for the same names."""
+    return dotted.split(".")
+
+
 def lookup(content, dotted: str):
     """What stands at e.g. "eval.metrics.accuracy.ci95.0"; None where nothing does."""
-    for name in dotted.split("."):
+    for name in parted(dotted):
         if isinstance(content, list):
             content = content[int(name)] if name.isdigit() and int(name) < len(content) else None
         else:

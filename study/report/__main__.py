@@ -12,6 +12,7 @@ examples only; of two seeds, (2), both scores stand there. docs/statistics.md ha
 
 import argparse
 import csv
+import gc
 import io
 import json
 import re
@@ -171,9 +172,12 @@ def main() -> None:
     prices = cost.read_prices(args.prices) if args.prices else []
     folders = args.folders or ([] if args.published else [Path("experiments")])
     records = {path for path in folders if args.best and part_of(path)}
+    gc.disable()  # records are millions of objects in no circle, and to look through them takes its time
     found, problems = find_runs(path.parent if path in records else path for path in folders)
     sweeps, more = find_sweeps(() if args.best else folders)
     problems += more
+    gc.freeze()
+    gc.enable()
     for several in several_prices(found, sweeps, prices):
         print(f"--prices {args.prices}: {several}, so its price is unknown: leave one entry", file=sys.stderr)
     groups = comparable(found)
@@ -181,7 +185,7 @@ def main() -> None:
         named = [run for run in found if run.path in records or not records]
         print(*folders_of_the_best(comparable(named)), sep="\n")
         return end(problems)
-    spent, most = spent_in_all(folders, prices), None if args.classes else MOST
+    spent, most = spent_in_all(folders, prices, found), None if args.classes else MOST
     spent = f"{spent} {say_left_out(found, groups)}".strip()
     tables = all_tables(groups, prices, args.reference, args.spread, spent, most, sweeps)
     columns = [column for table in tables for column in table.columns]

@@ -1,7 +1,7 @@
 """The LoRA grid: which cell is best, which can't be told from it, and what each step of a knob changes."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from operator import itemgetter
@@ -14,12 +14,11 @@ from study.records.schema import LORA, SCORES
 from study.report.cells import Cell, Table, ends_of, percent, score_cell
 from study.report.collect import Run
 from study.report.compare import Difference, difference, of_pairs
-from study.report.selection import labels_of, tuned
+from study.report.selection import by, by_column, tuned
 
 
-def grid(group: Iterable[Run], metric: str, share: float) -> dict[tuple, Cell]:
+def grid(ours: Sequence[Run], metric: str) -> dict[tuple, Cell]:
     """The cells of a LoRA grid by (rank, epochs, dropout, learning rate), with those that were never run."""
-    ours = [run for run in group if run.share == share]
     ranks, epochs, dropouts, rates = (
         sorted(set(column)) for column in zip(*(run.setting for run in ours), strict=True)
     )
@@ -30,15 +29,14 @@ def grid(group: Iterable[Run], metric: str, share: float) -> dict[tuple, Cell]:
         for rank in ranks
         for epoch in epochs
     ]
-    return {at: score_cell([run for run in ours if run.setting == at], metric) for at in settings}
+    of = by(lambda run: run.setting, ours)
+    return {at: score_cell(of.get(at, ()), metric) for at in settings}
 
 
 def best_runs(task: str, group: Sequence[Run]) -> list[Run]:
     """The runs of the best cell of all LoRA cells of a group, by their own scores."""
     metric, lora = next(iter(SCORES[task])), [run for run in tuned(group) if run.method.knobs == LORA]
-    cells = {}
-    for run in lora:
-        cells.setdefault((run.label, run.share, run.setting), []).append(run)
+    cells = by(lambda run: (run.label, run.share, run.setting), lora)
     best = Best({at: score_cell(of, metric) for at, of in cells.items()}, metric)
     return [run for run in cells[best.at] if run.scored] if best.at else []
 
@@ -47,12 +45,12 @@ def grids(task: str, group: Sequence[Run]) -> dict[str, dict[tuple, Cell]]:
     """Every LoRA grid, at the training share with the most settings, where there are several."""
     metric, found = next(iter(SCORES[task])), {}
     lora = [run for run in tuned(group) if run.method.knobs == LORA]
-    for label in labels_of(lora):
-        ours = tuned(lora, label)
-        settings = {run.share: {r.setting for r in ours if r.share == run.share} for run in ours}
+    for label, ours in by_column(lora).items():
+        shares = by(lambda run: run.share, ours)
+        settings = {share: {run.setting for run in of} for share, of in shares.items()}
         share = max(settings, key=lambda share: (len(settings[share]), share))
         if len(settings[share]) > 1:
-            found[f"{label}, {percent(share)} of the examples"] = grid(ours, metric, share)
+            found[f"{label}, {percent(share)} of the examples"] = grid(shares[share], metric)
     return found
 
 
@@ -111,7 +109,7 @@ class Best:
 
     def pool_seeds(self) -> intervals.Pool | None:
         """Over the cells that have the most usual seeds; None where that is one cell or one seed."""
-        rows = [sorted((run.seed, run) for run in cell.runs if run.values) for cell in self.cells.values()]
+        rows = [sorted((run.seed, run) for run in cell.runs if run.examples) for cell in self.cells.values()]
         if not rows:
             return None
         usual, _ = max(Counter(tuple(seed for seed, _ in row) for row in rows).items(), key=itemgetter(1))
@@ -171,7 +169,7 @@ def effects_table(title: str, metric: str, label: str, cells: dict[tuple, Cell])
 
 
 def by_seed(cell: Cell) -> dict[int, Run]:
-    return {run.seed: run for run in cell.runs if run.values}
+    return {run.seed: run for run in cell.runs if run.examples}
 
 
 def even(pairs: dict) -> dict:

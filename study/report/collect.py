@@ -1,9 +1,10 @@
 """Records -> runs, in groups whose scores may share a table."""
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,7 @@ class Run:
     way: str = ""  # the method and, of classes that a model was not trained to name, how they are decoded
     label: str = ""  # the model, and the method where others trained it too: a column of what was trained
     chosen_by: "Run | None" = None  # the same training on the validation split
+    examples: metrics.Answers | metrics.Summaries | None = None  # what came of each; None of an older record
 
     def __post_init__(self):
         self.task, self.config = self.content["task"], self.content["config"]
@@ -62,12 +64,6 @@ class Run:
         return [self.path] if self.train is None or self.path == beside else [beside, self.path]
 
     @cached_property
-    def examples(self) -> metrics.Answers | metrics.Summaries | None:
-        """What came of each test example; None without a score, and for an older record."""
-        found = self.scored and self.scored.get("per_example")
-        return metrics.examples_of(found) if found else None
-
-    @cached_property
     def values(self) -> dict[str, np.ndarray]:
         """What each test example adds to each metric, as a share of 1; empty where `examples` is None."""
         return self.examples.values() if self.examples else {}
@@ -81,7 +77,7 @@ class Run:
     def should_be_confident(self) -> bool:
         return self.method.confident or (self.scored or {}).get("decoding") == "constrained"
 
-    @cached_property
+    @property
     def references(self) -> list[str]:
         """The class of each test example; none of summaries."""
         found = (self.scored and self.scored.get("per_example")) or {}
@@ -105,8 +101,8 @@ class Run:
 
     def cell(self) -> tuple:
         """What tells a run from all others but those of other weights or another test."""
-        variant = tuple(str(self.config.get(name)) for name in variants(self.method))
         method = self.content["method"]
+        variant = tuple(str(self.config.get(name)) for name in variants(method))
         return self.task, self.content["model"], method, self.share, *self.setting, self.seed, variant
 
     def scored_on(self) -> tuple:
@@ -131,7 +127,7 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
                 continue
             for run in read:
                 twin = found.setdefault(run.identity(), run)
-                if twin.path.resolve() != run.path.resolve():
+                if twin is not run and twin.path.resolve() != run.path.resolve():
                     old, new = sorted((twin, run), key=lambda run: run.content.get("finished", ""))
                     problems.append(
                         f"{old.path} is left out: {new.path} is of the same cell and seed, and newer"
@@ -142,50 +138,49 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[str]]:
 
 def records_in(folder: Path) -> list[Path]:
     """The records below a folder; hidden folders, where the loops calibrate, do not count."""
-    return [
-        path
-        for path in folder.rglob("*.json")
-        if part_of(path) and not any(part.startswith(".") for part in path.relative_to(folder).parts[:-1])
-    ]
+    found = []
+    for place, folders, files in os.walk(folder):
+        found += [Path(place, name) for name in (*folders, *files) if part_of(name)]
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    return found
 
 
 def runs_of(folder: Path) -> list[Run]:
     """The runs in one folder: one for each evaluation, or one that has none. Raises UserError for a record
     that is not as it should be."""
-    trained = record.read_whole(folder / "train.json")
+    trained, trained_state = record.read_standing(folder / "train.json")
     finished = trained and trained["status"] == "finished"
     pattern = PARTS["eval"].files
     names = {path.name.lstrip(".") for hidden in ("", ".") for path in folder.glob(hidden + pattern)}
     found = []
     for path in (folder / name for name in sorted(names)):
-        content, state = record.read_whole(path), record.status(path)
+        content, state = record.read_standing(path)
         if finished and state == "finished" and not runs.has_scored(path, content, trained):
             raise UserError(f"{path} scored an earlier training than the one beside it: score it again")
-        if state == "finished":
-            check_examples(content, path)
-        found.append(Run(path, content, trained if finished else None, state))
+        examples = check_examples(content, path) if state == "finished" else None
+        found.append(Run(path, content, trained if finished else None, state, examples=examples))
     validated = [run for run in found if run.scored and run.config["split"] == "validation"]
     for run in (run for run in found if run.config["split"] != "validation"):
         alike = [other for other in validated if other.cell() == run.cell()]  # e.g. by the same decoding
         run.chosen_by = max(alike, key=lambda other: other.scored["examples"], default=None)
     if not found and trained:
         path = folder / "train.json"
-        state = "not scored" if finished else record.status(path)
+        state = "not scored" if finished else trained_state
         found = [Run(path, trained, trained if finished else None, state)]
     return found
 
 
-def check_examples(content: dict, path: Path) -> None:
-    """Raise UserError for a finished evaluation whose examples are not those of its split, or do not give its
-    scores. An older record has none."""
+def check_examples(content: dict, path: Path) -> metrics.Answers | metrics.Summaries | None:
+    """What came of each example of a finished evaluation; None of an older record. Raises UserError where
+    they are not those of its split, or do not give its scores."""
     if not content["eval"].get("per_example"):
-        return
+        return None
     rows = content["data"][content["config"]["split"]]["rows"]
     if content["eval"]["examples"] != rows:
         raise UserError(
             f"{path} scored {content['eval']['examples']} examples of {rows}: --force redoes the run"
         )
-    metrics.check(content["eval"], path)
+    return metrics.check(content["eval"], path)
 
 
 def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
@@ -272,18 +267,23 @@ def say_left_out(found: Sequence[Run], groups: Sequence[tuple]) -> str:
 
 def name_runs(group: Sequence[Run]) -> None:
     """Give each run of a group its `name`, `variant`, `way` and `label`: as much as tells it from others."""
-    models = {run.content["model"] for run in group}
+    of_model, of_method = defaultdict(list), defaultdict(list)
     for run in group:
-        run.name = name_of(run.content["model"], models)
+        of_model[run.content["model"]].append(run)
+        of_method[run.content["method"]].append(run)
+    names = {model: name_of(model, {*of_model}) for model in of_model}
+    weights = {model: {run.weights() for run in of if run.scored} for model, of in of_model.items()}
+    told_apart = {method: varying(method, of) for method, of in of_method.items()}
+    for run in group:
+        run.name, differ = names[run.content["model"]], told_apart[run.content["method"]]
         told = ["random weights"] * run.random
-        told += [named for name in varying(run, group) if (named := setting_named(run, name))]
-        same = [other for other in group if other.scored and other.content["model"] == run.content["model"]]
-        if run in same and len({other.weights() for other in same}) > 1:
+        told += [named for name in differ if name in run.config and (named := setting_named(run, name))]
+        if run.scored and len(weights[run.content["model"]]) > 1:
             told.append(f"weights {run.weights()}")
         run.variant = ", ".join(told)
         run.way = run.method.title
         decoding = run.task == "classification" and not run.method.trains and run.config.get("decoding")
-        if decoding and "decoding" not in varying(run, group):
+        if decoding and "decoding" not in differ:
             run.way += f", {decoding} decoding"
     trained = {(run.name, run.method.title) for run in group if run.method.trains}
     several = {name for name, count in Counter(name for name, _ in trained).items() if count > 1}
@@ -314,13 +314,13 @@ def prompt_of(run: Run) -> str:
     return run.content.get("prompt_sha256") or ""
 
 
-def variants(method: Method) -> list[str]:
+@cache
+def variants(method: str) -> list[str]:
     """The settings in which runs of one cell of a method may differ, beside their seeds."""
-    return sorted({*method.settings, *SCORING} - ELSEWHERE - {*method.knobs})
+    about = METHODS[method]
+    return sorted({*about.settings, *SCORING} - ELSEWHERE - {*about.knobs})
 
 
-def varying(run: Run, group: Sequence[Run]) -> list[str]:
-    """The variants' settings in which the runs of a group that share a method differ."""
-    same = [other.config for other in group if other.method is run.method]
-    named = variants(run.method)
-    return [name for name in named if name in run.config and len({str(of.get(name)) for of in same}) > 1]
+def varying(method: str, same: Sequence[Run]) -> list[str]:
+    """The variants' settings in which the runs of a group that have this method differ."""
+    return [name for name in variants(method) if len({str(run.config.get(name)) for run in same}) > 1]

@@ -52,14 +52,14 @@ class Difference:
 
 def difference(ours: Sequence[Run], theirs: Sequence[Run], metric: str) -> Difference | None:
     """None where either setting has no score, or one of an older record without a value of each example."""
-    pairs = paired(*([run for run in side if run.values] for side in (ours, theirs)))
+    pairs = paired(*([run for run in side if run.examples] for side in (ours, theirs)))
     return of_pairs(pairs, metric) if pairs else None
 
 
 def of_pairs(pairs: list[tuple[Run, Run]], metric: str) -> Difference:
     """Raises UserError where two runs have other references to an example, which they then do not share."""
     for run in {run for pair in pairs for run in pair}:
-        if run.references != pairs[0][0].references:
+        if not agree(run, pairs[0][0]):
             both = f"{pairs[0][0].path} and {run.path}"
             raise UserError(
                 f"{both} have other classes as references of the same test examples: score one again"
@@ -67,6 +67,13 @@ def of_pairs(pairs: list[tuple[Run, Run]], metric: str) -> Difference:
     sides = (np.stack([run.values[metric] for run in side]) for side in zip(*pairs, strict=True))
     scores = [[run.scored["metrics"][metric]["value"] for run in pair] for pair in pairs]
     return Difference([one - other for one, other in scores], intervals.of_difference(*sides), pairs)
+
+
+def agree(one: Run, other: Run) -> bool:
+    """Whether all test examples have the same classes as references; mostly these have the same numbers."""
+    ours, theirs = (run.scored.get("per_example") or {} for run in (one, other))
+    numbered_alike = all(ours.get(name) == theirs.get(name) for name in ("classes", "references"))
+    return numbered_alike or one.references == other.references
 
 
 def paired(ours: Sequence[Run], theirs: Sequence[Run]) -> list[tuple[Run, Run]]:
@@ -204,5 +211,4 @@ def read_scored(path: Path) -> Run:
             f"--compare {path} is an older record, without a value of each example: python -m study.report "
             f"--rescore {path.parent} makes it anew from its predictions"
         )
-    check_examples(content, path)
-    return Run(path, content, None, "finished")
+    return Run(path, content, None, "finished", examples=check_examples(content, path))

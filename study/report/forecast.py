@@ -12,7 +12,7 @@ from study.records.schema import SCORES
 from study.report import curve
 from study.report.cells import Cell, Table, score_cell, shown
 from study.report.collect import Run
-from study.report.selection import by_examples, labels_of, tuned, usual_runs
+from study.report.selection import by_column, by_examples, usual_runs
 
 NAME = "What more labels would bring"
 TIMES = (2, curve.FARTHEST)
@@ -80,8 +80,8 @@ def percent(error: float) -> str:
 def forecasts(task: str, group: Sequence[Run]) -> dict[str, Forecast]:
     """Of each column of Table 1, from the shares that have a value of each test example."""
     metric, found = next(iter(SCORES[task])), {}
-    for label in labels_of(tuned(group)):
-        points = by_examples(run for run in usual_runs(group, label) if run.values)
+    for label, column in by_column(group).items():
+        points = by_examples(run for run in usual_runs(column) if run.examples)
         parts = [intervals.parts_of(np.stack([run.values[metric] for run in of])) for of in points.values()]
         errors, se = [1 - part.mean for part in parts], [part.variance() ** 0.5 for part in parts]
         if points:

@@ -29,7 +29,7 @@ from study.report.compare import difference
 from study.report.curve import FARTHEST
 from study.report.forecast import forecasts
 from study.report.published import FIGURES
-from study.report.selection import by_examples, labels_of, on_everything, tuned, usual_runs
+from study.report.selection import by, by_column, by_examples, on_everything, tuned, usual_runs
 from study.report.spent import training_usd
 
 STYLE = {
@@ -117,7 +117,7 @@ def styles_of(group: Sequence[Run]) -> dict[str, dict]:
     looks = zip(cycle(COLORS), cycle(MARKERS), cycle(DASHES), strict=False)
     return {
         label: {"color": color, "marker": marker, "ls": dash}
-        for label, (color, marker, dash) in zip(labels_of(tuned(group)), looks, strict=False)
+        for label, (color, marker, dash) in zip(by_column(group), looks, strict=False)
     }
 
 
@@ -154,8 +154,9 @@ def plot_examples(task: str, group: Sequence[Run], published: bool):
     bring; and as levels what needs none."""
     figure, axes = plt.subplots(figsize=(9 if published else 7, 4.5), layout="constrained")
     metric = next(iter(SCORES[task]))
-    for model, style in styles_of(group).items():
-        points = by_examples(usual_runs(group, model))
+    styles = styles_of(group)
+    for model, column in by_column(group).items():
+        points, style = by_examples(usual_runs(column)), styles[model]
         cells = {count: score_cell(of, metric) for count, of in points.items()}
         if cells:
             values, bars = bars_of(cells.values())
@@ -205,10 +206,9 @@ def bars_of(cells: Iterable[Cell]) -> tuple[list[float], list[list[float]]]:
 def plot_cost(task: str, group: Sequence[Run], prices: Sequence[dict]):
     """Score over the dollars of training: the Pareto front as a line, the points that can't be told from it
     filled, and untuned models as levels."""
-    metric, cells = next(iter(SCORES[task])), {}
-    for run in tuned(group):
-        if run.scored and run.train and training_usd(run, prices) is not None:
-            cells.setdefault((run.label, run.share, run.setting), []).append(run)
+    metric, ours = next(iter(SCORES[task])), [run for run in tuned(group) if run.scored and run.train]
+    priced = [run for run in ours if training_usd(run, prices) is not None]
+    cells = by(lambda run: (run.label, run.share, run.setting), priced)
     if not cells:
         return None
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
@@ -366,8 +366,10 @@ def has_losses(run: Run) -> bool:
 def plot_loss(group: Sequence[Run]):
     """Training loss over the steps, smoothed, of the runs on the largest training share."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for model, style in styles_of(group).items():
-        for number, run in enumerate(run for run in on_everything(group, model) if has_losses(run)):
+    styles = styles_of(group)
+    for model, column in by_column(group).items():
+        style = styles[model]
+        for number, run in enumerate(run for run in on_everything(column) if has_losses(run)):
             steps, losses = zip(*run.train["train"]["loss_history"], strict=True)
             window = max(1, len(losses) // 20)
             smooth = [mean(losses[max(0, i - window + 1) : i + 1]) for i in range(len(losses))]

@@ -1,7 +1,9 @@
 """Which runs of a group a table shows, and what is to be said of them."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any
 
 from study.cli import parse_args
 from study.records.schema import lookup
@@ -23,55 +25,68 @@ def in_order(names: Iterable[str]) -> list[str]:
     return sorted(names, key=place)
 
 
-def models_of(group: Iterable[Run]) -> list[str]:
-    return in_order({run.model for run in group})
+def tuned(group: Iterable[Run]) -> list[Run]:
+    """The runs of methods that train."""
+    return [run for run in group if run.method.trains]
 
 
-def labels_of(group: Iterable[Run]) -> list[str]:
-    return in_order({run.label for run in group})
+def by(key: Callable[[Run], Any], group: Iterable[Run]) -> dict[Any, list[Run]]:
+    """The runs that have the same `key`, in their order."""
+    found: dict[Any, list[Run]] = {}
+    for run in group:
+        found.setdefault(key(run), []).append(run)
+    return found
 
 
-def tuned(group: Iterable[Run], label: str | None = None) -> list[Run]:
-    """The runs of methods that train: of all, or of the column `label`."""
-    return [run for run in group if run.method.trains and label in {None, run.label}]
+def by_column(group: Iterable[Run]) -> dict[str, list[Run]]:
+    """The runs of each column of what was trained, by its label, in the tables' order."""
+    found = by(lambda run: run.label, tuned(group))
+    return {label: found[label] for label in in_order(found)}
 
 
-def usual_runs(group: Iterable[Run], label: str) -> list[Run]:
+def usual_runs(column: Iterable[Run]) -> list[Run]:
     """A column's runs of one setting of its method's knobs: those that were run with the most training
     shares, or else seeds; or else its script's defaults, or else the most epochs and the highest rank."""
-    ours = tuned(group, label)
+    by_setting = by(lambda run: run.setting, column)
 
     def rank(setting: tuple) -> tuple:
-        same = [run for run in ours if run.setting == setting]
+        same = by_setting[setting]
         knobs = dict(zip(same[0].method.knobs, setting, strict=True))
-        usual = {name: defaults_of(same[0]).get(name) for name in knobs}
+        plain = defaults_of(same[0])
+        usual = {name: plain.get(name) for name in knobs}
         size = knobs.get("epochs", 0), knobs.get("lora_r", 0), -knobs.get("dropout", 0), str(setting)
         return len({run.share for run in same}), len(same), knobs == usual, *size
 
-    best = max({run.setting for run in ours}, key=rank, default=None)
-    return [run for run in ours if run.setting == best]
+    return by_setting[max(by_setting, key=rank)] if by_setting else []
 
 
 def defaults_of(run: Run) -> dict:
     """The flags that the run's script has where none are given."""
-    kind, task = run.config.get("kind", "causal"), run.task
-    words = [
+    words = (
         f"--{name}={run.config[name]}" for name in ("task_type", "tuning", "method") if name in run.config
-    ]
-    return vars(parse_args(None if "task_type" in run.config else task, "", words, kind))
+    )
+    task = None if "task_type" in run.config else run.task
+    return plain_flags(task, run.config.get("kind", "causal"), *words)
 
 
-def on_everything(group: Iterable[Run], label: str) -> list[Run]:
-    """Of the `usual_runs` those with the largest training share."""
-    ours = usual_runs(group, label)
-    return [run for run in ours if run.share == max(run.share for run in ours)]
+@cache
+def plain_flags(task: str | None, kind: str, *words: str) -> dict:
+    """Of a script's command line `words`; looked up for each setting, made once. Not to be changed."""
+    return vars(parse_args(task, "", words, kind))
+
+
+def on_everything(column: Iterable[Run]) -> list[Run]:
+    """Of a column's `usual_runs` those with the largest training share."""
+    ours = usual_runs(column)
+    largest = max((run.share for run in ours), default=None)
+    return [run for run in ours if run.share == largest]
 
 
 def by_method(group: Iterable[Run]) -> dict[str, list[Run]]:
     """The runs of each column of Table 1 on the largest training share, and those of each model that was not
     trained, by its name and method."""
     group = list(group)
-    found = {label: on_everything(group, label) for label in labels_of(tuned(group))}
+    found = {label: on_everything(of) for label, of in by_column(group).items()}
     for run in group:
         if not run.method.trains:
             found.setdefault(f"{run.model}, {run.way}", []).append(run)
@@ -80,10 +95,8 @@ def by_method(group: Iterable[Run]) -> dict[str, list[Run]]:
 
 def by_examples(of: Iterable[Run]) -> dict[int, list[Run]]:
     """Runs that were trained and scored by the number of their training examples, ascending."""
-    points = {}
-    for run in of:
-        if run.scored and run.train:
-            points.setdefault(run.train["train"]["examples"], []).append(run)
+    scored = (run for run in of if run.scored and run.train)
+    points = by(lambda run: run.train["train"]["examples"], scored)
     return {count: points[count] for count in sorted(points)}
 
 

@@ -8,7 +8,7 @@ from study.errors import UserError
 from study.records import attempts, cost, record, schema
 from study.report.cells import Table, duration, mean_cell
 from study.report.collect import Run, records_in
-from study.report.selection import labels_of, on_everything, trained_on, tuned
+from study.report.selection import by, by_column, on_everything, trained_on
 
 FAILED = ("failed", "oom", "interrupted")
 
@@ -31,8 +31,8 @@ def training_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
     table = Table("Tables 4 and 5", "time and cost to train", columns, 2)
     for task, why, group in groups:
         place = f"{task} ({why})" if why else task
-        for label in labels_of(tuned(group)):
-            ours = [run for run in on_everything(group, label) if run.train]
+        for label, column in by_column(group).items():
+            ours = [run for run in on_everything(column) if run.train]
             for gpu in sorted({cost.shown(run.train["cost"]) for run in ours}):
                 of = [run for run in ours if cost.shown(run.train["cost"]) == gpu]
                 done = [run for run in of if run.scored]
@@ -79,10 +79,13 @@ def inference_table(groups: Sequence[tuple], prices: Sequence[dict]) -> Table:
     table = Table("Inference", "speed and cost to serve", columns, 3)
     for task, why, group in groups:
         place = f"{task} ({why})" if why else task
-        for served in sorted({served_as(run) for run in group if run.scored}):
-            of = [run for run in group if run.scored and served_as(run) == served]
+        shown = {label: on_everything(column) for label, column in by_column(group).items()}
+        by_served = by(served_as, [run for run in group if run.scored])
+        for served in sorted(by_served):
+            of = by_served[served]
             if of[0].method.trains:
-                of = [run for run in on_everything(group, of[0].label) if run in of]
+                ours = {*of}
+                of = [run for run in shown[of[0].label] if run in ours]
             rates = [
                 lambda run, per=per: served_usd(run, prices, per)
                 for per in ("examples", "input_tokens", "output_tokens")
@@ -144,10 +147,11 @@ def served_usd(run: Run, prices: Sequence[dict], per: str) -> float | None:
     return None if usd is None or not run.scored[per] else 1000 * usd / run.scored[per]
 
 
-def spent_in_all(folders: Iterable[Path], prices: Sequence[dict]) -> str:
+def spent_in_all(folders: Iterable[Path], prices: Sequence[dict], found: Iterable[Run] = ()) -> str:
     """One sentence on the time and the dollars of every attempt that the records in the folders tell of, each
-    record once, and on what it can't tell; "" where it can tell nothing."""
-    histories, unreadable = read_all(folders)
+    record once, and on what it can't tell; "" where it can tell nothing. The records of the runs `found` are
+    not read again."""
+    histories, unreadable = read_all(folders, finished_records(found))
     every = [attempt for history in histories for attempt in history]
     if not every:
         return ""
@@ -169,18 +173,42 @@ def spent_in_all(folders: Iterable[Path], prices: Sequence[dict]) -> str:
     return f"Spent in all{told}."
 
 
-def read_all(folders: Iterable[Path]) -> tuple[list[list[dict]], int]:
-    """The attempts of each record in the folders, and how many records can't be read."""
+def finished_records(found: Iterable[Run]) -> dict[Path, dict]:
+    """What stands in the finished records of runs, which is checked."""
+    known = {}
+    for run in found:
+        if run.train:
+            known[run.path.with_name("train.json")] = run.train
+        if run.scored:
+            known[run.path] = run.content
+    return known
+
+
+def read_all(folders: Iterable[Path], known: dict[Path, dict]) -> tuple[list[list[dict]], int]:
+    """The attempts of each record in the folders, of which some are `known`, and how many can't be read."""
     histories, unreadable = [], 0
-    for path in sorted({path.resolve() for folder in folders for path in records_in(folder)}):
+    named = real_paths(path for folder in folders for path in records_in(folder))
+    for path in sorted(named):
         try:
-            content = record.read(path)
+            checked = known.get(named[path])
+            content = checked or record.read(path)
             if content and not is_counted_elsewhere(content, path):  # a run that goes on may have ended since
-                schema.check(content, path)
+                if not checked:
+                    schema.check(content, path)
                 histories.append(attempts.of_record(content))
         except UserError:
             unreadable += 1
     return histories, unreadable
+
+
+def real_paths(paths: Iterable[Path]) -> dict[Path, Path]:
+    """Paths by what they are without symbolic links; each folder is resolved once."""
+    real: dict[Path, Path] = {}
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        folder = folders.get(path.parent) or folders.setdefault(path.parent, path.parent.resolve())
+        real[path.resolve() if path.is_symlink() else folder / path.name] = path
+    return real
 
 
 def is_counted_elsewhere(content: dict, path: Path) -> bool:

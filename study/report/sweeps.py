@@ -116,7 +116,7 @@ def find_sweeps(folders: Iterable[Path]) -> tuple[list[Sweep], list[str]]:
 
 def read_sweep(path: Path) -> Sweep:
     """Raises UserError for a record that is not as it should be."""
-    content, state = record.read_whole(path), record.status(path)
+    content, state = record.read_standing(path)
     if state == "finished":
         check_rates(content, path)
     return Sweep(path, content, state)

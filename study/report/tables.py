@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from statistics import mean
 
 import numpy as np
@@ -17,9 +18,10 @@ from study.report.collect import Run, meant
 from study.report.compare import difference
 from study.report.forecast import forecast_table
 from study.report.selection import (
+    by,
+    by_column,
     by_method,
-    labels_of,
-    models_of,
+    in_order,
     note_on,
     on_everything,
     settings_of,
@@ -60,12 +62,12 @@ class Reference:
 def share_table(task: str, group: Sequence[Run], reference: Reference) -> Table:
     """Table 1: training share x what was trained, with differences to a column, or of one column to a row."""
     metric, title = next(iter(SCORES[task].items()))
-    labels = labels_of(tuned(group))
-    kept = {label: usual_runs(group, label) for label in labels}
+    kept = {label: usual_runs(of) for label, of in by_column(group).items()}
+    labels, shares = [*kept], {label: by(lambda run: run.share, of) for label, of in kept.items()}
     table = Table("Table 1", f"{title} by training share", ["training share", "examples", *labels], 2)
     rows = {}
     for share in sorted({run.share for run in tuned(group)}):
-        row = {label: [run for run in kept[label] if run.share == share] for label in labels}
+        row = {label: shares[label].get(share, []) for label in labels}
         rows[percent(share)] = row
         examples = trained_on((run for of in row.values() for run in of), share=True)
         table.add(percent(share), examples, *(score_cell(of, metric) for of in row.values()))
@@ -115,18 +117,17 @@ def method_table(task: str, group: Sequence[Run], reference: Reference) -> Table
     *titles, last = dict.fromkeys(shown)
     title = f"{', '.join(titles)} and {last}"
     table = Table("Table 2", title, ["model", "method", "trained on"], 2)
-    names = {run.content["model"]: run for run in group}
     rows = {}
-    for checkpoint in sorted(names):
-        ours = [run for run in group if run.content["model"] == checkpoint]
+    for _, ours in sorted(by(lambda run: run.content["model"], group).items(), key=itemgetter(0)):
         prompted = any(run.method.published for run in ours)
         for method in METHODS.values():
-            same = [run for run in ours if run.method is method]
-            models = models_of(same) or [names[checkpoint].name] * (prompted and method.published)
-            for model in models:
-                of = [run for run in same if run.model == model]
+            models = by(lambda run: run.model, [run for run in ours if run.method is method])
+            if not models and prompted and method.published:
+                models = {ours[-1].name: []}
+            for model in in_order(models):
+                of = models[model]
                 if method.trains and of:
-                    of = on_everything(of, of[0].label)
+                    of = on_everything(of)
                     table.note += note_on({of[0].label: of})
                 rows[model, of[0].way if of else method.title, trained_on(of)] = of
     add_scores(table, rows, task, reference)
@@ -138,8 +139,8 @@ def model_table(task: str, group: Sequence[Run], reference: Reference) -> Table:
     """Table 3: what was trained, on everything."""
     table = Table("Table 3", "models fine-tuned on everything", ["model", "trained on"], 1)
     rows = {}
-    for label in labels_of(tuned(group)):
-        of = on_everything(group, label)
+    for label, column in by_column(group).items():
+        of = on_everything(column)
         table.note += note_on({label: of})
         rows[label, trained_on(of)] = of
     add_scores(table, rows, task, reference)
@@ -192,7 +193,7 @@ def remarks(group: Sequence[Run], table: Table) -> str:
         told += " (1): one seed, whose interval is of test sampling only."
     if any("(2)" in cell.text for cell in cells):
         told += " (2): the scores of both seeds, too few for an interval."
-    if any(run.scored and not run.values for run in group):
+    if any(run.scored and not run.examples for run in group):
         told += " Older records have no intervals: --rescore makes them anew."
     if "macro F1" in table.columns:
         names = "macro_f1", "accuracy", "invalid_answers"
@@ -222,7 +223,7 @@ def spread_table(task: str, group: Sequence[Run], reference: Reference) -> Table
     table = Table("Spread", f"where the interval of {title} comes from", columns, 1)
     settings = {}
     for run in sorted(group, key=lambda run: (run.label, run.way, run.share or 0, run.setting)):
-        if run.values:
+        if run.examples:
             place = [run.label or run.model, run.way]
             place += [percent(run.share), settings_of([run])] if run.method.trains else []
             settings.setdefault(", ".join(dict.fromkeys(word for word in place if word)), []).append(run)
