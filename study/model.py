@@ -148,8 +148,8 @@ def refuse_too_large(checkpoint: str, quantized: bool, free: int) -> None:
         shared, more = (" on each GPU", "more") if parts > 1 else ("", "several")
         least, free = (f"{size / device.GIB:.1f} GiB" for size in (least, free))
         raise UserError(
-            f"--pretrained_ckpt {checkpoint} takes {least} in 4 bits or more{shared}, and {free} are free: name "
-            f"a smaller one, or let {more} GPUs share its layers (docs/fsdp2.yaml)"
+            f"--pretrained_ckpt {checkpoint} takes {least} in 4 bits or more{shared}, and {free} are free: "
+            f"name a smaller one, or let {more} GPUs share its layers (docs/fsdp2.yaml)"
         )
 
 
