@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from study import generation
 from study.fast import decode
 from study.fast.decode import Choices, Places, shared_prefix_of_prompts
+from study.tokens import Chosen
 
 ANSWERS = [[5, 6, 7], [5, 6, 8, 7], [11, 7]]
 
@@ -148,7 +149,7 @@ def test_out_of_memory_is_tried_again_with_half_of_it_and_loses_nothing(error, m
     monkeypatch.setattr(TooLarge, "error", error)
     monkeypatch.setattr(decode, "Engine", TooLarge)
     monkeypatch.setattr(device, "free_memory", lambda: 100)
-    got = list(generation.fast_answers(None, {i: [1] for i in range(5)}, 4, [2], None, None))
+    got = list(generation.fast_answers(None, Chosen([[1]] * 5, range(5)), 4, [2], None, None))
     assert got == [(i, ([i], 0.5)) for i in range(5)]
     assert capsys.readouterr().out.count("out of memory") == 2
 
@@ -158,7 +159,7 @@ def test_another_error_is_not_tried_again(monkeypatch):
     monkeypatch.setattr(decode, "Engine", TooLarge)
     monkeypatch.setattr(device, "free_memory", lambda: 100)
     with pytest.raises(RuntimeError, match="illegal"):
-        list(generation.fast_answers(None, {0: [1]}, 4, [2], None, None))
+        list(generation.fast_answers(None, Chosen([[1]], [0]), 4, [2], None, None))
 
 
 @pytest.mark.parametrize("free", [0, 100])
@@ -170,7 +171,7 @@ def test_what_never_fits_ends_in_out_of_memory(free, monkeypatch):
     monkeypatch.setattr(decode, "Engine", Hopeless)
     monkeypatch.setattr(device, "free_memory", lambda: free)
     with pytest.raises(torch.OutOfMemoryError):
-        list(generation.fast_answers(None, {0: [1]}, 4, [2], None, None))
+        list(generation.fast_answers(None, Chosen([[1]], [0]), 4, [2], None, None))
 
 
 def test_examples_wait_for_room_and_are_read_when_there_are_enough():
