@@ -60,7 +60,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", choices=MODELS)
-    sizes = "4 GB for 7b, 7 GB for 13b and 37 GB for 70b"
+    sizes = "4 GB for 7b, 7 GB for 13b and 36 GB for 70b"
     parser.add_argument("folder", type=Path, help=f"where to write it, {sizes}")
     parser.add_argument("--tokenizer", required=True, metavar="CKPT", help="hub id or folder of a tokenizer")
     args = parser.parse_args()
