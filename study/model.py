@@ -100,14 +100,14 @@ def load_base(checkpoint: str, quantization, attn_implementation: str = "auto"):
         torch.cuda.set_device(device.current())  # also for what is not told a device
     config = from_checkpoint(AutoConfig, checkpoint)
     settle_quantization(config, f"--pretrained_ckpt {checkpoint}")
+    quantized = getattr(config, "quantization_config", None) is not None
     if torch.cuda.is_available():
-        quantized = getattr(config, "quantization_config", None) is not None
         refuse_too_large(checkpoint, quantized, device.free_memory())
     if config.model_type == "falcon":
         use_plain_layers()
     options = {
         "config": config,
-        "quantization_config": quantization,
+        "quantization_config": None if quantized else quantization,  # else its own counts
         "dtype": device.compute_dtype(),
         "use_safetensors": True,
         "output_loading_info": True,
