@@ -71,6 +71,7 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     config = AutoConfig.for_model(**MODELS[args.model])
     config.vocab_size = VOCABULARY.get(args.model, len(tokenizer))
+    config.random_weights = True  # which every record of it says, and no table shows a score of
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id
     kind = {"bert": AutoModelForMaskedLM, "t5": AutoModelForSeq2SeqLM}.get(
         config.model_type, AutoModelForCausalLM

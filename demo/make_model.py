@@ -265,14 +265,16 @@ def check_corpus(corpus: list[str]) -> None:
     assert all("group" in text.splitlines()[0].lower() for text in with_labels)
 
 
-def make_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
+def make_tokenizer(
+    corpus: list[str], vocabulary: int = VOCABULARY, longest: int = 2048
+) -> PreTrainedTokenizerFast:
     """Byte-level BPE that begins a text with <s> and never ends it, like Llama 2; no text is lost in it."""
     specials = ["<unk>", "<s>", "</s>"]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=specials,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -286,7 +288,7 @@ def make_tokenizer(corpus: list[str]) -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         bos_token="<s>",
         eos_token="</s>",
-        model_max_length=2048,
+        model_max_length=longest,
         clean_up_tokenization_spaces=False,
     )
 

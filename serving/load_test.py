@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from prompts import prompt_sha256
 from serving import client, load_flags, load_prompts, load_shown, measuring
 from serving.load_prompts import Prompt
-from study import cli, data, device, encoding
+from study import checkpoint, cli, data, device, encoding
 from study.errors import UserError
 from study.records import cost, record, runs
 from study.records.schema import READ, SCHEMA, lookup
@@ -64,6 +64,7 @@ def main(process: device.Process) -> None:
         with recording(path, args, process, before) as content:
             content["model"] = server.model or args.url
             content["data"] = {name: source.describe()}
+            content["checkpoint"] = weights_of(args)
             if not args.prompts_file:
                 content["prompt_sha256"] = prompt_sha256(args.task, "instruction")
             texts = [prompt.text for prompt in prompts]
@@ -265,6 +266,13 @@ def fill(content: dict, args: argparse.Namespace, process: device.Process) -> No
 def device_of(args: argparse.Namespace) -> str:
     """That the server runs on, as far as this machine knows."""
     return device.name() if urlsplit(args.url).hostname in LOCAL else "unknown"
+
+
+def weights_of(args: argparse.Namespace) -> dict:
+    """`checkpoint.is_random` by the configuration beside --pretrained_ckpt's tokenizer, if one is there."""
+    folder = checkpoint.folder_of(args.pretrained_ckpt) if args.pretrained_ckpt else None
+    path = folder and folder / "config.json"
+    return checkpoint.is_random(checkpoint.read_json(path, str(folder))) if path and path.is_file() else {}
 
 
 def say_sweep(args: argparse.Namespace, server: client.Server, prompts: Sequence, steps: Sequence) -> None:

@@ -1,12 +1,16 @@
 """What uvicorn leaves open: the head of a request, which a client may send at any length and for ever, and
 in a parent of workers the socket once they end, and how soon it sees that one was killed."""
 
+import time
+
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from uvicorn.supervisors import Multiprocess
 
 HEAD_BYTES = 2**16  # of a request's line and headers
 HEAD_SECONDS = 15  # in which they are to come, from their first byte or from the connection on
+GAVE_UP = 4  # the exit status of a worker whose model keeps failing
+GIVE_UPS, WITHIN = 3, 600  # so many within so many seconds, and no worker is replaced any more
 
 
 class BoundedHead(HttpToolsProtocol):
@@ -48,6 +52,16 @@ class BoundedHead(HttpToolsProtocol):
 class Workers(Multiprocess):
     """Processes that serve. Once they end, nobody is let in to wait for none."""
 
+    def __init__(self, config, sockets):
+        super().__init__(config, sockets)
+        self.give_ups: list[float] = []  # when
+
+    @property
+    def failed(self) -> bool:
+        """Whether it ended since its workers can't serve."""
+        unable = any(worker.exitcode == STARTUP_FAILURE for worker in self.processes)
+        return unable or len(self.give_ups) >= GIVE_UPS
+
     def terminate_all(self) -> None:
         for socket in self.sockets:
             socket.close()
@@ -60,7 +74,10 @@ class Workers(Multiprocess):
             if worker.process.is_alive() or self.should_exit.is_set():
                 continue
             worker.join()
-            if worker.exitcode == STARTUP_FAILURE:  # as it would be again
+            if worker.exitcode == GAVE_UP:
+                now = time.monotonic()
+                self.give_ups = [*(when for when in self.give_ups if when > now - WITHIN), now]
+            if self.failed:  # as they would be again
                 self.should_exit.set()
                 return
             self.processes[i] = type(worker)(self.config, self.sockets)

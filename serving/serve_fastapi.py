@@ -45,7 +45,6 @@ def main(process: device.Process) -> None:
 def run(args: argparse.Namespace) -> None:
     """Serve until a signal comes. Raises UserError where that can't begin."""
     import uvicorn
-    from uvicorn.config import STARTUP_FAILURE
 
     from serving import serve_flags
     from serving.protocol import Workers
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     if args.workers > 1:
         workers = Workers(config, [socket])
         workers.run()
-        good = all(worker.exitcode != STARTUP_FAILURE for worker in workers.processes)
+        good = not workers.failed
     else:
         server = uvicorn.Server(config)
         try:
@@ -106,7 +105,7 @@ async def started(args: argparse.Namespace, limits) -> AsyncIterator:
     from serving import start
 
     try:
-        made = await start.service(args, limits, share=1 / args.workers, gave_up=failed)
+        made = await start.service(args, limits, share=1 / args.workers, gave_up=lambda: failed(args))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(STARTUP_FAILURE if args.workers > 1 else 1)  # uvicorn would show a traceback
@@ -114,10 +113,13 @@ async def started(args: argparse.Namespace, limits) -> AsyncIterator:
     await made.engine.stop()
 
 
-def failed() -> None:
-    """The engine keeps failing: nothing is gained by going on."""
-    print("error: the model keeps failing: the server stops", file=sys.stderr, flush=True)
-    os._exit(1)
+def failed(args: argparse.Namespace) -> None:
+    """The engine keeps failing: nothing is gained by going on in this process."""
+    from serving.protocol import GAVE_UP
+
+    what = "this worker is replaced" if args.workers > 1 else "the server stops"
+    print(f"error: the model keeps failing: {what}", file=sys.stderr, flush=True)
+    os._exit(GAVE_UP if args.workers > 1 else 1)
 
 
 if __name__ == "__main__":

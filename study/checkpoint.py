@@ -129,7 +129,7 @@ def kind_of(config: dict) -> str | None:
 
 def identify(name: str, fetch: bool = False) -> dict | None:
     """What a record keeps of a checkpoint: the SHA-256 of its configuration, tokenizer and weights, the
-    commit of a hub's snapshot, and the ends of sequence that its generation_config.json adds.
+    commit of a hub's snapshot, the ends of sequence that its generation_config.json adds, and `is_random`.
 
     None where it is not on this machine. Raises UserError for a checkpoint that is not whole or whose weights
     are not numbers, naming the file or tensor.
@@ -158,7 +158,14 @@ def identify(name: str, fetch: bool = False) -> dict | None:
         "sha256": hash_of(json.dumps(parts).encode()),
         "commit": folder.name if is_snapshot else None,
         "eos_token_id": ends_of(folder, where),
+        **is_random(config),
     }
+
+
+def is_random(config: dict) -> dict:
+    """{"random_weights": True} by a config.json that says so (benchmarks/checkpoint.py's): what such a model
+    takes is a real one's, what it scores says nothing. Else {}."""
+    return {"random_weights": True} if config.get("random_weights") else {}
 
 
 def hash_of(content: bytes) -> str:

@@ -247,3 +247,9 @@ def test_what_was_allowed_beside_one_configuration_is_not_remembered_for_another
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="in I8, and config"):
         checkpoint.identify(str(folder))
+
+
+def test_a_checkpoint_that_says_its_weights_are_random_is_recorded_as_such(folder):
+    assert "random_weights" not in checkpoint.identify(str(folder))
+    change_json(folder, "config.json", random_weights=True)
+    assert checkpoint.identify(str(folder))["random_weights"] is True

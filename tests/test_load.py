@@ -416,6 +416,16 @@ def test_prompts_are_built_from_the_test_texts_of_about_the_tokens_asked_for():
         load_prompts.build(source, load_flags.parse("", [*words, "--prompt_tokens", "9"]))
 
 
+def test_a_model_that_says_its_weights_are_random_is_recorded_as_such(tmp_path):
+    def weights(*words: str) -> dict:
+        return load_test.weights_of(load_flags.parse("", ["--url", "http://h", "--rates", "1", *words]))
+
+    (tmp_path / "config.json").write_text('{"random_weights": true}')
+    assert weights("--pretrained_ckpt", str(tmp_path)) == {"random_weights": True}
+    assert weights("--pretrained_ckpt", str(DEMO_MODEL)) == {}
+    assert weights("--prompts_file", str(write_prompts(tmp_path))) == {}
+
+
 # Bad input
 
 

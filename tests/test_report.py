@@ -762,6 +762,21 @@ def test_a_run_without_a_score_shows_how_it_stands_and_no_number(tmp_path):
     assert [(row[2].text, row[2].value) for row in column] == [*states, ("70.00 [67.1, 72.8] (1); 1 OOM", 70)]
 
 
+def test_random_weights_have_time_and_cost_and_a_score_nowhere(tmp_path):
+    tuned(tmp_path / "ours", 70)
+    known = {"checkpoint": {"sha256": "a" * 64, "random_weights": True}}
+    folder = tuned(tmp_path / "shape", 5, "--pretrained_ckpt a/7b", model="a/7b", **known)
+    train = record.read(folder / "train.json") | known | {"model": "a/7b"}
+    record.write_json(folder / "train.json", train)
+    found = tables(tmp_path)
+    assert not [name for name, table in found.items() if "classification:" in name and "7b" in str(table)]
+    spent = next(table for name, table in found.items() if name.startswith("Tables 4 and 5"))
+    shape = next(row for row in spent.rows if row[0].text == "a/7b (random weights)")
+    assert [cell.text for cell in shape[5:9]] == ["40 s", "6.0 min", "1.7 min", "8.3 min"]
+    with pytest.raises(UserError, match="random weights"):
+        compare([tmp_path / "ours"], [folder])
+
+
 def flags(words: str):
     return cli.parse_args("classification", "", ["--pretrained_ckpt", "a/small", *words.split()])
 

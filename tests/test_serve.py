@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -640,6 +641,33 @@ def children_of(process) -> set[int]:
     """Those of its child processes that serve."""
     found = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return {int(pid) for pid in found if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+
+
+@pytest.mark.parametrize(("seconds", "ends"), [(0, True), (protocol.WITHIN, False)])
+def test_a_worker_whose_model_keeps_failing_is_replaced_twice_within_ten_minutes(monkeypatch, seconds, ends):
+    """By processes that end at once as such a worker does; `seconds` pass between two of them."""
+
+    class Failing:
+        def __init__(self, *_):
+            self.process = multiprocessing.get_context("fork").Process(
+                target=os._exit, args=(protocol.GAVE_UP,)
+            )
+            self.start, self.join = self.process.start, self.process.join
+
+        @property
+        def exitcode(self):
+            return self.process.exitcode
+
+    monkeypatch.setattr("uvicorn.supervisors.multiprocess.signal.signal", lambda *_: None)  # this process's
+    workers = protocol.Workers(argparse.Namespace(workers=1), [])
+    workers.processes = [Failing()]
+    workers.processes[0].start()
+    for i in range(protocol.GIVE_UPS):
+        assert not workers.failed
+        monkeypatch.setattr(protocol.time, "monotonic", lambda now=i * seconds: now)
+        workers.processes[0].join()
+        workers.keep_subprocess_alive()
+    assert (workers.failed, workers.should_exit.is_set()) == (ends, ends)
 
 
 def test_of_two_workers_one_is_killed_and_comes_back_and_both_end_when_all_is_answered(run):

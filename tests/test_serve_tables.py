@@ -160,6 +160,12 @@ def test_where_not_even_the_lowest_rate_is_sustained_nothing_is_shown_but_why(tm
     assert "not even 4 requests/s, for 25.0 % of the offered rate were served" in notes(tmp_path)
 
 
+def test_the_answers_of_random_weights_have_no_score(tmp_path):
+    save(tmp_path, "ray", [step(4)], checkpoint={"random_weights": True})
+    row = tables_of(tmp_path)[SUSTAINED][0]
+    assert (row["model"], row["accuracy"]) == ("meta/Llama-2-7b-hf (random weights)", "—")
+
+
 def test_an_answer_that_is_long_beside_the_run_is_told(tmp_path):
     save(tmp_path, "ray", [step(10, p90=4), step(20, 0.5)])  # p50 is 2 s, of 30
     assert "an answer takes over 1/20 of --seconds, so served is too low" in notes(tmp_path)

@@ -28,7 +28,7 @@ from study.records import cost, record, runs
 from study.records.schema import part_of
 from study.report.cells import Table
 from study.report.classes import MOST
-from study.report.collect import Run, comparable, find_runs, say_left_out
+from study.report.collect import Run, comparable, find_runs, meant, say_left_out
 from study.report.spent import spent_in_all
 from study.report.sweeps import Sweep, find_sweeps
 from study.report.tables import all_tables
@@ -210,7 +210,7 @@ def folders_of_the_best(groups: Sequence[tuple]) -> list[Path]:
     """Raises UserError unless exactly one task has cells that were scored on a validation split."""
     from study.report.choice import best_runs
 
-    groups = [(task, [run for run in group if run.scored]) for task, _, group in groups]
+    groups = [(task, [run for run in group if run.scored]) for task, _, group in meant(groups)]
     of = [(task, runs) for task, runs in groups if runs and runs[0].config["split"] == "validation"]
     best = [best_runs(task, runs) for task, runs in of]
     if len(best) != 1 or not best[0]:

@@ -54,6 +54,11 @@ class Run:
         """The model's name, with what tells this run from others of the same cell."""
         return self.name + (f" ({self.variant})" if self.variant else "")
 
+    @property
+    def random(self) -> bool:
+        """Whether nobody trained its weights: what it took is measured, what it scores says nothing."""
+        return bool(lookup(self.content, "checkpoint.random_weights"))
+
     def records(self) -> list[Path]:
         beside = self.path.with_name("train.json")
         return [self.path] if self.train is None or self.path == beside else [beside, self.path]
@@ -225,6 +230,12 @@ def comparable(found: Sequence[Run]) -> list[tuple[str, str, list[Run]]]:
     return result
 
 
+def meant(groups: Sequence[tuple[str, str, list[Run]]]) -> list[tuple[str, str, list[Run]]]:
+    """The groups without runs of random weights, which have time, memory and cost but no score to show."""
+    kept = [(task, why, [run for run in group if not run.random]) for task, why, group in groups]
+    return [(task, why, group) for task, why, group in kept if group]
+
+
 def most_common(values: Iterable, otherwise):
     counts = Counter(values)
     return max(counts, key=counts.get, default=otherwise)
@@ -265,7 +276,8 @@ def name_runs(group: Sequence[Run]) -> None:
     told_apart = {method: varying(method, of) for method, of in of_method.items()}
     for run in group:
         run.name, differ = names[run.content["model"]], told_apart[run.content["method"]]
-        told = [named for name in differ if name in run.config and (named := setting_named(run, name))]
+        told = ["random weights"] * run.random
+        told += [named for name in differ if name in run.config and (named := setting_named(run, name))]
         if run.scored and len(weights[run.content["model"]]) > 1:
             told.append(f"weights {run.weights()}")
         run.variant = ", ".join(told)

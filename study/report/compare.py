@@ -96,6 +96,9 @@ def compare(ours: Sequence[Path], theirs: Sequence[Path]) -> str:
 
     sides = [[read_scored(scored_in(path)) for path in paths] for paths in (ours, theirs)]
     runs = [run for side in sides for run in side]
+    for run in runs:
+        if run.random:
+            raise UserError(f"--compare: {run.path} is of random weights: it has no score to compare")
     for what, known in (
         ("test examples", [run.test()["sha256"][:8] for run in runs]),
         ("metric versions", [run.scored.get("metrics_version") for run in runs]),

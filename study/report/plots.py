@@ -24,7 +24,7 @@ from study.report.calibration import COVERAGES, Confidences, confidences_of
 from study.report.cells import Cell, score_cell
 from study.report.choice import grids
 from study.report.classes import INVALID, Confusion, confusions_of
-from study.report.collect import Run
+from study.report.collect import Run, meant
 from study.report.compare import difference
 from study.report.curve import FARTHEST
 from study.report.forecast import forecasts
@@ -63,7 +63,7 @@ def figures(groups: Sequence[tuple], prices: Sequence[dict], published: bool) ->
     is closed when the next one is asked for."""
     with matplotlib.rc_context(STYLE):
         names = set()
-        for task, why, group in groups:
+        for task, why, group in meant(groups):
             score = next(iter(SCORES[task].values()))
             with_published = published and task == "classification" and not why
             for kind, figure in (

@@ -74,7 +74,7 @@ def sustained_table(group: Sequence[Sweep]) -> Table:
 
 
 def score_cell(sweep: Sweep, metric: str) -> Cell:
-    found = lookup(sweep.step or {}, f"metrics.{metric}")
+    found = None if sweep.random else lookup(sweep.step or {}, f"metrics.{metric}")
     if found is None:
         return Cell("—", runs=(sweep,))
     ends = found.get("ci95") and tuple(found["ci95"])

@@ -50,6 +50,11 @@ class Sweep:
         return self.content["model"] != self.config.get("url")
 
     @property
+    def random(self) -> bool:
+        """Whether nobody trained its model: its answers have no score to show."""
+        return bool(lookup(self.content, "checkpoint.random_weights"))
+
+    @property
     def label(self) -> str:
         return self.server + (f" ({self.variant})" if self.variant else "")
 
@@ -179,6 +184,7 @@ def name_sweeps(group: Sequence[Sweep]) -> None:
         ]
         sweep.model = name_of(sweep.content["model"], names) if sweep.named else "—"
         sweep.variant = ", ".join(filter(None, told))
+        sweep.model += " (random weights)" * sweep.random
     taken = Counter(sweep.keys() for sweep in group)
     for sweep in [sweep for sweep in group if taken[sweep.keys()] > 1]:
         settings = f"settings {sweep.content.get('config_hash')}"

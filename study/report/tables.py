@@ -14,7 +14,7 @@ from study.report.calibration import calibration_tables
 from study.report.cells import Cell, Table, duration, percent, score_cell
 from study.report.choice import lora_tables
 from study.report.classes import MOST, class_tables
-from study.report.collect import Run
+from study.report.collect import Run, meant
 from study.report.compare import difference
 from study.report.forecast import forecast_table
 from study.report.selection import (
@@ -261,7 +261,7 @@ def all_tables(
     titles. What was `spent` in all stands under Tables 4 and 5, or where nothing was trained under the last
     one."""
     tables, reference = [], Reference(named, prices)
-    for task, why, group in groups:
+    for task, why, group in meant(groups):
         by_share = task == "classification" and tuned(group)
         ours = [share_table(task, group, reference)] if by_share else []
         ours.append(method_table(task, group, reference))

@@ -1,0 +1,106 @@
+#!/usr/bin/env bash
+# The study on real data, by the folder's own scripts, one step after the other. Each finds what is finished.
+#
+#   DATA=FOLDER results/study/run.sh [STEP...] [-- FLAG...]     # FLAGs go to every script of a step, e.g. --dry_run
+#
+# DATA holds newsgroups_{train,test}.jsonl.gz, samsum_{train,validation,test}.jsonl.gz and more_texts.jsonl.gz (README.md
+# says where they come from), ENCODER the folder of all-MiniLM-L6-v2, SHAPES those of benchmarks/checkpoint.py (7b, 13b).
+# STEPs: base choose table1 encoder words prompting dialogues grid serving shapes report; all but shapes without one.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+data=${DATA:-data} base=${BASE:-llama-72m} encoder=${ENCODER:-all-MiniLM-L6-v2} shapes=${SHAPES:-shapes}
+price=(--price_per_hour "${PRICE_PER_HOUR:-4}")
+posts=(--train_file "$data/newsgroups_train.jsonl.gz" --test_file "$data/newsgroups_test.jsonl.gz" "${price[@]}")
+dialogues=(--train_file "$data/samsum_train.jsonl.gz" --validation_file "$data/samsum_validation.jsonl.gz"
+  --test_file "$data/samsum_test.jsonl.gz" "${price[@]}")
+place=(--output_dir results/study/experiments)
+tuned=(--pretrained_ckpt "$base" --lora_r 32 --lora_alpha 64)
+chosen=(--learning_rate 1e-3 --epochs 8)         # by the step choose, on held-out training posts
+chosen_encoder=(--learning_rate 1e-4 --epochs 8) # likewise
+
+base() { # six minutes on one GPU
+  local of=() not=() file
+  for file in newsgroups_train:text samsum_train:dialogue more_texts:text definitions:text; do
+    of+=("$data/${file/:/.jsonl.gz:}")
+  done
+  for file in newsgroups_test:text samsum_{train,validation,test}:summary samsum_{validation,test}:dialogue; do
+    not+=("$data/${file/:/.jsonl.gz:}")
+  done
+  python demo/pretrain.py "$base" --passes 12 --dropout 0.2 --block 2048 --rows 32 --texts "${of[@]}" --exclude "${not[@]}"
+}
+
+choose() { # learning rate and epochs, on a tenth of the training posts that is held out, from a tenth of the others
+  local few=(--train_sample_fraction 0.1 --validation_fraction 0.1 --output_dir results/study/experiments/choose)
+  TASK=classification RANKS=32 DROPOUTS=0.1 LEARNING_RATES="5e-4 1e-3 2e-3" EPOCHS="4 8 16" \
+    ./run_lora.sh --pretrained_ckpt "$base" --lora_alpha 64 "${posts[@]}" "${few[@]}" "$@"
+  local rate epochs
+  for rate in 5e-5 1e-4 2e-4; do
+    for epochs in 4 8 16; do
+      python competitors/encoder_classification.py --pretrained_ckpt "$encoder" --learning_rate "$rate" --epochs "$epochs" \
+        --split validation "${posts[@]}" "${few[@]}" "$@"
+    done
+  done
+}
+
+table1() {
+  SEEDS="1 2 3" ./sample_ablate.sh "${tuned[@]}" "${chosen[@]}" "${posts[@]}" "${place[@]}" "$@"
+}
+
+encoder() {
+  SEEDS="1 2 3" MODELS="encoder=$encoder" ./compare_models.sh "${chosen_encoder[@]}" "${posts[@]}" "${place[@]}" "$@"
+}
+
+words() { # on the CPU
+  SEEDS="1 2 3" MODELS="tfidf-nb tfidf-svm" ./compare_models.sh "${posts[@]}" "${place[@]}" "$@"
+  TASK=summarization MODELS="lead-3 longest-3" ./compare_models.sh "${dialogues[@]}" "${place[@]}" "$@"
+}
+
+prompting() {
+  MODELS=$base TASKS=classification SEEDS="1 2 3" ./baseline_inference.sh "${posts[@]}" "${place[@]}" "$@"
+  MODELS=$base TASKS=summarization SEEDS="1 2 3" ./baseline_inference.sh "${dialogues[@]}" "${place[@]}" "$@"
+}
+
+dialogues() { # all dialogues; learning rate and epochs by the validation split, the best on the test split
+  RANKS=64 DROPOUTS=0.1 LEARNING_RATES="5e-4 1e-3" EPOCHS="2 4" \
+    ./run_lora.sh --pretrained_ckpt "$base" --lora_alpha 128 "${dialogues[@]}" "${place[@]}" "$@"
+}
+
+grid() { # the published 72 cells, on a tenth of the dialogues
+  ./run_lora.sh --pretrained_ckpt "$base" --learning_rate 1e-3 --train_sample_fraction 0.1 "${dialogues[@]}" \
+    --output_dir results/study/experiments/grid "$@"
+}
+
+serving() { # the classifier of all posts behind HTTP
+  local run
+  run=$(python llama2_classification.py "${tuned[@]}" "${chosen[@]}" --seed 1 "${posts[@]}" "${place[@]}" --dry_run |
+    tail -n 1 | cut -f 2)
+  SERVERS="fastapi ray" ./serve_and_load.sh "$run" --rates 50,100,200,400,800,1600 --seconds 15 --slo_seconds 1 \
+    --repeat_prompts "${price[@]}" --output_dir results/study/experiments/serving "$@"
+}
+
+shapes() { # Llama-2's sizes with random weights: what training and scoring take
+  local size
+  for size in 7b 13b; do
+    ./sample_ablate.sh --pretrained_ckpt "$shapes/$size" --epochs 1 --max_train_samples 1600 --max_eval_samples 1000 \
+      "${posts[@]}" --output_dir results/study/experiments/shapes "$@"
+  done
+}
+
+report() {
+  python -m study.report results/study/experiments --published --output_dir results/study
+}
+
+steps=()
+while (($#)) && [[ $1 != -- ]]; do
+  steps+=("$1")
+  shift
+done
+[[ ${1:-} != -- ]] || shift
+((${#steps[@]})) || steps=(base choose table1 encoder words prompting dialogues grid serving report)
+for step in "${steps[@]}"; do
+  declare -F "$step" >/dev/null || {
+    echo "error: $step: there is no such step (the comment in $0 has them)" >&2
+    exit 2
+  }
+  if [[ $step == base || $step == report ]]; then "$step"; else "$step" "$@"; fi
+done
