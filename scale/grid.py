@@ -2,6 +2,9 @@
 
 import time
 from pathlib import Path
+from typing import TextIO
+
+from tqdm import tqdm
 
 from scale import on_node, units
 from scale.on_node import Job, Outcome
@@ -18,8 +21,8 @@ BUDGET_ENDS = "the budget ends here"  # as study/loop.sh says it
 class Grid:
     """One grid. `failed` says why units failed, `done` names those that ended well, both by their cells."""
 
-    def __init__(self, ray, job: Job, budget: Budget, cpus: float):
-        self.ray, self.job, self.budget, self.cpus = ray, job, budget, cpus
+    def __init__(self, ray, job: Job, budget: Budget, cpus: float, out: TextIO):
+        self.ray, self.job, self.budget, self.cpus, self.out = ray, job, budget, cpus, out
         self.names: dict[str, str] = {}  # of the nodes that were looked at, by Ray's ids
         self.left_out: dict[str, str] = {}  # why
         self.gone: set[str] = set()
@@ -31,27 +34,27 @@ class Grid:
 
     def do(self, todo: list[Unit]) -> None:
         """Do what the budget lets. Raises UserError where no node is left that can."""
-        from tqdm import tqdm
-
-        self.look_at_nodes(tqdm)
         waiting = list(todo)
+        self.look_at_nodes()
+        self.estimate(waiting)
         with tqdm(total=len(todo), unit="unit", disable=None) as bar:
             try:
                 while True:
-                    self.estimate(waiting)
                     while waiting and not self.over and self.budget.admits(waiting[0].left, self.reserved()):
                         self.begin(waiting.pop(0))
                     if not self.running:
                         return
                     ended, _ = self.ray.wait([*self.running], timeout=10)
-                    self.look_at_nodes(bar)
+                    self.look_at_nodes()
                     for ref in ended:
-                        self.settle(ref, waiting, bar)
+                        bar.update(self.settle(ref, waiting))
+                    if ended:
+                        self.estimate(waiting)
             except BaseException:
                 self.stop()
                 raise
 
-    def look_at_nodes(self, bar) -> None:
+    def look_at_nodes(self) -> None:
         """Ask nodes that are new what they lack, and say which can't do cells and which have gone."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -68,13 +71,13 @@ class Grid:
                 name, why, clock, shares = self.names[node_id], why_lost(error), began, True
             off = min(0, clock - began) + max(0, clock - time.time())
             if abs(off) > CLOCKS:
-                bar.write(f"clock      that of {name} is {abs(off):.0f} s {'ahead' if off > 0 else 'behind'}")
+                self.say(f"clock      that of {name} is {abs(off):.0f} s {'ahead' if off > 0 else 'behind'}")
             self.all_share = self.all_share and shares
             if why:
-                self.leave_out(node_id, why, bar)
+                self.leave_out(node_id, why)
         for node_id in self.names.keys() - nodes.keys() - self.gone:
             self.gone.add(node_id)
-            bar.write(f"node       {self.names[node_id]} has gone; what it did is done again elsewhere")
+            self.say(f"node       {self.names[node_id]} has gone; what it did is done again elsewhere")
         self.check_nodes([nodes[node_id] for node_id in nodes.keys() - self.left_out.keys()])
 
     def check_nodes(self, usable: list[dict]) -> None:
@@ -89,9 +92,9 @@ class Grid:
             "--gpus_per_cell or --cpus_per_cell"
         )
 
-    def leave_out(self, node_id: str, why: str, bar) -> None:
+    def leave_out(self, node_id: str, why: str) -> None:
         if node_id not in self.left_out:
-            bar.write(f"node       {self.names.get(node_id, node_id[:6])} is left out: {why}")
+            self.say(f"node       {self.names.get(node_id, node_id[:6])} is left out: {why}")
         self.left_out[node_id] = why
 
     def reserved(self) -> list[Sum]:
@@ -127,19 +130,19 @@ class Grid:
         words = unit.only, self.budget.flags(self.reserved()), unit.folders, sent
         self.running[self.task(on_node.run_unit, self.job.gpus).remote(self.job, *words)] = unit
 
-    def settle(self, ref, waiting: list[Unit], bar) -> None:
-        """Take in what has come of a unit."""
+    def settle(self, ref, waiting: list[Unit]) -> bool:
+        """Take in what has come of a unit. Whether it has ended, and waits for no other node."""
         unit = self.running.pop(ref)
         try:
             outcome = self.ray.get(ref)
         except self.ray.exceptions.RayError as error:
             outcome = Outcome("?", "", status=1, said=why_lost(error))
         if outcome.refused:
-            self.leave_out(outcome.node_id, outcome.refused, bar)
+            self.leave_out(outcome.node_id, outcome.refused)
             waiting.insert(0, unit)
-            return
+            return False
         for folder in on_node.unpack(outcome.left or {}, Path(self.job.cwd)):
-            bar.write(f"kept       {folder} is finished here: what {outcome.node} has made is dropped")
+            self.say(f"kept       {folder} is finished here: what {outcome.node} has made is dropped")
         per_second = (outcome.usd_per_hour or 0) / 3600
         self.budget.spent = self.budget.spent.plus(Sum(outcome.seconds, outcome.seconds * per_second))
         state = "finished"
@@ -150,8 +153,11 @@ class Grid:
         else:
             self.done.add(unit.only)
         why = f": {self.failed[unit.only]}" if state == "failed" else ""
-        bar.write(f"cells {unit.only:<9} {state:<8} {outcome.seconds:7.1f} s  {outcome.node}{why}")
-        bar.update()
+        self.say(f"cells {unit.only:<9} {state:<8} {outcome.seconds:7.1f} s  {outcome.node}{why}")
+        return True
+
+    def say(self, line: str) -> None:
+        tqdm.write(line, file=self.out)
 
     def stop(self) -> None:
         """End what runs, so that a start after this one goes on from there."""

@@ -11,8 +11,10 @@ goes on. docs/many-machines.md has more.
 import argparse
 import contextlib
 import os
+import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -42,9 +44,9 @@ def main(process: device.Process) -> None:
     with record.locked(Path(args.output_dir), process, "--output_dir"):
         todo = [unit for unit in found if not unit.finished]
         if todo:
-            with token(Path(args.output_dir)) as file, cluster(args.address) as ray:
+            with token(Path(args.output_dir)) as file, cluster(args.address) as (ray, out):
                 job = job_of(args, variables, file, ray)
-                grid = Grid(ray, job, budget, args.cpus_per_cell)
+                grid = Grid(ray, job, budget, args.cpus_per_cell, out)
                 grid.do(todo)
     end(args, variables, budget, grid)
 
@@ -80,11 +82,19 @@ def amount(word: str) -> float:
     return number
 
 
+def most(word: str) -> float:
+    if not re.fullmatch(r"[0-9]*[.]?[0-9]+", word):  # as study/loop.sh has it
+        raise argparse.ArgumentTypeError(f"{word}: it takes a number")
+    return float(word)
+
+
 def read_loop_flags(args: argparse.Namespace) -> argparse.Namespace:
     """Add those of the loop's flags that concern the grid; `flags` keeps all but the budget, as written."""
-    parser = argparse.ArgumentParser(prog=Path(args.loop).name, allow_abbrev=False, add_help=False)
-    for name in ("--budget_hours", "--budget_usd", "--price_per_hour"):
-        parser.add_argument(name, type=float)
+    usage = "%(prog)s [flags of the loop]"
+    parser = argparse.ArgumentParser(Path(args.loop).name, usage, allow_abbrev=False, add_help=False)
+    parser.add_argument("--budget_hours", type=most)
+    parser.add_argument("--budget_usd", type=most)
+    parser.add_argument("--price_per_hour", type=cli.positive_float)
     parser.add_argument("--output_dir", default="experiments")
     parser.add_argument("--gpu_name")
     known, _ = parser.parse_known_args([cli.underscored(word) for word in args.flags])
@@ -120,7 +130,8 @@ def token(folder: Path) -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def cluster(address: str | None) -> Iterator:
-    """Ray, on the cluster at an address or started here. Raises UserError where there is none."""
+    """Ray, on the cluster at an address or started here, and what is stdout without the state of its daemons
+    that Ray prints there. Raises UserError where there is no cluster."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     try:
         import ray
@@ -134,6 +145,8 @@ def cluster(address: str | None) -> Iterator:
             "object_store_memory": STORE,
             "_node_ip_address": "127.0.0.1",
         }
+    if address:
+        refuse_silent(address)
     try:
         ray.init(**settings)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
@@ -142,9 +155,21 @@ def cluster(address: str | None) -> Iterator:
     for signum in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own, which abort
         signal.signal(signum, signal.default_int_handler)
     try:
-        yield ray
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+            yield ray, sys.__stdout__
     finally:
         ray.shutdown()
+
+
+def refuse_silent(address: str) -> None:
+    """Raise UserError where nothing listens at HOST:PORT: Ray would try for minutes."""
+    host, _, port = address.rpartition(":")
+    if not port.isdigit():
+        return  # "auto" and the like
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--address {address}: there is no Ray cluster to be had: {error}") from None
 
 
 def job_of(args: argparse.Namespace, variables: dict[str, str], file: tuple[str, str], ray) -> Job:
@@ -167,7 +192,8 @@ def end(args: argparse.Namespace, variables: dict[str, str], budget: Budget, gri
     """The loop itself once more, which finds what is finished, scores the best where it should and prints the
     table; its exit status is the grid's. Where units are missing it runs none of them."""
     flags = [word for word in args.flags if word != "--force"]  # which calls nothing finished
-    missing = [unit.only for unit in listed(args.loop, flags, variables) if not unit.finished]
+    found = listed(args.loop, flags, variables)
+    missing = [unit.only for unit in found if not unit.finished]
     failed = dict(grid.failed) if grid else {}
     for only in missing:
         if grid and only in grid.done:
@@ -181,7 +207,7 @@ def end(args: argparse.Namespace, variables: dict[str, str], budget: Budget, gri
     if left:
         print(f"the budget ends here: cells {', '.join(left)} are left")
     if failed:
-        print(f"error: {len(failed)} units failed:", file=sys.stderr)
+        print(f"error: {len(failed)} of {len(found)} units failed:", file=sys.stderr)
         print(*(f"  cells {only}: {why}" for only, why in failed.items()), sep="\n", file=sys.stderr)
     sys.exit(1 if failed else done.returncode)
 
