@@ -88,8 +88,8 @@ class Grid:
             whys = "; ".join(f"{self.names[node_id]}: {why}" for node_id, why in self.left_out.items())
             raise UserError(f"no node is left that can do cells ({whys}): mend that and start again")
         raise UserError(
-            f"no node has {self.job.gpus:g} GPUs and {self.cpus:g} CPUs, which a cell takes: give fewer by "
-            "--gpus_per_cell or --cpus_per_cell"
+            f"no node that is left has {self.job.gpus:g} GPUs and {self.cpus:g} CPUs, which a cell takes: "
+            "start again once one is there, or give fewer by --gpus_per_cell or --cpus_per_cell"
         )
 
     def leave_out(self, node_id: str, why: str) -> None:
@@ -143,8 +143,7 @@ class Grid:
             return False
         for folder in on_node.unpack(outcome.left or {}, Path(self.job.cwd)):
             self.say(f"kept       {folder} is finished here: what {outcome.node} has made is dropped")
-        per_second = (outcome.usd_per_hour or 0) / 3600
-        self.budget.spent = self.budget.spent.plus(Sum(outcome.seconds, outcome.seconds * per_second))
+        self.budget.spend(unit.left, outcome.seconds, outcome.usd_per_hour)
         state = "finished"
         if outcome.status:
             state, self.failed[unit.only] = "failed", last_words(outcome)

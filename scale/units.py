@@ -85,6 +85,9 @@ class Budget:
     def __init__(self, hours: float | None, usd: float | None):
         self.most = Sum(math.inf if hours is None else 3600 * hours, math.inf if usd is None else usd)
         self.spent = Sum()
+        self.beyond = (
+            0.0  # seconds that a unit has taken beyond its estimate, at the most: look-ups, and worse
+        )
 
     @property
     def limited(self) -> bool:
@@ -92,7 +95,7 @@ class Budget:
 
     def rest(self, running: list[Sum]) -> Sum:
         """What is neither spent nor reserved by the estimates of the units that run."""
-        reserved = ([left[i] or 0.0 for left in running] for i in (0, 1))
+        reserved = ([self.whole(left)[i] or 0.0 for left in running] for i in (0, 1))
         return Sum(*(m - s - sum(r) for m, s, r in zip(self.most, self.spent, reserved, strict=True)))
 
     def unknown(self, left: Sum) -> bool:
@@ -105,7 +108,21 @@ class Budget:
             return True
         if running and any(map(self.unknown, [left, *running])):
             return False
-        return all((number or 0) <= rest for number, rest in zip(left, self.rest(running), strict=True))
+        return all((n or 0) <= rest for n, rest in zip(self.whole(left), self.rest(running), strict=True))
+
+    def whole(self, left: Sum) -> Sum:
+        """An estimate, and what units have taken beyond theirs."""
+        if not left.seconds:
+            return left
+        share = 1 + self.beyond / left.seconds
+        return Sum(left.seconds * share, None if left.usd is None else left.usd * share)
+
+    def spend(self, left: Sum, seconds: float, usd_per_hour: float | None) -> None:
+        """Take in what a unit has taken that was estimated at `left`. Without a price it has cost no dollars:
+        its loop has refused to begin on a budget of them."""
+        self.spent = self.spent.plus(Sum(seconds, seconds * (usd_per_hour or 0) / 3600))
+        if left.seconds is not None:
+            self.beyond = max(self.beyond, seconds - left.seconds)
 
     def flags(self, running: list[Sum]) -> list[str]:
         """The rest as a loop's own flags."""

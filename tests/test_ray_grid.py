@@ -1,6 +1,7 @@
 """Many machines: the cells of a loop as tasks of Ray, on a cluster whose nodes are all on this machine."""
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -9,7 +10,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import DEMO_DATA, ROOT, error_line, run_script, write_rows
@@ -17,11 +20,12 @@ from served_here import until
 from test_loops import FINISH, launcher
 
 from scale import on_node, units
-from scale.grid import last_words
+from scale.grid import Grid, last_words
 from scale.on_node import Job, Outcome
 from scale.ray_grid import paths_in
 from scale.units import Budget, Unit
 from study.dry_run import Cell, Sum
+from study.errors import UserError
 from study.records import record
 
 SCRIPT = "scale/ray_grid.py"
@@ -69,8 +73,9 @@ def cluster():
 
 @contextlib.contextmanager
 def grid(*words: object, cwd: Path, **env: str):
-    """The script, started, and what it has said so far."""
-    command = [sys.executable, str(ROOT / SCRIPT), *map(str, words)]
+    """The script, started with SIGINT ignored as a shell's "&" does, and what it has said so far."""
+    command = ["bash", "-c", 'trap "" INT; exec "$@"', "ignoring"]
+    command += [sys.executable, str(ROOT / SCRIPT), *map(str, words)]
     with open(cwd / "out", "w") as out:
         process = subprocess.Popen(command, cwd=cwd, env=os.environ | env, stdout=out, stderr=out)
     try:
@@ -137,7 +142,7 @@ def test_an_interrupted_grid_ends_what_it_runs_and_goes_on_when_started_again(tm
         until(lambda: (tmp_path / "hung").exists() or process.poll() is not None)
         until(lambda: "cells 1 " in said())
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130, said()
+        assert process.wait(on_node.PATIENCE) == 130, said()
     assert ended(int((tmp_path / "hung").read_text().split()[0]))
     assert said().splitlines()[-1] == "interrupted: start it again and it goes on"
     assert [path.parent.name.split("_")[1] for path in tmp_path.glob("runs/*/eval.json")] == ["seed-1"]
@@ -223,6 +228,17 @@ def test_units_begin_while_what_runs_and_what_is_spent_leaves_room_for_them():
     assert budget.flags([Sum(9000.0, 4.0)]) == ["--budget_hours", "0.000000", "--budget_usd", "5.000000"]
 
 
+def test_what_a_unit_has_taken_beyond_its_estimate_is_reserved_for_others():
+    budget = Budget(hours=1.0, usd=36.0)
+    budget.spend(Sum(100.0, 1.0), 400.0, 36.0)
+    assert (budget.spent, budget.beyond) == ((400.0, 4.0), 300.0)
+    assert budget.admits(Sum(1300.0, 13.0), [Sum(1300.0, 13.0)])
+    assert not budget.admits(Sum(1301.0, 13.0), [Sum(1300.0, 13.0)])
+    assert not budget.admits(Sum(1300.0, 13.1), [Sum(1300.0, 13.0)])
+    budget.spend(Sum(None, None), 900.0, None)
+    assert (budget.spent, budget.beyond) == ((1300.0, 4.0), 300.0)
+
+
 def test_a_unit_that_nobody_can_estimate_runs_alone():
     budget, unknown = Budget(hours=1.0, usd=None), Sum(None, None)
     assert budget.admits(unknown, [])
@@ -231,6 +247,63 @@ def test_a_unit_that_nobody_can_estimate_runs_alone():
     assert budget.admits(Sum(1.0, None), [Sum(1.0, None)])  # no limit is on what is unknown of these
     assert Budget(None, None).admits(unknown, [unknown])
     assert Budget(None, None).flags([unknown]) == []
+
+
+# Nodes, in place of Ray's
+
+
+class Nodes(SimpleNamespace):
+    """As much of Ray as asks nodes; `answers` has each host's clock, in seconds ahead, and what it lacks."""
+
+    exceptions = SimpleNamespace(RayError=KeyError)
+
+    def nodes(self) -> list[dict]:
+        about = {"Alive": True, "Resources": {"CPU": 4.0}}
+        return [
+            about | {"NodeManagerHostname": host, "NodeID": host.encode().hex().ljust(56, "0")}
+            for host in self.answers
+        ]
+
+    def remote(self, function):
+        asked = lambda scheduling_strategy, **_: SimpleNamespace(remote=lambda _: scheduling_strategy.node_id)
+        return SimpleNamespace(options=asked)
+
+    def get(self, node_id: str, timeout: float) -> tuple:
+        host = bytes.fromhex(node_id).rstrip(b"\0").decode()
+        ahead, lacks = self.answers[host]
+        return f"{host}/{node_id[:6]}", lacks, time.time() + ahead, True
+
+
+def looked_at(folder: Path, cpus: float = 1, **answers: tuple[float, str]) -> Grid:
+    made = Grid(Nodes(answers=answers), job(folder), Budget(None, None), cpus, io.StringIO())
+    made.look_at_nodes()
+    return made
+
+
+def said_of(made: Grid) -> list[str]:
+    return re.sub(r"/\w{6}", "", made.out.getvalue()).splitlines()
+
+
+def test_nodes_whose_clock_is_another_and_that_lack_something_are_named_once(tmp_path):
+    made = looked_at(tmp_path, good=(0.0, ""), fast=(100.4, ""), slow=(-7.2, ""), bare=(1.0, "it lacks x"))
+    first = [
+        "clock      that of fast is 100 s ahead",
+        "clock      that of slow is 7 s behind",
+        "node       bare is left out: it lacks x",
+    ]
+    assert sorted(said_of(made)) == first
+    made.look_at_nodes()
+    assert sorted(said_of(made)) == first
+    del made.ray.answers["fast"]
+    made.look_at_nodes()
+    assert said_of(made)[3:] == ["node       fast has gone; what it did is done again elsewhere"]
+
+
+def test_where_no_node_can_that_is_told_with_the_reasons(tmp_path):
+    with pytest.raises(UserError, match=r"no node is left that can do cells \(bare/\w+: it lacks x\)"):
+        looked_at(tmp_path, bare=(0.0, "it lacks x"))
+    with pytest.raises(UserError, match="no node that is left has 0 GPUs and 5 CPUs, which a cell takes"):
+        looked_at(tmp_path, cpus=5, good=(0.0, ""))
 
 
 # What a node does, without Ray
