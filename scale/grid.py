@@ -6,7 +6,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
-from scale import on_node, units
+from scale import carry, on_node, units
 from scale.on_node import Job, Outcome
 from scale.units import Budget, Unit
 from study.dry_run import Sum
@@ -65,20 +65,25 @@ class Grid:
             asked[node_id] = look.options(num_cpus=0, scheduling_strategy=there).remote(self.job)
         for node_id, ref in asked.items():
             self.names[node_id] = f"{nodes[node_id]['NodeManagerHostname']}/{node_id[:6]}"
-            try:
-                name, why, clock, shares = self.ray.get(ref, timeout=120)
-            except self.ray.exceptions.RayError as error:
-                name, why, clock, shares = self.names[node_id], why_lost(error), began, True
-            off = min(0, clock - began) + max(0, clock - time.time())
-            if abs(off) > CLOCKS:
-                self.say(f"clock      that of {name} is {abs(off):.0f} s {'ahead' if off > 0 else 'behind'}")
-            self.all_share = self.all_share and shares
-            if why:
-                self.leave_out(node_id, why)
+            self.hear(node_id, ref, began)
         for node_id in self.names.keys() - nodes.keys() - self.gone:
             self.gone.add(node_id)
             self.say(f"node       {self.names[node_id]} has gone; what it did is done again elsewhere")
         self.check_nodes([nodes[node_id] for node_id in nodes.keys() - self.left_out.keys()])
+
+    def hear(self, node_id: str, ref, began: float) -> None:
+        """Take in what a node has said of itself, which was asked when the clock here was at `began`."""
+        try:
+            why, clock, shares = self.ray.get(ref, timeout=120)
+        except self.ray.exceptions.RayError as error:
+            why, clock, shares = why_lost(error), began, True
+        off = min(0, clock - began) + max(0, clock - time.time())
+        if abs(off) > CLOCKS:
+            way = "ahead" if off > 0 else "behind"
+            self.say(f"clock      that of {self.names[node_id]} is {abs(off):.0f} s {way}")
+        self.all_share = self.all_share and shares
+        if why:
+            self.leave_out(node_id, why)
 
     def check_nodes(self, usable: list[dict]) -> None:
         need = {"GPU": self.job.gpus, "CPU": self.cpus}
@@ -126,7 +131,7 @@ class Grid:
         return self.ray.remote(function).options(**options, label_selector=labels)
 
     def begin(self, unit: Unit) -> None:
-        sent = {} if self.all_share else on_node.pack(unit.folders, Path(self.job.cwd))
+        sent = {} if self.all_share else carry.pack(unit.folders, Path(self.job.cwd))
         words = unit.only, self.budget.flags(self.reserved()), unit.folders, sent
         self.running[self.task(on_node.run_unit, self.job.gpus).remote(self.job, *words)] = unit
 
@@ -141,7 +146,7 @@ class Grid:
             self.leave_out(outcome.node_id, outcome.refused)
             waiting.insert(0, unit)
             return False
-        for folder in on_node.unpack(outcome.left or {}, Path(self.job.cwd)):
+        for folder in carry.unpack(outcome.left or {}, Path(self.job.cwd)):
             self.say(f"kept       {folder} is finished here: what {outcome.node} has made is dropped")
         self.budget.spend(unit.left, outcome.seconds, outcome.usd_per_hour)
         state = "finished"

@@ -1,5 +1,4 @@
-"""What a node of the cluster does for scale/ray_grid.py: it says whether it can do cells, does them, and
-packs what they have left where the driver does not see it."""
+"""What a node of the cluster does for scale/ray_grid.py: it says whether it can do cells, and does them."""
 
 import contextlib
 import hashlib
@@ -13,10 +12,9 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from scale import units
+from scale import carry, units
 from study import device
 from study.errors import UserError
-from study.files import write_bytes
 from study.records import cost, record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,9 +71,9 @@ def here() -> tuple[str, str]:
     return f"{socket.gethostname()}/{node_id[:6]}", node_id
 
 
-def look(job: Job) -> tuple[str, str, float, bool]:
-    """This node's name, why it can't do cells ("" if it can), its clock, and whether it shares the folder."""
-    return here()[0], why_not(job), time.time(), shares(job)
+def look(job: Job) -> tuple[str, float, bool]:
+    """Why this node can't do cells ("" if it can), its clock, and whether it shares the folder."""
+    return why_not(job), time.time(), shares(job)
 
 
 def why_not(job: Job) -> str:
@@ -108,14 +106,14 @@ def run_unit(job: Job, only: str, budget: list[str], folders: list[str], sent: d
     if refused or no_gpu(job):
         return Outcome(name, node_id, refused or no_gpu(job))
     if not shared:
-        unpack(sent, Path(job.cwd))
+        carry.unpack(sent, Path(job.cwd))
     wait_for_locks([Path(job.cwd, folder) for folder in folders])
     env = units.environment(job.variables) | {"ONLY": only}
     status, said = run_loop([job.loop, *job.flags, *budget], job.cwd, env)
     if status and no_gpu(job):
         return Outcome(name, node_id, no_gpu(job))
     price = cost.price(job.price[0] or device.name(), job.price[1])["price_per_hour"]
-    left = None if shared else pack(folders, Path(job.cwd))
+    left = None if shared else carry.pack(folders, Path(job.cwd))
     return Outcome(name, node_id, "", status, said, time.monotonic() - began, price, left)
 
 
@@ -188,41 +186,4 @@ def going_on(group: int) -> bool:
             state, _, its_group = path.read_text("utf-8", "replace").rpartition(")")[2].split()[:3]
             if state != "Z" and int(its_group) == group:
                 return True
-    return False
-
-
-def pack(folders: list[str], cwd: Path) -> dict[str, bytes]:
-    """What runs have left, by path, without checkpoints and what is hidden."""
-    found = {}
-    for folder in folders:
-        for path in sorted((cwd / folder).rglob("*")):
-            parts = path.relative_to(cwd / folder).parts
-            if path.is_file() and parts[0] != "checkpoints" and not any(part[0] == "." for part in parts):
-                found[str(Path(folder, *parts))] = path.read_bytes()
-    return found
-
-
-def unpack(files: dict[str, bytes], cwd: Path) -> list[str]:
-    """Write what `pack` has found; of each run its records last, so that it is finished once all is there.
-    Where a finished record stands that `files` has otherwise, that run stays as it is, and is returned."""
-    kept = {
-        str(Path(path).parent)
-        for path in files
-        if is_record(path) and is_finished(cwd / path) and (cwd / path).read_bytes() != files[path]
-    }
-    run_of = lambda path: next((folder for folder in kept if Path(path).is_relative_to(folder)), None)
-    for path in sorted(files, key=is_record):
-        if not run_of(path):
-            (cwd / path).parent.mkdir(parents=True, exist_ok=True)
-            write_bytes(cwd / path, files[path])
-    return sorted(kept)
-
-
-def is_record(path: str) -> bool:
-    return path.endswith(".json") and Path(path).name.startswith(("train", "eval"))
-
-
-def is_finished(path: Path) -> bool:
-    with contextlib.suppress(UserError):
-        return record.status(path) == "finished"
     return False

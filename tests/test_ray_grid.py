@@ -19,7 +19,7 @@ from conftest import DEMO_DATA, ROOT, error_line, run_script, write_rows
 from served_here import until
 from test_loops import FINISH, launcher
 
-from scale import on_node, units
+from scale import carry, on_node, units
 from scale.grid import Grid, last_words
 from scale.on_node import Job, Outcome
 from scale.ray_grid import paths_in
@@ -271,7 +271,7 @@ class Nodes(SimpleNamespace):
     def get(self, node_id: str, timeout: float) -> tuple:
         host = bytes.fromhex(node_id).rstrip(b"\0").decode()
         ahead, lacks = self.answers[host]
-        return f"{host}/{node_id[:6]}", lacks, time.time() + ahead, True
+        return lacks, time.time() + ahead, True
 
 
 def looked_at(folder: Path, cpus: float = 1, **answers: tuple[float, str]) -> Grid:
@@ -331,12 +331,12 @@ def test_where_the_folder_is_not_shared_a_run_is_brought_back_and_none_is_overwr
     outcome = on_node.run_unit(job(there), "1", [], [cell.folder], {})
     assert (outcome.refused, outcome.status, outcome.usd_per_hour) == ("", 0, 3.6), outcome.said
     assert {Path(path).name for path in outcome.left} == {"train.json", "eval.json", "predictions.jsonl"}
-    assert on_node.unpack(outcome.left, here) == []
+    assert carry.unpack(outcome.left, here) == []
     assert left_in(here / "runs") == left_in(there / "runs")
-    assert on_node.pack([cell.folder], here) == outcome.left
+    assert carry.pack([cell.folder], here) == outcome.left
     other = {path: content.replace(b"qlora", b"") + b" " for path, content in outcome.left.items()}
-    assert on_node.unpack(other, here) == [cell.folder]
-    assert on_node.pack([cell.folder], here) == outcome.left
+    assert carry.unpack(other, here) == [cell.folder]
+    assert carry.pack([cell.folder], here) == outcome.left
     shared = here / "runs" / ".ray_grid"
     shared.write_text("here")
     assert on_node.run_unit(job(here), "1", [], [cell.folder], {}).left is None
@@ -344,14 +344,14 @@ def test_where_the_folder_is_not_shared_a_run_is_brought_back_and_none_is_overwr
 
 def test_records_are_written_last(tmp_path, monkeypatch):
     order = []
-    monkeypatch.setattr(on_node, "write_bytes", lambda path, content: order.append(path.name))
+    monkeypatch.setattr(carry, "write_bytes", lambda path, content: order.append(path.name))
     names = (
         "runs/a/eval.json",
         "runs/a/train.json",
         "runs/a/adapter/adapter_config.json",
         "runs/a/predictions.jsonl",
     )
-    on_node.unpack(dict.fromkeys(names, b"{}"), tmp_path)
+    carry.unpack(dict.fromkeys(names, b"{}"), tmp_path)
     assert {*order[-2:]} == {"eval.json", "train.json"}
 
 
