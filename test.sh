@@ -4,7 +4,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=study/setup.sh
 source study/setup.sh
-set_up requirements.txt requirements-serving.txt tests/requirements.txt
+set_up requirements.txt requirements-serving.txt requirements-scale.txt tests/requirements.txt
 
 ruff check .
 ruff format --check .

@@ -6,11 +6,14 @@ study/loop.sh asks it, in words that end in a NUL each: what, and behind that up
 
     row                         no training serves the cells that follow
     row SCRIPT FLAG...          one training serves them, where it is not finished
-    cell SHARES SCRIPT FLAG...  a cell, by the script that scores it; SHARES unless empty: and others, too
+    cell SHARES SCRIPT FLAG...  a cell, by the script that scores it: alone, or with the others up to `score`,
+                                where SHARES is "scoring" (each is trained alone) or "loading" (none is)
     score                       those before are scored; the next ones load their base anew
     best                        the best on the validation split will be scored on the test split
 
 Every look-up is what the script itself says to --dry_run, all in this process, which reads a record once.
+
+With LIST=FILE it leaves a `Cell` in a line for each, for scale/ray_grid.py and for what ONLY leaves out.
 """
 
 import contextlib
@@ -70,22 +73,49 @@ class Found(NamedTuple):
     saved: Sum
 
 
+class Cell(NamedTuple):
+    """A line for programs. A unit is what one process had better do: a row that one training serves, with its
+    scoring, cells that share one loading, or else a cell. `left` is what the cell adds to the loop's sum."""
+
+    unit: int
+    state: str  # "failed" without a folder where the look-up fails
+    folder: str
+    left: Sum
+
+    def __str__(self) -> str:
+        numbers = ("?" if number is None else f"{number:.6g}" for number in self.left)
+        return "\t".join([str(self.unit), self.state, self.folder, *numbers])
+
+    @classmethod
+    def read(cls, line: str) -> "Cell":
+        unit, state, folder, *numbers = line.split("\t")
+        left = Sum(*(None if number == "?" else float(number) for number in numbers))
+        return cls(int(unit), state, folder, left)
+
+
 class DryRun:
     """What a loop has asked so far."""
 
     def __init__(self):
+        self.checks_data = not os.environ.get("DATA_CHECKED")
         self.checked: set[str] = set()  # scripts, with their task, whose data were read
+        self.listed: list[Cell] = []
+        self.unit, self.unit_goes_on = 0, False
         self.kept: dict = {}  # what earlier records tell
         self.price = ""  # what was said of a price that could not be told
         self.cells = self.unknown = 0
         self.failed: list[str] = []
         self.total, self.each = Sum(), Sum()  # as the loop goes, and all cells one by one
+        self.of_row = Sum()  # a row's training, of which the first of its cells will tell
         self.served = self.loaded = False  # by a row's training; by a cell before that has loaded the base
 
     def row(self, script: str = "", *flags: str) -> None:
-        self.served = False
+        self.served = self.unit_goes_on = False
+        self.of_row = Sum()
         if not script:
             return
+        self.unit += 1
+        self.unit_goes_on = True
         self.checked.add(script)  # the first cell's look-up reads the data
         with told() as failed:  # the cells say why
             found = self.look_up(script, *flags)
@@ -93,10 +123,11 @@ class DryRun:
             return
         self.served = True
         if found.left.seconds is not None:
+            self.of_row = found.left
             self.total = self.total.plus(found.left)
 
     def score(self) -> None:
-        self.loaded = False
+        self.loaded = self.unit_goes_on = False
 
     def best(self) -> None:
         print("\nand the best on the validation split will be scored on the test split, ", end="")
@@ -104,31 +135,38 @@ class DryRun:
 
     def cell(self, shares: str, script: str, *flags: str) -> None:
         self.cells += 1
+        self.unit += not self.unit_goes_on
+        self.unit_goes_on = self.unit_goes_on or shares == "loading"
         print(f"\n[{self.cells}] {' '.join(flags)}", flush=True)
         with told() as failed:
             found = self.look_up(script, *flags)
         if failed:
             self.failed.append(f"{script} {' '.join(flags)} (exit 1)")
+            self.listed.append(Cell(self.unit, "failed", "", Sum(None, None)))
             return
         finished = found.state == "finished"
         print(f"{found.state}  {found.folder}" + ("" if finished else f"  {found.left}"))
         if found.left.seconds is None:
             self.unknown += 1
+            self.listed.append(Cell(self.unit, found.state, found.folder, Sum(None, None)))
             return
         self.each = self.each.plus(found.left)
-        self.total = self.total.plus(found.left)
+        adds = found.left
         if self.served:
-            self.total = self.total.plus(found.training, -1)
+            adds = adds.plus(found.training, -1)
         if shares and not finished:
             if self.loaded:
-                self.total = self.total.plus(found.saved, -1)
+                adds = adds.plus(found.saved, -1)
             self.loaded = True
+        self.total = self.total.plus(adds)
+        self.listed.append(Cell(self.unit, found.state, found.folder, adds.plus(self.of_row)))
+        self.of_row = Sum()
 
     def look_up(self, script: str, *flags: str) -> Found:
         """What the script says. The data are read for the first cell of each script and task."""
         task = re.search(r"--task_type [a-z]+", " ".join(flags))
         about = f"{script} {task[0]}" if task else script
-        os.environ["DATA_CHECKED"] = "1" if about in self.checked else ""
+        os.environ["DATA_CHECKED"] = "" if self.checks_data and about not in self.checked else "1"
         self.checked.add(about)
         sys.argv, said = [script, *flags], io.StringIO()
         with contextlib.redirect_stdout(said):
@@ -143,6 +181,9 @@ class DryRun:
 
     def finish(self) -> None:
         """The sum, and the cells that failed. Exits with 1 if any has."""
+        if os.environ.get("LIST"):
+            lines = "".join(f"{cell}\n" for cell in self.listed)
+            Path(os.environ["LIST"]).write_text(lines, encoding="utf-8", errors="surrogateescape")
         total, each = (self.total, self.each) if self.unknown < self.cells else (Sum(None, None),) * 2
         alone = "" if each.same_as(total) else f" (one by one: {each})"
         why = "of them without an estimate: no earlier run of that model, task and device"

@@ -4,13 +4,15 @@
 # The second script, which scores, waits for `score_waiting`: then it scores all cells since the last in one process. So
 # does a single script where a loop says together=1.
 # The loops' own flags, --budget_usd USD and --budget_hours H, end a loop before the cell that would exceed them.
+# ONLY="3-8 11" has the numbers of the cells that this start does, 0 for none of them: on several machines each start has
+# its own. Other cells are neither trained nor scored; they stand in the table as they are found at the end.
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 LAUNCH=${LAUNCH:-python} # the command in front of each script, e.g. "accelerate launch"
 trap 'exit 130' INT # a launcher of several processes ends otherwise, and the loop would go on
 cells=()
 evaluations=() # the record of each cell's scoring
-asked=() # of a dry run: the questions to study/dry_run.py
+asked=() # the questions to study/dry_run.py: of a dry run, or of the cells that ONLY leaves to others
 failed=()
 left=()
 count=0
@@ -22,6 +24,7 @@ owed=0      # estimated seconds of their scoring
 row=        # how the training went that serves the cells that follow: trained, failed or empty for none
 budget=(inf inf)
 dry_run=
+ours=() # pairs of numbers, from and to
 price= # what a look-up said of a price that it could not tell
 spent_before=$SECONDS
 read -r began _ </proc/uptime # a clock that nobody sets, as $SECONDS is not
@@ -59,6 +62,22 @@ while (($#)); do
   shift
 done
 set -- "${flags[@]}"
+for numbers in ${ONLY:-}; do
+  [[ $numbers =~ ^([0-9]{1,9})(-([0-9]{1,9}))?$ ]] || {
+    echo "error: ONLY=$ONLY: it takes numbers of cells, such as \"3-8 11\"" >&2
+    exit 2
+  }
+  ours+=($((10#${BASH_REMATCH[1]})) $((10#${BASH_REMATCH[3]:-${BASH_REMATCH[1]}})))
+done
+
+is_ours() { # is_ours NUMBER: whether this start does that cell
+  local i
+  ((${#ours[@]})) || return 0
+  for ((i = 0; i < ${#ours[@]}; i += 2)); do
+    ((ours[i] > $1 || $1 > ours[i + 1])) || return 0
+  done
+  return 1
+}
 
 ask() { asked+=("$@" $'\x1e'); } # ask WHAT [WORD...]: a process for each cell would take most of a dry run's time
 
@@ -203,7 +222,7 @@ score_best() { # score_best FLAG...: the cell that is best on the validation spl
     ask best
     return
   fi
-  if ((${#left[@]} + ${#failed[@]})); then
+  if ((${#left[@]} + ${#failed[@]} + ${#ours[@]})); then
     printf '\nthe best is chosen once no cell is left and none has failed\n'
     return
   fi
@@ -225,11 +244,15 @@ score_best() { # score_best FLAG...: the cell that is best on the validation spl
 }
 
 train_row() { # train_row "EPOCHS..." SCRIPT SCORER -- FLAG...: in one training all cells that differ in --epochs alone
-  local scripts=("$2" "$3") trainer=$2 state folder evaluation seconds usd training_seconds every flags
+  local scripts=("$2" "$3") trainer=$2 state folder evaluation seconds usd training_seconds every flags mine=() i=$count
   row=
   [[ ! $dry_run ]] || ask row
-  [[ $1 == *[[:space:]]* ]] || return 0
-  mapfile -t every < <(tr ' ' '\n' <<<"$1" | sort -nu)
+  for every in $1; do
+    i=$((i + 1))
+    [[ ! $dry_run ]] && ! is_ours "$i" || mine+=("$every")
+  done
+  ((${#mine[@]} > 1)) || return 0
+  mapfile -t every < <(printf '%s\n' "${mine[@]}" | sort -nu)
   shift 4
   ((${#every[@]} > 1)) || return 0
   flags=(--epochs "${every[-1]}" --also_epochs "${every[@]::${#every[@]}-1}" "$@")
@@ -252,7 +275,7 @@ train_row() { # train_row "EPOCHS..." SCRIPT SCORER -- FLAG...: in one training 
 }
 
 cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last script is the one that scores
-  local scripts=() shares=${together:-} state folder evaluation seconds usd training_seconds status
+  local scripts=() shares=${together:+loading} state folder evaluation seconds usd training_seconds status word words=()
   while [[ $1 != -- ]]; do
     scripts+=("$1")
     shift
@@ -260,8 +283,12 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
   shift
   count=$((count + 1))
   if [[ $dry_run ]]; then
-    [[ ${#scripts[@]} == 1 ]] || shares=1 # with others, once each is trained
+    [[ ${#scripts[@]} == 1 ]] || shares=scoring # with others, once each is trained
     ask cell "$shares" "${scripts[-1]}" "$@"
+    return
+  elif ! is_ours "$count"; then
+    for word in "$@"; do [[ $word == --force ]] || words+=("$word"); done # which calls no run finished
+    ask cell '' "${scripts[-1]}" "${words[@]}" --dry_run
     return
   fi
   printf '\n[%d] %s\n' "$count" "$*"
@@ -298,12 +325,32 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
   [[ $seconds == '?' ]] || owed=$(awk -v a="$owed" -v s="$seconds" -v t="$training_seconds" 'BEGIN { print a + s - t }')
 }
 
+look_up_others() { # in one process: those that ONLY leaves to other starts
+  local list state folder unfinished=0 others=0
+  list=$(mktemp)
+  printf '%s\0' "${asked[@]}" | LIST=$list DATA_CHECKED=1 PYTHONPATH=$root PYTHONIOENCODING=utf-8 python -m study.dry_run >/dev/null || true
+  while IFS=$'\t' read -r _ state folder _; do
+    others=$((others + 1))
+    [[ $state == finished ]] || unfinished=$((unfinished + 1))
+    [[ ! $folder ]] || cells+=("$folder")
+  done <"$list"
+  rm -f "$list"
+  printf '\nONLY=%s: of %d other cells %d are not finished\n' "$ONLY" "$others" "$unfinished"
+}
+
 finish() { # print the table of all cells and name those that failed or are left
-  local report=0 folder path recorded=()
+  local report=0 folder path recorded=() i
   if [[ $dry_run ]]; then
     printf '%s\0' "${asked[@]}" | PYTHONPATH=$root PYTHONIOENCODING=utf-8 python -m study.dry_run
     exit
   fi
+  for ((i = 1; i < ${#ours[@]}; i += 2)); do
+    ((ours[i] <= count)) || {
+      echo "error: ONLY=$ONLY: the loop has $count cells" >&2
+      exit 2
+    }
+  done
+  [[ ! ${asked[*]} ]] || look_up_others
   printf '\n'
   for folder in "${cells[@]}"; do
     for path in "$folder"/train.json "$folder"/eval*.json; do

@@ -37,6 +37,8 @@ def loop(script: str, *flags: object, cwd: Path, **env: str) -> subprocess.Compl
         "DROPOUTS",
         "FRACTIONS",
         "SEEDS",
+        "ONLY",
+        "LIST",
     }
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     return subprocess.run(
@@ -879,6 +881,60 @@ def test_where_the_training_of_a_row_fails_its_cells_have_failed_and_the_others_
     assert done.stderr.count("(its training failed)") == 2
     [scoring] = [call for call in calls(tmp_path) if "inference" in call[0]]
     assert scoring[2:4] == [f"runs/{tuned(rank='8', epochs=epochs)}" for epochs in "12"]
+
+
+# A part of the cells
+
+
+def test_only_the_cells_that_are_named_are_done_and_others_are_shown_as_they_are(tmp_path, files):
+    env = {"RANKS": "2 4 8 16", "EPOCHS": "2", "DROPOUTS": "0.1", "TASK": "classification"}
+    finish_cell(tmp_path / "runs", 2, files)
+    env |= launcher(tmp_path, FINISH) | {"ONLY": "2 04-4"}
+    done = loop("run_lora.sh", *files, "--output_dir", "runs", cwd=tmp_path, **env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ranks_of(tmp_path) == [(TRAIN, "4"), (SCORE, "4"), (TRAIN, "16"), (SCORE, "16")]
+    assert "ONLY=2 04-4: of 2 other cells 1 are not finished" in done.stdout
+    assert "75.00" in done.stdout  # of the finished cell
+    done = loop("run_lora.sh", *files, "--output_dir", "runs", cwd=tmp_path, **env | {"ONLY": "0"})
+    assert "ONLY=0: of 4 other cells 1 are not finished" in done.stdout
+    assert len(calls(tmp_path)) == 4
+
+
+def test_of_a_row_only_the_epochs_of_the_named_cells_are_trained(tmp_path):
+    env = {"EPOCHS": "2 1 3", "RANKS": "4 8", "DROPOUTS": "0.1"} | launcher(tmp_path, "exit 0")
+    for only, epochs in (("1 6", [["2"], ["3"]]), ("2-3", [["3", "--also_epochs", "1"]])):
+        (tmp_path / "calls").unlink(missing_ok=True)
+        loop("run_lora.sh", "--output_dir", "runs", cwd=tmp_path, ONLY=only, **env)
+        trained = [call for call in calls(tmp_path) if "inference" not in call[0]]
+        assert [
+            call[call.index("--epochs") + 1 :][: len(each)]
+            for call, each in zip(trained, epochs, strict=True)
+        ] == epochs
+
+
+def test_the_best_is_chosen_by_a_start_of_the_whole_loop_alone(tmp_path, files):
+    env = launcher(tmp_path, FINISH) | {
+        "RANKS": "4 8",
+        "EPOCHS": "2",
+        "DROPOUTS": "0.1",
+        "TASK": "classification",
+    }
+    flags = (*files, "--validation_fraction", "0.5", "--output_dir", "runs")
+    done = loop("run_lora.sh", *flags, cwd=tmp_path, ONLY="1-2", **env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "best on the validation split" not in done.stdout
+    assert "best on the validation split" in loop("run_lora.sh", *flags, cwd=tmp_path, **env).stdout
+
+
+@pytest.mark.parametrize(
+    ("only", "said"), [("1,2", "it takes numbers"), ("1-", "it takes"), ("2-9", "has 2 cells")]
+)
+def test_numbers_that_no_cell_has_are_refused(tmp_path, only, said):
+    env = launcher(tmp_path, FINISH) | {"FRACTIONS": "0.5 1.0", "ONLY": only}
+    done = loop("sample_ablate.sh", "--output_dir", "runs", cwd=tmp_path, **env)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert f"error: ONLY={only}: " in done.stderr
+    assert said in done.stderr
 
 
 # Chosen on validation, reported on test
