@@ -8,6 +8,6 @@ set_up requirements.txt requirements-serving.txt requirements-scale.txt tests/re
 
 ruff check .
 ruff format --check .
-shellcheck ./*.sh study/*.sh demo/*.sh benchmarks/*.sh serving/*.sh .ci/run
+shellcheck ./*.sh study/*.sh demo/*.sh benchmarks/*.sh serving/*.sh results/study/*.sh .ci/run
 # Each file in one process, which has its own fixtures; three on two cores, since some tests wait.
 python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
