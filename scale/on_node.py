@@ -98,9 +98,8 @@ def shares(job: Job) -> bool:
 def run_unit(job: Job, only: str, budget: list[str], folders: list[str], sent: dict[str, bytes]) -> Outcome:
     """Do the cells `only` within the rest of a budget. Where the folder is not shared, with what the driver
     has `sent` of their runs, and what they leave is in the outcome."""
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # ignored, as below a shell's "&", Ray can't cancel
+    # Ignored, as it is below a shell's "&", Ray can't cancel.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     name, node_id = here()
     refused, shared, began = why_not(job), shares(job), time.monotonic()
     if refused or no_gpu(job):
