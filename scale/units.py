@@ -85,7 +85,7 @@ class Budget:
     def __init__(self, hours: float | None, usd: float | None):
         self.most = Sum(math.inf if hours is None else 3600 * hours, math.inf if usd is None else usd)
         self.spent = Sum()
-        self.beyond = 0.0  # seconds that a unit has taken beyond its estimate, at the most: look-ups, and worse
+        self.beyond = 0.0  # the most seconds that a unit has taken beyond its estimate: look-ups, and worse
 
     @property
     def limited(self) -> bool:
