@@ -89,16 +89,26 @@ def parse() -> argparse.Namespace:
     add("--texts", nargs="+", required=True, metavar="FILE:COLUMN", help="what to learn from")
     add("--exclude", nargs="*", default=[], metavar="FILE:COLUMN", help="texts that must not be learned from")
     add("--tokenizer", metavar="CKPT", help="an existing one, in place of one made from the texts")
-    add("--vocabulary", type=int, default=16384, help="tokens of the tokenizer (%(default)s)")
-    add("--hidden", type=int, default=640, help="width, a multiple of 64, the size of a head (%(default)s)")
-    add("--inner", type=int, default=1792, help="width inside the MLP (%(default)s)")
-    add("--layers", type=int, default=12, help="decoder layers (%(default)s)")
-    add("--block", type=int, default=1024, help="tokens of a row: the longest text and prompt (%(default)s)")
-    add("--rows", type=int, default=64, help="rows of a step (%(default)s)")
-    add("--passes", type=int, default=16, help="over all texts (%(default)s)")
+    add("--vocabulary", type=cli.positive_int, default=16384, help="tokens of the tokenizer (%(default)s)")
+    add(
+        "--hidden",
+        type=cli.positive_int,
+        default=640,
+        help="width, a multiple of 64, the size of a head (%(default)s)",
+    )
+    add("--inner", type=cli.positive_int, default=1792, help="width inside the MLP (%(default)s)")
+    add("--layers", type=cli.positive_int, default=12, help="decoder layers (%(default)s)")
+    add(
+        "--block",
+        type=cli.positive_int,
+        default=1024,
+        help="tokens of a row: the longest text and prompt (%(default)s)",
+    )
+    add("--rows", type=cli.positive_int, default=64, help="rows of a step (%(default)s)")
+    add("--passes", type=cli.positive_int, default=16, help="over all texts (%(default)s)")
     add(
         "--patience",
-        type=int,
+        type=cli.positive_int,
         default=3,
         help="passes without a better perplexity to end after (%(default)s)",
     )
@@ -106,7 +116,10 @@ def parse() -> argparse.Namespace:
     add("--learning_rate", type=float, default=2e-3, help="of Muon and AdamW (%(default)s)")
     add("--weight_decay", type=float, default=0.1, help="of the matrices (%(default)s)")
     add("--seed", type=int, default=42, help="of weights, order and dropout (%(default)s)")
-    return parser.parse_args([cli.underscored(word) for word in sys.argv[1:]])
+    args = parser.parse_args([cli.underscored(word) for word in sys.argv[1:]])
+    if args.hidden % 64:
+        parser.error(f"--hidden {args.hidden} is no multiple of 64")
+    return args
 
 
 # Texts
@@ -131,8 +144,12 @@ def read_column(place: str, flag: str) -> tuple[str, list[str]]:
 def read_sources(places: Sequence[str], exclude: Sequence[str]) -> list[Source]:
     """Raises UserError, also where nothing is left to learn or to hold out."""
     never = {key(text) for place in exclude for text in read_column(place, "--exclude")[1]}
-    sources, seen = [], set()
+    sources, seen, names = [], set(), [Path(place).name for place in places]
     for place in places:
+        if names.count(Path(place).name) > 1:
+            raise UserError(
+                f"--texts {place}: another file has that name: rename one, to tell their figures apart"
+            )
         sha256, texts = read_column(place, "--texts")
         source = Source(f"{Path(place).name}", sha256, [], [])
         for text in texts:
@@ -356,6 +373,11 @@ class Training:
         save_whole(more, self.state / "last.safetensors", save_file, {"progress": progress})
         self.kept = time.monotonic()
 
+    def take(self, weights: dict) -> None:
+        """Let these be the model's weights: all of them, by their names."""
+        for name, weight in self.named.items():
+            weight.data.copy_(weights[name])
+
     def resume(self, about: dict) -> None:
         """Go on from what `keep` saved, if anything. Raises UserError where that is of another training."""
         from safetensors import safe_open
@@ -367,8 +389,7 @@ class Training:
             progress = json.loads(file.metadata()["progress"])
             check_same(progress["about"], about, self.args.folder)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
-        for name, weight in self.named.items():
-            weight.data.copy_(tensors.pop(f"weights {name}"))
+        self.take({name: tensors.pop(f"weights {name}") for name in self.named})
         for i, optimizer in enumerate(self.optimizers):
             state: dict[int, dict] = {}
             for name, value in tensors.items():
@@ -387,7 +408,7 @@ class Training:
         from safetensors.torch import load_file
         from transformers import GenerationConfig
 
-        self.model.load_state_dict(load_file(self.state / "best.safetensors"), strict=False)
+        self.take(load_file(self.state / "best.safetensors"))
         ids = {name: getattr(self.tokenizer, name) for name in ("bos_token_id", "eos_token_id")}
         self.model.generation_config = GenerationConfig(**ids)
         self.model.to(torch.bfloat16).save_pretrained(self.args.folder)

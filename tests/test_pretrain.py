@@ -87,6 +87,19 @@ def test_bad_input_is_one_line(tmp_path, place, line):
         pretrain.read_sources([str(tmp_path / place)], [])
 
 
+def test_two_files_of_one_name_and_a_width_without_whole_heads_are_refused(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a").mkdir()
+    for folder in (tmp_path, tmp_path / "a"):
+        write_rows(folder / "posts.jsonl", [{"text": f"{folder} {i}"} for i in range(200)])
+    with pytest.raises(UserError, match="another file has that name: rename one"):
+        pretrain.read_sources(
+            [f"{tmp_path / 'posts.jsonl'}:text", f"{tmp_path / 'a' / 'posts.jsonl'}:text"], []
+        )
+    with pytest.raises(SystemExit):
+        run(monkeypatch, tmp_path / "base", "--hidden", 100)
+    assert "--hidden 100 is no multiple of 64" in capsys.readouterr().err
+
+
 def test_words_that_share_a_meaning_become_one_text_without_marks():
     dictionary = (
         "00-database-info\nnone of this\nabet\n    v 1: assist or encourage, usually\n       in wrongdoing\n"
