@@ -48,7 +48,10 @@ def main() -> None:
     if not sys.argv[1:]:
         sys.exit(__doc__)
     for name in sys.argv[1:]:
-        content = gzip.decompress(Path(name).read_bytes()).decode("utf-8")
+        try:
+            content = gzip.decompress(Path(name).read_bytes()).decode("utf-8")
+        except (OSError, EOFError, ValueError) as error:
+            sys.exit(f"error: {name} can't be read as a .dict.dz: {error}")
         for text in texts(content):
             print(json.dumps({"text": text}, ensure_ascii=False))
 

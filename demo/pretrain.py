@@ -171,7 +171,7 @@ def read_sources(places: Sequence[str], exclude: Sequence[str]) -> list[Source]:
 
 def tokenizer_of(args: argparse.Namespace, sources: Sequence[Source]):
     """--tokenizer, or byte-level BPE of the texts to learn, made once."""
-    from transformers import AutoTokenizer
+    from study import model
 
     made = args.folder / ".state" / "tokenizer"
     if not args.tokenizer and not made.exists():
@@ -179,7 +179,10 @@ def tokenizer_of(args: argparse.Namespace, sources: Sequence[Source]):
 
         texts = [text for source in sources for text in source.learned]
         make_tokenizer(texts, args.vocabulary, args.block).save_pretrained(made)
-    return AutoTokenizer.from_pretrained(args.tokenizer or made)
+    try:
+        return model.load_tokenizer(args.tokenizer or str(made))
+    except UserError as error:  # which names the flag of the other scripts
+        raise UserError(str(error).replace("--pretrained_ckpt", "--tokenizer")) from None
 
 
 def ids_of(tokenizer, texts: Sequence[str]) -> list[np.ndarray]:
