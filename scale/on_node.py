@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scale import carry, units
+from scale.cluster import ROOT
 from study import device
 from study.errors import UserError
 from study.records import cost, record
 
-ROOT = Path(__file__).resolve().parent.parent
 # The loop and all that it starts end with the process at the other end of this stdin, however that ends: what
 # outlived a dead worker would hold the folder that the next attempt needs.
 WATCH = 'exec 3<&0; "$@" </dev/null 3<&- & loop=$!; (cat >/dev/null; kill -KILL 0) <&3 & wait "$loop"'

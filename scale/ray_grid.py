@@ -14,7 +14,6 @@ import os
 import re
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,12 +21,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from scale import on_node, units
+from scale import cluster, on_node, units
 from scale.grid import Grid
 from scale.on_node import Job
 from scale.units import Budget, Unit
 from study import cli, device
-from study.errors import UserError
 from study.files import write_text
 from study.records import record
 
@@ -44,7 +42,13 @@ def main(process: device.Process) -> None:
     with record.locked(Path(args.output_dir), process, "--output_dir"):
         todo = [unit for unit in found if not unit.finished]
         if todo:
-            with token(Path(args.output_dir)) as file, cluster(args.address) as (ray, out):
+            with (
+                token(Path(args.output_dir)) as file,
+                cluster.joined(args.address, STORE, "requirements-scale.txt") as ray,
+                stdout_alone() as out,
+            ):
+                for signum in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own, which abort
+                    signal.signal(signum, signal.default_int_handler)
                 job = job_of(args, variables, file, ray)
                 grid = Grid(ray, job, budget, args.cpus_per_cell, out)
                 grid.do(todo)
@@ -129,47 +133,10 @@ def token(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 @contextlib.contextmanager
-def cluster(address: str | None) -> Iterator:
-    """Ray, on the cluster at an address or started here, and what is stdout without the state of its daemons
-    that Ray prints there. Raises UserError where there is no cluster."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    try:
-        import ray
-    except ImportError:
-        raise UserError("Ray is not installed: pip install -r requirements-scale.txt") from None
-    settings = {"address": address or "local", "log_to_driver": False, "logging_level": "error"}
-    settings["runtime_env"] = {"env_vars": {"PYTHONPATH": str(on_node.ROOT)}}
-    if not address:
-        settings |= {
-            "include_dashboard": False,
-            "object_store_memory": STORE,
-            "_node_ip_address": "127.0.0.1",
-        }
-    if address:
-        refuse_silent(address)
-    try:
-        ray.init(**settings)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--address {address}: there is no Ray cluster to be had: {reason}") from None
-    for signum in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own, which abort
-        signal.signal(signum, signal.default_int_handler)
-    try:
-        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
-            yield ray, sys.__stdout__
-    finally:
-        ray.shutdown()
-
-
-def refuse_silent(address: str) -> None:
-    """Raise UserError where nothing listens at HOST:PORT: Ray would try for minutes."""
-    host, _, port = address.rpartition(":")
-    if not port.isdigit():
-        return  # "auto" and the like
-    try:
-        socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--address {address}: there is no Ray cluster to be had: {error}") from None
+def stdout_alone() -> Iterator:
+    """What is stdout, without the state of its daemons that Ray prints there."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield sys.__stdout__
 
 
 def job_of(args: argparse.Namespace, variables: dict[str, str], file: tuple[str, str], ray) -> Job:

@@ -15,17 +15,20 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from scale import cluster
 from study import cli, device
 from study.errors import UserError
 
 APP = "fine-tuned-model"
 MARK = "can't serve:"
 STORE = 100 * 2**20  # bytes of Ray's object store: nothing large goes through it
+SLACK = 60  # seconds in which Ray ends replicas whose grace is over
 
 
 def main(process: device.Process) -> None:
@@ -40,14 +43,14 @@ def main(process: device.Process) -> None:
     if not args.address:
         # Of a port that is taken Ray would say at length what else can be the matter.
         serve_flags.bound(args.host, args.port).close()
-    with cluster(args) as serve:
+    with ray_serve(args) as serve:
         for signum in (signal.SIGTERM, signal.SIGINT):  # Ray has set its own, which abort
             signal.signal(signum, lambda *_: stopped.set())
         start(serve, args)
         print(f"ready      http://{args.host}:{args.port} as {args.served_model_name}", flush=True)
         stopped.wait()
         print("stopping   once all is answered", flush=True)
-        serve.delete(APP)
+        end(serve, grace_of(args.deadline_seconds) + SLACK)
 
 
 def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
@@ -74,40 +77,18 @@ def share(word: str) -> float:
 
 
 @contextlib.contextmanager
-def cluster(args: argparse.Namespace):
+def ray_serve(args: argparse.Namespace) -> Iterator:
     """Ray Serve, on the cluster at --address or on one started here. Raises UserError where there is none."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-    try:
-        import ray
-        from ray import serve
-    except ImportError:
-        raise UserError("Ray is not installed: pip install -r requirements-serving.txt") from None
-    logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    settings = {
-        "log_to_driver": False,
-        "logging_level": "error",
-        "runtime_env": {"env_vars": {"PYTHONPATH": sys.path[0]}},
-    }
-    if args.address:
-        settings["address"] = args.address
-    else:
-        settings |= {
-            "include_dashboard": False,
-            "object_store_memory": STORE,
-            "_node_ip_address": "127.0.0.1",
-        }
-    try:
-        ray.init(**settings)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--address {args.address}: there is no Ray cluster to be had: {reason}") from None
-    try:
+    with cluster.joined(args.address, STORE, "requirements-serving.txt"):
+        try:
+            from ray import serve
+        except ImportError:
+            raise UserError("Ray Serve is not installed: pip install -r requirements-serving.txt") from None
+        logging.getLogger("ray.serve").setLevel(logging.ERROR)
         serve.start(
             http_options={"host": args.host, "port": args.port}, logging_config={"log_level": "ERROR"}
         )
-        yield serve
-    finally:
-        ray.shutdown()  # serve.shutdown() would wait 30 s for a controller that it has killed
+        yield serve  # serve.shutdown() would wait 30 s for a controller that it has killed
 
 
 def start(serve, args: argparse.Namespace) -> None:
@@ -123,7 +104,7 @@ def start(serve, args: argparse.Namespace) -> None:
         **scaling,
         ray_actor_options={"num_cpus": 1, "num_gpus": args.gpus_per_replica},
         max_ongoing_requests=2 * limits.max_queue,  # the engine itself says when it is too many
-        graceful_shutdown_timeout_s=limits.deadline_seconds + 10,
+        graceful_shutdown_timeout_s=grace_of(limits.deadline_seconds),
         health_check_period_s=5,
         max_constructor_retry_count=1,
     )(serve.ingress()(Replica))
@@ -132,6 +113,22 @@ def start(serve, args: argparse.Namespace) -> None:
     except RuntimeError:
         deployments = serve.status().applications[APP].deployments.values()
         raise UserError(reason_of(" ".join(deployment.message for deployment in deployments))) from None
+
+
+def grace_of(deadline_seconds: float) -> float:
+    """The seconds in which a replica that is told to end answers what it has, before Ray kills it."""
+    return deadline_seconds + 10
+
+
+def end(serve, seconds: float) -> None:
+    """Take no new requests, and return once those under way are answered and the replicas are gone. (A
+    serve.delete() that waits gives up after 60 s.) Raises UserError after `seconds`."""
+    serve.delete(APP, _blocking=False)
+    until = time.monotonic() + seconds
+    while APP in serve.status().applications:
+        if time.monotonic() > until:
+            raise UserError(f"Ray has not ended the replicas within {seconds:.0f} s")
+        time.sleep(0.1)
 
 
 def reason_of(said: str) -> str:

@@ -1,12 +1,14 @@
 """Ray Serve: replicas that answer as one server, outlive each other, and end when all is answered."""
 
 import contextlib
+import math
 import os
 import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import DEMO_MODEL
@@ -16,6 +18,7 @@ from test_export import run_of
 from test_serve import Alone, closed, keep_asking, own_lines, refused, refuses, start_alone
 
 from serving import serve_ray
+from study.errors import UserError
 
 SCRIPT = "serving/serve_ray.py"
 
@@ -41,7 +44,7 @@ def serving(run: Path, folder: Path, *flags: object):
         yield process, port, lambda: out.read_text() + own_lines(errors.read_text())
     finally:
         process.terminate()
-        process.wait(120)
+        process.wait(300)
 
 
 def replicas_of(process: Alone) -> set[int]:
@@ -71,15 +74,15 @@ def test_of_two_replicas_one_is_killed_and_comes_back_and_both_end_when_all_is_a
         assert ask(port, "/v1/models")[0] == 401
         assert ask(port, "/v1/classify", {"text": "a"}, "secret")[2]["label"] in {"a", "b"}
         assert ask(port, "/v1/classify", {"text": 5}, "secret")[2]["error"]["param"] == "text"
+        until(lambda: len(replicas_of(process)) == 2)
         statuses, over, before = [], threading.Event(), replicas_of(process)
-        assert len(before) == 2
         with ThreadPoolExecutor(4) as pool:
             load = [pool.submit(keep_asking, port, over, statuses, "secret") for _ in range(4)]
             until(lambda: statuses.count(200) > 8)
             os.kill(min(before), signal.SIGKILL)
             until(lambda: len(replicas_of(process) - {min(before)}) == 2, 300)
             count = len(statuses)
-            until(lambda: statuses[count:].count(200) > 8)
+            until(lambda: statuses[count:].count(200) > 8, 300)
             over.set()
             assert not [future.exception() for future in load if future.exception()]
         assert {*statuses} <= {200, 500, "failed"}  # its own are Ray's to answer
@@ -89,7 +92,7 @@ def test_of_two_replicas_one_is_killed_and_comes_back_and_both_end_when_all_is_a
         assert all(b" 200 " in connection.recv(1024) for connection in under_way)
         process.terminate()
         assert all(b"[DONE]" in closed(connection) for connection in under_way)
-        assert process.wait(120) == 0
+        assert process.wait(300) == 0, said()
         assert refuses(port)
         assert "Traceback" not in said()
 
@@ -100,6 +103,7 @@ def test_a_port_that_is_taken_is_named_in_one_line(run):
 
 
 def test_flags_that_do_not_fit_are_named(run):
+    assert "--address 127.0.0.1:1: there is no Ray" in refused(SCRIPT, run, "--address", "127.0.0.1:1")
     done = run_preloaded(SCRIPT, run, "--replicas", 3, "--max_replicas", 2)
     assert done.returncode == 2
     assert "--max_replicas 2 is below --replicas 3" in done.stderr
@@ -114,3 +118,25 @@ def test_what_a_replica_came_to_is_told_without_its_traceback():
 RuntimeError: {serve_ray.MARK} run/adapter is not the adapter that its train.json tells of"""
     assert serve_ray.reason_of(quoted) == "run/adapter is not the adapter that its train.json tells of"
     assert serve_ray.reason_of("No node\n has a GPU") == "Ray could not start it: No node has a GPU"
+
+
+class Serve:
+    """Of Ray Serve: an application that is still there when it is asked for, `times` times."""
+
+    def __init__(self, times: float):
+        self.left = times
+
+    def delete(self, name: str, _blocking: bool) -> None:
+        assert (name, _blocking) == (serve_ray.APP, False)
+
+    def status(self) -> SimpleNamespace:
+        self.left -= 1
+        return SimpleNamespace(applications={serve_ray.APP: None} if self.left >= 0 else {})
+
+
+def test_the_end_waits_for_its_replicas_as_long_as_their_requests_may_take():
+    serve = Serve(2)
+    serve_ray.end(serve, 600)
+    assert serve.left == -1
+    with pytest.raises(UserError, match="has not ended the replicas within 0 s"):
+        serve_ray.end(Serve(math.inf), 0)
