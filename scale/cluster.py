@@ -16,6 +16,7 @@ def joined(address: str | None, store: int, requirements: str) -> Iterator:
     """The module ray, at the cluster of an address (HOST:PORT, or "auto"); without one, at a Ray that is
     started here with `store` bytes for its objects. Raises UserError where there is none."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 would leave them what others of this machine leave
     try:
         import ray
     except ImportError:

@@ -53,7 +53,7 @@ def real_data() -> Path:
 
 
 # Triton's kernels on the CPU: chosen at import, so in a process of its own.
-INTERPRETED = "TRITON_INTERPRET=1"
+INTERPRETED = "tests/interpreter.py"
 
 
 def pytest_collection_modifyitems(items: list) -> None:

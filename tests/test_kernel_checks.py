@@ -23,7 +23,7 @@ from study.packing import shared_prefix
 
 MUTATIONS = Path(tempfile.mkdtemp()) / "mutations.json"
 PROGRAMS = [
-    (INTERPRETED, "-m", "tests.mutations", "--output", str(MUTATIONS)),
+    (INTERPRETED, "tests/mutations.py", "--output", str(MUTATIONS)),
     (INTERPRETED, "tests/eligibility_cases.py"),
 ]
 
