@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -106,9 +105,10 @@ def read_standing(path: Path, part: str | None = None) -> tuple[dict | None, str
 
 
 def finite(text: str) -> float:
-    if not math.isfinite(float(text)):
+    number = float(text)
+    if number - number:  # NaN for what is not finite; this reads a million numbers of a large report
         raise ValueError(f"{text} is no measurement")
-    return float(text)
+    return number
 
 
 def beside(path: Path) -> Path:

@@ -131,11 +131,11 @@ def calibration_error(
 
 def reach_of_seeds(each: Sequence[float]) -> float:
     """Half of Student's interval of the mean of so many seeds' figures; 0 of one."""
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     if len(each) < 2:
         return 0.0
-    return float(t.ppf(0.975, len(each) - 1)) * float(np.std(each, ddof=1)) / math.sqrt(len(each))
+    return float(stdtrit(len(each) - 1, 0.975)) * float(np.std(each, ddof=1)) / math.sqrt(len(each))
 
 
 def auroc(sure: np.ndarray, right: np.ndarray) -> tuple[float, np.ndarray | None] | None:

@@ -61,10 +61,10 @@ def reach(variances: Sequence[float], misfits: Sequence[float], freedom: float) 
 
         max(1.96 sqrt(sum v), t(freedom) sqrt(sum misfit v))
     """
-    from scipy.stats import norm, t
+    from scipy.special import ndtri, stdtrit
 
     scattered = np.dot(misfits, variances)
-    return float(max(norm.ppf(0.975) * np.sqrt(sum(variances)), t.ppf(0.975, freedom) * np.sqrt(scattered)))
+    return float(max(ndtri(0.975) * np.sqrt(sum(variances)), stdtrit(freedom, 0.975) * np.sqrt(scattered)))
 
 
 def fit(n: Sequence[float], errors: Sequence[float], se: Sequence[float]) -> Curve | None:
