@@ -170,29 +170,32 @@ def fit(
     the budget.
     """
     # A token is rarely longer than 40 characters: cut a giant text before it is tokenized over and over.
-    begun = ((text, text[: 40 * max(budget, 1)]) for text, budget in zip(texts, budgets, strict=True))
+    begun = ((text, text[: 40 * max(budget, 1)], budget) for text, budget in zip(texts, budgets, strict=True))
     both, again = tee(begun)
-    rows = prompts_ids(tokenizer, (write(beginning) for _, beginning in again))
-    for (text, kept), ids, budget in zip(both, rows, budgets, strict=True):
-        if len(ids) > budget:
-            kept, ids = shorten(tokenizer, kept, ids, write, budget)  # noqa: PLW2901
-        yield kept, kept != text, ids
+    rows = prompts_ids(tokenizer, (write(beginning) for _, beginning, _ in again))
+    while some := list(islice(both, TOGETHER)):
+        kept, ids = [beginning for _, beginning, _ in some], list(islice(rows, len(some)))
+        shorten(tokenizer, kept, ids, write, [budget for *_, budget in some])
+        yield from ((now, now != text, row) for (text, *_), now, row in zip(some, kept, ids, strict=True))
 
 
 def shorten(
-    tokenizer, kept: str, ids: list[int], write: Callable[[str], str], budget: int
-) -> tuple[str, list[int]]:
-    """Cut `kept`, whose prompt has the tokens `ids`, until that fits."""
-    while len(ids) > budget:
-        if not kept:
-            raise UserError(
-                f"the prompt without its text has {len(ids)} tokens and only {max(budget, 0)} fit: "
-                "raise --max_seq_length, lower --max_new_tokens or --shots, or take a longer context"
-            )
-        places = places_of_tokens(tokenizer, kept)
-        kept = cut_behind(kept, places, len(places) - (len(ids) - budget))
-        ids = prompt_ids(tokenizer, write(kept))
-    return kept, ids
+    tokenizer, kept: list[str], rows: list[list[int]], write: Callable[[str], str], budgets: Sequence[int]
+) -> None:
+    """Cut those of the texts `kept` whose prompts, of the tokens `rows`, have more than `budgets`, until they
+    fit."""
+    while long := [i for i, (ids, budget) in enumerate(zip(rows, budgets, strict=True)) if len(ids) > budget]:
+        for i in long:
+            if not kept[i]:
+                raise UserError(
+                    f"the prompt without its text has {len(rows[i])} tokens and only {max(budgets[i], 0)} "
+                    "fit: raise --max_seq_length, lower --max_new_tokens or --shots, or take a longer context"
+                )
+        places = places_of_tokens(tokenizer, [kept[i] for i in long])
+        for i, where in zip(long, places, strict=True):
+            kept[i] = cut_behind(kept[i], where, len(where) - (len(rows[i]) - budgets[i]))
+        for i, ids in zip(long, prompts_ids(tokenizer, [write(kept[i]) for i in long]), strict=True):
+            rows[i] = ids
 
 
 def special_tokens(tokenizer) -> list[str]:
@@ -207,12 +210,12 @@ def token_count(tokenizer, text: str) -> int:
 
 def first_tokens(tokenizer, text: str, count: int) -> str:
     """The beginning of `text` that its first `count` tokens cover."""
-    return cut_behind(text, places_of_tokens(tokenizer, text), count)
+    return cut_behind(text, *places_of_tokens(tokenizer, [text]), count)
 
 
-def places_of_tokens(tokenizer, text: str) -> list[tuple[int, int]]:
-    """Where each token begins and ends in the text."""
-    return tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+def places_of_tokens(tokenizer, texts: list[str]) -> list[list[tuple[int, int]]]:
+    """Where each token begins and ends in each of the texts."""
+    return tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
 
 
 def cut_behind(text: str, places: Sequence[tuple[int, int]], count: int) -> str:
