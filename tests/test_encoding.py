@@ -92,6 +92,22 @@ def test_a_long_text_is_cut_to_fill_the_budget_and_instruction_label_and_cue_sta
     assert 180 - 12 <= example.answer_start <= 180
 
 
+def test_many_texts_are_cut_together_as_each_would_be_alone(tokenizer, monkeypatch):
+    monkeypatch.setattr(encoding, "TOGETHER", 8)
+    texts = [long_text(words % 37) for words in range(50)]
+    rooms = [20 + i % 3 for i in range(50)]
+    together = [*encoding.fit_tuning(tokenizer, "classification", texts, rooms, 200)]
+    each = [
+        *(
+            next(encoding.fit_tuning(tokenizer, "classification", [text], [room], 200))
+            for text, room in zip(texts, rooms, strict=True)
+        )
+    ]
+    assert together == each
+    assert 10 < sum(cut for _, cut, _ in together) < 40
+    assert all(len(ids) <= 200 - room for (*_, ids), room in zip(together, rooms, strict=True))
+
+
 def test_an_answer_longer_than_its_room_takes_from_the_text_and_not_from_itself(tokenizer):
     summary = "Anna meets Tom at the station and then they walk along the river to the old mill. " * 2
     settings = flags(max_new_tokens=5)
