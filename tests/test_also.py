@@ -97,28 +97,31 @@ def test_what_is_finished_is_found_and_what_is_missing_trained(nested, alone, tm
 
 
 def test_a_run_that_is_past_a_missing_one_says_so(tmp_path):
-    flags = (*FLAGS, "--output_dir", tmp_path, "--epochs", 8, "--also_epochs", 1)
+    flags = (*FLAGS, "--output_dir", tmp_path, "--epochs", 12, "--also_epochs", 1)
     saved = lambda: [
         path
-        for path in tmp_path.glob("*_epochs-8_*/checkpoints/*/progress.json")
+        for path in tmp_path.glob("*_epochs-12_*/checkpoints/*/progress.json")
         if int(path.parent.name.rpartition("-")[2]) >= 4
     ]
     kill(start_until(saved, SCRIPT, *flags))
     shutil.rmtree(folder_of(tmp_path, 1))
     line = error_line(run_preloaded(SCRIPT, *flags))
     assert re.search(r"--also_epochs 1: .*checkpoint-\d+ is past it, and that run is missing", line)
-    assert "finished" not in json.dumps(content_of(tmp_path, 8)["status"])
+    assert "finished" not in json.dumps(content_of(tmp_path, 12)["status"])
 
 
 def test_killed_anywhere_they_end_the_same(alone, tmp_path):
-    flags = (*FLAGS, "--output_dir", tmp_path, "--epochs", 4, "--also_epochs", 1, 2)
-    saved = lambda: list(tmp_path.glob("*_epochs-4_*/checkpoints/checkpoint-*/progress.json"))
-    kill(start_until(saved, SCRIPT, *flags))
-    left = lambda: list(tmp_path.glob("*_epochs-1_*/train.json"))
+    # The first checkpoint is saved after two seconds, about half of 12 epochs on an idle machine.
+    flags = ("--epochs", 12, "--also_epochs", 1, 8)
+    saved = lambda: list(tmp_path.glob("*_epochs-12_*/checkpoints/checkpoint-*/progress.json"))
+    kill(start_until(saved, SCRIPT, *FLAGS, "--output_dir", tmp_path, *flags))
+    left = lambda: list(tmp_path.glob("*_epochs-8_*/train.json"))
     if not left():
-        kill(start_until(left, SCRIPT, *flags))
-    run(tmp_path, "--epochs", 4, "--also_epochs", 1, 2)
-    for epochs in (1, 2, 4):
+        kill(start_until(left, SCRIPT, *FLAGS, "--output_dir", tmp_path, *flags))
+    run(tmp_path, *flags)
+    for epochs in (8, 12):
+        run(alone, "--epochs", epochs)
+    for epochs in (1, 8, 12):
         same(alone, tmp_path, epochs)
 
 
