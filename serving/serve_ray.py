@@ -85,9 +85,15 @@ def ray_serve(args: argparse.Namespace) -> Iterator:
         except ImportError:
             raise UserError("Ray Serve is not installed: pip install -r requirements-serving.txt") from None
         logging.getLogger("ray.serve").setLevel(logging.ERROR)
-        serve.start(
-            http_options={"host": args.host, "port": args.port}, logging_config={"log_level": "ERROR"}
-        )
+        try:
+            serve.start(
+                http_options={"host": args.host, "port": args.port}, logging_config={"log_level": "ERROR"}
+            )
+        except RuntimeError as error:  # the port was taken since, maybe by Ray itself; it quotes a traceback
+            reason = str(error).strip().splitlines()[-1]
+            raise UserError(
+                f"--host {args.host} --port {args.port}: Ray can't listen there: {reason}"
+            ) from None
         yield serve  # serve.shutdown() would wait 30 s for a controller that it has killed
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import random
 import signal
 import socket
 import threading
@@ -30,8 +31,11 @@ def run(tmp_path_factory) -> Path:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        return taken.getsockname()[1]
+    """A port below those that the system gives away, of which Ray's own processes take some."""
+    while True:
+        port = random.randrange(20000, 32000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
 
 
 @contextlib.contextmanager
