@@ -23,19 +23,22 @@ def joined(address: str | None, store: int, requirements: str) -> Iterator:
         raise UserError(f"Ray is not installed: pip install -r {requirements}") from None
     settings = {"address": address or "local", "log_to_driver": False, "logging_level": "error"}
     settings["runtime_env"] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
-    if address:
-        refuse_silent(address)
-    else:
+    if not address:
         settings |= {
             "include_dashboard": False,
             "object_store_memory": store,
             "_node_ip_address": "127.0.0.1",
         }
     try:
+        refuse_silent(address or "local")
         ray.init(**settings)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"--address {address}: there is no Ray cluster to be had: {reason}") from None
+    except (RuntimeError, ValueError, OSError, OverflowError) as error:
+        what = (
+            f"--address {address}: there is no Ray cluster to be had"
+            if address
+            else "Ray does not start here"
+        )
+        raise UserError(f"{what}: {' '.join(str(error).split())[:200]}") from None
     try:
         yield ray
     finally:
@@ -43,11 +46,7 @@ def joined(address: str | None, store: int, requirements: str) -> Iterator:
 
 
 def refuse_silent(address: str) -> None:
-    """Raise UserError where nothing listens at HOST:PORT: Ray would try for minutes."""
+    """Raise OSError, or OverflowError, where nothing listens at HOST:PORT: Ray would try for minutes."""
     host, _, port = address.rpartition(":")
-    if not port.isdigit():
-        return  # "auto" and the like
-    try:
+    if port.isdigit():  # not "auto" and the like
         socket.create_connection((host, int(port)), timeout=10).close()
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--address {address}: there is no Ray cluster to be had: {error}") from None

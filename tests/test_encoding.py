@@ -98,10 +98,8 @@ def test_many_texts_are_cut_together_as_each_would_be_alone(tokenizer, monkeypat
     rooms = [20 + i % 3 for i in range(50)]
     together = [*encoding.fit_tuning(tokenizer, "classification", texts, rooms, 200)]
     each = [
-        *(
-            next(encoding.fit_tuning(tokenizer, "classification", [text], [room], 200))
-            for text, room in zip(texts, rooms, strict=True)
-        )
+        next(encoding.fit_tuning(tokenizer, "classification", [text], [room], 200))
+        for text, room in zip(texts, rooms, strict=True)
     ]
     assert together == each
     assert 10 < sum(cut for _, cut, _ in together) < 40
