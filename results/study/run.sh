@@ -5,7 +5,8 @@
 #
 # DATA holds newsgroups_{train,test}.jsonl.gz, samsum_{train,validation,test}.jsonl.gz and more_texts.jsonl.gz (README.md
 # says where they come from), ENCODER the folder of all-MiniLM-L6-v2, SHAPES those of benchmarks/checkpoint.py (7b, 13b).
-# STEPs: base choose table1 encoder words prompting dialogues grid serving shapes report; all but shapes without one.
+# STEPs: base choose choose_encoder table1 encoder words prompting dialogues grid serving shapes report; without one all
+# but shapes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=${DATA:-data} base=${BASE:-llama-72m} encoder=${ENCODER:-all-MiniLM-L6-v2} shapes=${SHAPES:-shapes}
@@ -15,8 +16,10 @@ dialogues=(--train_file "$data/samsum_train.jsonl.gz" --validation_file "$data/s
   --test_file "$data/samsum_test.jsonl.gz" "${price[@]}")
 place=(--output_dir results/study/experiments)
 tuned=(--pretrained_ckpt "$base" --lora_r 32 --lora_alpha 64)
-chosen=(--learning_rate 1e-3 --epochs 8)         # by the step choose, on held-out training posts
-chosen_encoder=(--learning_rate 1e-4 --epochs 8) # likewise
+held_out=(--validation_fraction 0.1 --output_dir results/study/experiments/choose) # of the training posts
+chosen_few=(--learning_rate 1e-3 --epochs 8)     # of up to a tenth of the posts, by the step choose
+chosen=(--learning_rate 1e-3 --epochs 4)         # of more
+chosen_encoder=(--learning_rate 1e-4 --epochs 8) # by the step choose_encoder
 
 base() { # six minutes on one GPU
   local of=() not=() file
@@ -29,22 +32,28 @@ base() { # six minutes on one GPU
   python demo/pretrain.py "$base" --passes 12 --dropout 0.2 --block 2048 --rows 32 --texts "${of[@]}" --exclude "${not[@]}"
 }
 
-choose() { # learning rate and epochs, on a tenth of the training posts that is held out, from a tenth of the others
-  local few=(--train_sample_fraction 0.1 --validation_fraction 0.1 --output_dir results/study/experiments/choose)
-  TASK=classification RANKS=32 DROPOUTS=0.1 LEARNING_RATES="5e-4 1e-3 2e-3" EPOCHS="4 8 16" \
-    ./run_lora.sh --pretrained_ckpt "$base" --lora_alpha 64 "${posts[@]}" "${few[@]}" "$@"
+choose() ( # learning rate and epochs, on a tenth of the training posts: from a tenth of the others, and from all
+  local tune=("${tuned[@]:0:2}" --lora_alpha 64 "${posts[@]}" "${held_out[@]}" "$@")
+  export TASK=classification RANKS=32 DROPOUTS=0.1
+  LEARNING_RATES="5e-4 1e-3 2e-3" EPOCHS="4 8 16" ./run_lora.sh --train_sample_fraction 0.1 "${tune[@]}"
+  LEARNING_RATES="5e-4 1e-3" EPOCHS="2 4 8" ./run_lora.sh "${tune[@]}"
+)
+
+choose_encoder() { # likewise, from a tenth
   local rate epochs
   for rate in 5e-5 1e-4 2e-4; do
     for epochs in 4 8 16; do
       python competitors/encoder_classification.py --pretrained_ckpt "$encoder" --learning_rate "$rate" --epochs "$epochs" \
-        --split validation "${posts[@]}" "${few[@]}" "$@"
+        --train_sample_fraction 0.1 --split validation "${posts[@]}" "${held_out[@]}" "$@"
     done
   done
 }
 
-table1() {
-  SEEDS="1 2 3" ./sample_ablate.sh "${tuned[@]}" "${chosen[@]}" "${posts[@]}" "${place[@]}" "$@"
-}
+table1() (
+  export SEEDS="${SEEDS:-1 2 3}"
+  FRACTIONS="0.025 0.05 0.1" ./sample_ablate.sh "${tuned[@]}" "${chosen_few[@]}" "${posts[@]}" "${place[@]}" "$@"
+  FRACTIONS="0.25 0.5 1.0" ./sample_ablate.sh "${tuned[@]}" "${chosen[@]}" "${posts[@]}" "${place[@]}" "$@"
+)
 
 encoder() {
   SEEDS="1 2 3" MODELS="encoder=$encoder" ./compare_models.sh "${chosen_encoder[@]}" "${posts[@]}" "${place[@]}" "$@"
@@ -96,7 +105,7 @@ while (($#)) && [[ $1 != -- ]]; do
   shift
 done
 [[ ${1:-} != -- ]] || shift
-((${#steps[@]})) || steps=(base choose table1 encoder words prompting dialogues grid serving report)
+((${#steps[@]})) || steps=(base choose choose_encoder table1 encoder words prompting dialogues grid serving report)
 for step in "${steps[@]}"; do
   declare -F "$step" >/dev/null || {
     echo "error: $step: there is no such step (the comment in $0 has them)" >&2
