@@ -7,8 +7,8 @@
 # trained runs go to experiments/benchmarks/, results to benchmarks/results/. Steps, all by default:
 #   training training_13b training_samsum sizes exactness mutations curves
 #   inference inference_sizes inference_13b inference_samsum equality scripts competitors
-# and, only where they are named, on a machine with several GPUs (GPUS, 2 of them) scaling, and with a GPU of
-# 80 GB or more seventy (Llama-2-70B).
+# and, only where they are named, on a machine with several GPUs (GPUS, 2 of them) scaling and sharding, and with a
+# GPU of 80 GB or more seventy (Llama-2-70B).
 # "competitors" takes BERT_TOKENIZER and T5_TOKENIZER, hub ids or folders, from the environment.
 set -euo pipefail
 root=$(dirname "${BASH_SOURCE[0]}")/..
@@ -124,6 +124,12 @@ scaling() { # on a machine with several GPUs: GPUS (2) beside one
     --output "$results/scaling-7b.json"
 }
 
+sharding() { # likewise: a model that has no room in what memory a GPU is left
+  checkpoint 13b
+  python -m benchmarks.sharding --model "$model" "${posts[@]}" --gpus "${GPUS:-2}" --gib "${GIB:-6.5}" \
+    --output "$results/sharding-13b.json"
+}
+
 seventy() { # on one card of 80 GB or more
   train 70b training-70b --modes fast --tokens 3072,16384 --steps 5
   infer 70b inference-70b "${posts[@]}" --modes fast --examples 1000
@@ -132,7 +138,7 @@ seventy() { # on one card of 80 GB or more
 steps=(training training_13b training_samsum sizes exactness mutations curves
   inference inference_sizes inference_13b inference_samsum equality scripts competitors)
 (($#)) || set -- "${steps[@]}"
-steps+=(scaling seventy) # only where they are named
+steps+=(scaling sharding seventy) # only where they are named
 for step in "$@"; do
   [[ " ${steps[*]} " == *" $step "* ]] || {
     echo "error: there is no step $step: the head of this script lists them" >&2

@@ -8,7 +8,17 @@ from itertools import pairwise
 import pytest
 from conftest import DEMO_DATA, DEMO_MODEL, ROOT
 
-from benchmarks import checkpoint, competitors, curves, inference, profiling, scaling, training, workers
+from benchmarks import (
+    checkpoint,
+    competitors,
+    curves,
+    inference,
+    profiling,
+    scaling,
+    sharding,
+    training,
+    workers,
+)
 from study import cli, data, encoding
 from study.errors import UserError
 
@@ -351,6 +361,32 @@ def test_several_gpus_are_shown_beside_one():
     assert lines[2][:4] == ["train", "16,384", "1", "20,000"]
     assert lines[3][2:] == ["2", "37,000", "1 to 2", "1.85", "0.1% to 2.0%", "46.0", "fused"]
     assert lines[4][-1] == "no memory"
+
+
+def test_a_training_that_is_killed_and_resumed_stands_beside_one_that_was_not(tmp_path):
+    posts = [f"--{split}_file={DEMO_DATA}/posts_{split}.jsonl" for split in ("train", "test")]
+    args = sharding.flags([f"--model={DEMO_MODEL}", *posts, "--gib=1", "--examples=320"])
+    whole = sharding.train(args, tmp_path / "whole", 1, 1024)
+    killed = sharding.train(args, tmp_path / "killed", 1, 1024, killed=True)
+    assert whole["resumed_from"] is None
+    assert re.fullmatch(r"checkpoint-\d+", killed["resumed_from"])
+    assert whole["steps"] == killed["steps"] == len(killed["loss_history"]) == 20
+    killed |= sharding.apart(killed, tmp_path / "killed", whole, tmp_path / "whole")
+    assert killed["loss_apart"] < 1e-4
+    assert killed["adapter_apart"] < 1e-2
+    args.model = str(tmp_path)
+    none = sharding.train(args, tmp_path / "none", 1, 1024)
+    assert none["exit"] == 1
+    assert none["failed"].startswith("error: --pretrained_ckpt")
+    rows = [
+        {"what": "x", "gpus": 1, "gib": gib} | row for gib, row in ((None, whole), (4, killed), (4, none))
+    ]
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in sharding.show(rows).splitlines()[2:]
+    ]
+    assert lines[0][:3] == ["x", "1", "all"]
+    assert lines[1][-1] == killed["resumed_from"]
+    assert lines[2][-1] == none["failed"]
 
 
 def test_a_step_that_all_does_not_have_is_refused(tmp_path):
