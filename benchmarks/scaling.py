@@ -106,27 +106,17 @@ def score(args: argparse.Namespace) -> list[dict]:
     """Answers to prompts, each process its share, gathered at the first."""
     import torch
 
-    from study import generation, model, processes
+    from study import model, processes
 
     tokenizer, tuned = model.load_tokenizer(args.model), inference.load(args, True)
     prompts = inference.read_tests(args, tokenizer, args.examples).prompts
     engine, how = inference.make_engine(tuned, "fast")
 
-    def round_of(some: dict) -> tuple[float, float]:
-        """Seconds until all answers are at the first process, and of this one's own."""
-        processes.everyone(None)
-        began = time.perf_counter()
-        answers = dict(engine.answers(generation.share(some, args.max_new_tokens), args.max_new_tokens, [-1]))
-        own = time.perf_counter() - began
-        count = sum(map(len, processes.everyone(answers)))
-        assert count == len(some), f"{count} answers to {len(some)} prompts"
-        return time.perf_counter() - began, own
-
     shortest = sorted(prompts, key=lambda index: len(prompts[index]))
     for count in (128, 64, 32):  # so that kernels are compiled, as in `inference.timed`
-        round_of({index: prompts[index] for index in shortest[:count]})
+        round_of(engine, [prompts[index] for index in shortest[:count]], args.max_new_tokens)
     torch.cuda.reset_peak_memory_stats()
-    seconds, own = round_of(prompts)
+    seconds, own = round_of(engine, [*prompts.values()], args.max_new_tokens)
     return [
         {
             "size": len(prompts),
@@ -136,6 +126,20 @@ def score(args: argparse.Namespace) -> list[dict]:
             "how": how,
         }
     ]
+
+
+def round_of(engine, prompts: Sequence[list[int]], new: int) -> tuple[float, float]:
+    """Seconds until all answers are at the first process, and until this one has its own."""
+    from study import generation, processes
+
+    processes.everyone(None)
+    began = time.perf_counter()
+    mine = generation.share(prompts, range(len(prompts)), new)
+    answers = dict(engine.answers(mine, new, [-1]))
+    own = time.perf_counter() - began
+    count = sum(map(len, processes.everyone(answers)))
+    assert count == len(prompts), f"{count} answers to {len(prompts)} prompts"
+    return time.perf_counter() - began, own
 
 
 WORKERS = {"train": train, "score": score}

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 from conftest import DEMO_DATA, DEMO_MODEL, ROOT
+from preloaded import run_together
 
 from benchmarks import (
     checkpoint,
@@ -361,6 +362,43 @@ def test_several_gpus_are_shown_beside_one():
     assert lines[2][:4] == ["train", "16,384", "1", "20,000"]
     assert lines[3][2:] == ["2", "37,000", "1 to 2", "1.85", "0.1% to 2.0%", "46.0", "fused"]
     assert lines[4][-1] == "no memory"
+
+
+ROUND = """
+import json, os, sys
+sys.path.insert(0, "{root}")
+from benchmarks import scaling
+from study import cli, device, generation, model, processes
+
+def main(process):
+    if processes.count() > 1:
+        processes.meet("gloo")
+    tokenizer, base = model.load_tokenizer("{model}"), model.load_base("{model}", None)
+
+    class Engine:
+        def answers(self, prompts, new, ends):
+            print("own", sorted(prompts))
+            return generation.plain_answers(base, prompts, new, [tokenizer.eos_token_id], None, 8)
+
+    prompts = [tokenizer(f"a post about {{'bread ' * i}}")["input_ids"] for i in range(7)]
+    seconds, own = scaling.round_of(Engine(), prompts, 3)
+    assert seconds >= own > 0
+
+cli.run_script(main)
+"""
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_several_processes_answer_each_its_share_of_a_round(count, tmp_path):
+    script = tmp_path / "round.py"
+    script.write_text(ROUND.format(root=ROOT, model=DEMO_MODEL))
+    done = run_together(count, script)
+    assert [process.returncode for process in done] == [0] * count, [process.stderr for process in done]
+    own = [
+        json.loads(line[4:]) for process in done for line in process.stdout.splitlines() if line[:4] == "own "
+    ]
+    assert sorted(index for indices in own for index in indices) == list(range(7))
+    assert all(own)
 
 
 def test_a_training_that_is_killed_and_resumed_stands_beside_one_that_was_not(tmp_path):
