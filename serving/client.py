@@ -17,6 +17,8 @@ AT_ITS_END = (errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL, errno.ENOBUFS)  #
 PAUSE = (
     2  # seconds that a connection may rest: less than servers wait (uvicorn 5), or a request meets its end
 )
+# Of vLLM's /metrics: the prompts' tokens that it looked up in its cache of earlier prompts, and found there
+LOOKED_UP, FOUND = "vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total"
 HEAD_START = 0.05  # seconds before the first request is due
 UNTOLD = dict.fromkeys(("first_token", "input_tokens", "output_tokens", "answer"))
 
@@ -201,6 +203,22 @@ async def served_model(server: Server) -> str:
         raise nothing_listens(server, str(error.os_error)) from None
     except (aiohttp.ClientError, OSError, ValueError, LookupError, TypeError):
         raise UserError(f"--url {server.url}/v1/models names no model: name one by --model") from None
+
+
+async def cache_counts(server: Server) -> tuple[float, float] | None:
+    """Tokens of prompts that the server has looked up in its cache so far, and found there; None where it
+    says nothing of these."""
+    try:
+        async with server.session() as session, session.get(f"{server.url}/metrics") as response:
+            lines = (await response.text(errors="replace")).splitlines() if response.status == 200 else []
+        values = {name: 0.0 for name in (LOOKED_UP, FOUND) if any(line.startswith(name) for line in lines)}
+        for line in lines:  # one for each engine
+            name = line.partition("{")[0].partition(" ")[0]
+            if name in values:
+                values[name] += float(line.rpartition(" ")[2])
+    except (aiohttp.ClientError, OSError, ValueError):
+        return None
+    return (values[LOOKED_UP], values[FOUND]) if len(values) == 2 else None
 
 
 async def check(server: Server, prompt: str) -> None:

@@ -34,6 +34,11 @@ def result_block(content: dict) -> str:
         lines.append(
             f"{'':11}an answer takes over 1/{SHORT} of --seconds, which lowers the served rate: raise it"
         )
+    if shown.get("cached_prompt_share"):
+        lines.append(
+            f"cache      {shown['cached_prompt_share']:.0%} of the prompts' tokens were there from earlier "
+            "ones; others take longer"
+        )
     for name, metric in shown["metrics"].items():
         ends = "  ({:.2f} to {:.2f})".format(*metric["ci95"]) if metric["ci95"] else ""
         lines.append(f"{name:<16}{metric['value']:6.2f} %{ends}")

@@ -204,7 +204,9 @@ def one_run(
     from tqdm import tqdm
 
     with tqdm(total=len(due), desc=f"{rate:g}/s", leave=False, disable=not sys.stderr.isatty()) as bar:
+        counts = client.run(client.cache_counts(server))
         rows = client.run(client.send_all(server, [prompt.text for prompt in drawn], due, bar.update))
+        cached = measuring.cached_share(counts, client.run(client.cache_counts(server)))
     rows = [
         {"rate": rate, "row": prompt.number, **row, "reference": prompt.reference}
         for prompt, row in zip(drawn, rows, strict=True)
@@ -213,7 +215,8 @@ def one_run(
     void = measuring.why_void(measured, args.max_lag_seconds)
     why = void or measuring.why_not_sustained(measured, args.slo_seconds)
     status = "void" if void else "not sustained" if why else "sustained"
-    return {"rate": rate, "status": status, "why": why, **measured, **scores(rows, labels, args.task)}, rows
+    step = {"rate": rate, "status": status, "why": why, **measured, "cached_prompt_share": cached}
+    return step | scores(rows, labels, args.task), rows
 
 
 def scores(rows: Sequence[dict], labels: Sequence[str], task: str) -> dict:

@@ -86,6 +86,14 @@ def measure(rows: Sequence[dict], seconds: float, timeout: float) -> dict:
     }
 
 
+def cached_share(before: tuple[float, float] | None, after: tuple[float, float] | None) -> float | None:
+    """Of the prompts' tokens that a server looked up in its cache meanwhile, the share that it found there;
+    None where it counts none."""
+    if not before or not after or after[0] <= before[0]:
+        return None
+    return (after[1] - before[1]) / (after[0] - before[0])
+
+
 def why_void(measured: dict, most_lag: float) -> str | None:
     """Why a run says nothing of the server, for the client was at its end; None where it was not."""
     own = sum(count for status, count in measured["failures"].items() if status.startswith("client"))

@@ -21,6 +21,7 @@ class LoadedServer:
         self.service, self.status, self.token = service, status, token
         self.asked: list[dict] = []
         self.cut: int | None = None  # words after which a stream ends, that is cut
+        self.cached: int | None = None  # tokens of each prompt that its cache has, of the 7 that it counts
 
     def __enter__(self) -> "LoadedServer":
         self.loop, started = asyncio.new_event_loop(), threading.Event()
@@ -36,6 +37,7 @@ class LoadedServer:
     def serve(self, started: threading.Event) -> None:
         app = web.Application()
         app.router.add_get("/v1/models", self.models)
+        app.router.add_get("/metrics", self.metrics)
         for place in ("/v1/completions", "/generate", "/generate_stream"):
             app.router.add_post(place, self.answer)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
@@ -49,6 +51,19 @@ class LoadedServer:
 
     async def models(self, _: web.Request) -> web.Response:
         return web.json_response({"data": [{"id": "served"}]})
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        """As vLLM counts, for two engines."""
+        if self.cached is None:
+            return web.Response(text="requests_total 1\n")
+        counts = {"queries": 7 * len(self.asked), "hits": self.cached * len(self.asked)}
+        lines = [
+            f'vllm:prefix_cache_{name}_{end}{{engine="{engine}",model_name="a b"}} {count / 2:e}'
+            for name, count in counts.items()
+            for engine in (0, 1)
+            for end in ("total", "created")
+        ]
+        return web.Response(text="\n".join(["# HELP vllm:prefix_cache_hits_total x", *lines, ""]))
 
     async def wait_for_a_worker(self) -> None:
         """Until one has done this request. Due times are kept, so that a busy machine takes no capacity."""

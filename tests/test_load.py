@@ -236,6 +236,17 @@ def test_a_server_that_drops_one_of_twenty_is_not_sustained(tmp_path, load, caps
     assert "sustained  none: not even 20 requests/s" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("tokens", "share"), [(6, 6 / 7), (0, 0), (None, None)])
+def test_prompts_that_a_server_has_in_its_cache_are_told(tokens, share, tmp_path, load, capsys):
+    with LoadedServer() as server:
+        server.cached = tokens
+        content = load(flags_for(server, tmp_path, "--rates", 20, "--seconds", 1))
+    [step] = content["serve"]["rates"]
+    assert step["cached_prompt_share"] == (share if share is None else pytest.approx(share))
+    told = "cache      86% of the prompts' tokens were there from earlier ones" in capsys.readouterr().out
+    assert told == bool(tokens)
+
+
 @pytest.mark.parametrize("api", ["openai", "tgi"])
 def test_a_stream_gives_the_time_to_its_first_token_and_between_two(api):
     with LoadedServer(service=0.3, token=0.1) as server:

@@ -152,6 +152,13 @@ def test_a_rate_that_was_the_highest_tried_is_a_bound_and_no_number_for_programs
     assert f"ray, classification, {H100}: no higher rate was tried, so it may sustain more" in notes(tmp_path)
 
 
+def test_a_server_that_had_the_prompts_in_its_cache_is_told_of(tmp_path):
+    save(tmp_path, "vllm", [step(10, cached_prompt_share=0.1), step(20, cached_prompt_share=0.87)])
+    save(tmp_path, "fastapi", [step(10)])
+    told = f"vllm, classification, {H100}: 87% of its prompts' tokens were in its cache"
+    assert notes(tmp_path).count(told) == notes(tmp_path).count("in its cache") > 0
+
+
 def test_where_not_even_the_lowest_rate_is_sustained_nothing_is_shown_but_why(tmp_path):
     save(tmp_path, "fastapi", [step(4, 0.25, 20)])
     for rows in tables_of(tmp_path).values():

@@ -157,6 +157,12 @@ def remarks(group: Sequence[Sweep]) -> list[str]:
             told.append(f"{place}: not even {lowest['rate']:g} requests/s, for {lowest['why']}.")
         elif sweep.bound:
             told.append(f"{place}: no higher rate was tried, so it may sustain more, for less.")
+        cached = sweep.step and sweep.step.get("cached_prompt_share")
+        if cached:
+            told.append(
+                f"{place}: {cached:.0%} of its prompts' tokens were in its cache of earlier ones, so prompts "
+                "that differ are answered more slowly."
+            )
         if sweep.step and sweep.step["latency"]["p50"] * SHORT > sweep.config["seconds"]:
             told.append(f"{place}: an answer takes over 1/{SHORT} of --seconds, so served is too low.")
     return told
