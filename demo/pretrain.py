@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -69,13 +70,22 @@ def main(process: device.Process) -> None:
         raise UserError(f"{args.folder} exists: remove it or name another folder")
     (args.folder / ".state").mkdir(parents=True, exist_ok=True)
 
-    import torch
-
-    torch.set_float32_matmul_precision("high")
+    fix_order_of_sums()
     tokenizer = tokenizer_of(args, sources)
     training = Training(args, sources, tokenizer, about)
     training.run()
     training.write(about, process)
+
+
+def fix_order_of_sums() -> None:
+    """Let every kernel add up in one order, and choose none by how long it takes, so that the same command
+    on the same kind of GPU makes the same weights."""
+    os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TORCHINDUCTOR_DETERMINISTIC": "1"}
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # which takes time, and shows no fault here
+    torch.set_float32_matmul_precision("high")
 
 
 def counts(source: Source) -> dict[str, int]:

@@ -19,6 +19,20 @@ import pretrain
 SMALL = shlex.split("--vocabulary 300 --hidden 64 --inner 64 --layers 1 --block 32 --rows 64 --passes 3")
 
 
+@pytest.fixture(autouse=True)
+def deterministic_here_alone(monkeypatch):
+    """What the script sets of PyTorch and the environment ends with the test."""
+    import torch
+
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"):
+        monkeypatch.setenv(name, "")  # so that it is put back
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.set_float32_matmul_precision(precision)
+
+
 def run(monkeypatch, folder, *more: object) -> None:
     texts = ["--texts", f"{DEMO_DATA / 'posts_train.jsonl'}:text"]
     monkeypatch.setattr(sys, "argv", ["pretrain.py", str(folder), *texts, *SMALL, *map(str, more)])

@@ -1787,6 +1787,18 @@ def test_the_best_cell_on_validation_is_named_and_grids_say_which_split_they_are
     assert grid.columns[:3] == ["learning rate", "dropout", "rank"]
     assert [row[3].text.count("best") for row in grid.rows] == [0, 1, 0, 0]
     assert "what counts is its score on the test split" in grid.note
+    [validation] = [table for title, table in found.items() if title.startswith(f"{TABLE_1}, apart")]
+    assert validation.rows[-1][2].value == 70
+    assert "learning rate 0.0001, the best of 4 settings by these very scores. " in validation.note
+    assert "very scores" not in found[TABLE_1].note
+
+
+def test_no_setting_is_chosen_by_its_scores_on_the_test_split(tmp_path):
+    for rate, value in (("1e-4", 70), ("1e-3", 64), ("5e-4", 80)):
+        tuned(tmp_path / rate, value, f"--learning_rate {rate}")
+    found = tables(tmp_path)
+    assert found[TABLE_1].rows[-1][2].value == 64
+    assert "very scores" not in found[TABLE_1].note
 
 
 def test_without_scores_on_validation_no_cell_is_named(tmp_path):

@@ -16,8 +16,8 @@ dialogues=(--train_file "$data/samsum_train.jsonl.gz" --validation_file "$data/s
   --test_file "$data/samsum_test.jsonl.gz" "${price[@]}")
 place=(--output_dir results/study/experiments)
 tuned=(--pretrained_ckpt "$base" --lora_r 32 --lora_alpha 64)
-held_out=(--validation_fraction 0.1 --output_dir results/study/experiments/choose) # of the training posts
-chosen=(--learning_rate 1e-3 --epochs 8) # by the step choose
+held_out=(--validation_fraction 0.1 --train_sample_fraction 0.1 --output_dir results/study/experiments/choose)
+chosen=(--learning_rate 5e-4 --epochs 8) # by the step choose
 chosen_encoder=(--learning_rate 1e-4 --epochs 8) # by the step choose_encoder
 
 base() { # six minutes on one GPU
@@ -31,20 +31,17 @@ base() { # six minutes on one GPU
   python demo/pretrain.py "$base" --passes 12 --dropout 0.2 --block 2048 --rows 32 --texts "${of[@]}" --exclude "${not[@]}"
 }
 
-choose() { # learning rate and epochs: the best on a tenth of the training posts, trained on a tenth of the others and on all
-  local share
-  for share in 0.1 1.0; do
-    TASK=classification RANKS=32 DROPOUTS=0.1 LEARNING_RATES="5e-4 1e-3 2e-3" EPOCHS="4 8" ./run_lora.sh \
-      --pretrained_ckpt "$base" --lora_alpha 64 --train_sample_fraction $share "${posts[@]}" "${held_out[@]}" "$@"
-  done
+choose() { # learning rate and epochs, on a tenth of the training posts, trained on a tenth of the others
+  TASK=classification RANKS=32 DROPOUTS=0.1 LEARNING_RATES="2e-4 5e-4 1e-3" EPOCHS="4 8 16" ./run_lora.sh \
+    --pretrained_ckpt "$base" --lora_alpha 64 "${posts[@]}" "${held_out[@]}" "$@"
 }
 
-choose_encoder() { # likewise, trained on a tenth
+choose_encoder() { # likewise
   local rate epochs
   for rate in 5e-5 1e-4 2e-4; do
     for epochs in 4 8 16; do
       python competitors/encoder_classification.py --pretrained_ckpt "$encoder" --learning_rate "$rate" --epochs "$epochs" \
-        --train_sample_fraction 0.1 --split validation "${posts[@]}" "${held_out[@]}" "$@"
+        --split validation "${posts[@]}" "${held_out[@]}" "$@"
     done
   done
 }
@@ -54,7 +51,7 @@ table1() {
 }
 
 encoder() {
-  SEEDS="1 2 3" MODELS="encoder=$encoder" ./compare_models.sh "${chosen_encoder[@]}" "${posts[@]}" "${place[@]}" "$@"
+  SEEDS="${SEEDS:-1 2 3}" MODELS="encoder=$encoder" ./compare_models.sh "${chosen_encoder[@]}" "${posts[@]}" "${place[@]}" "$@"
 }
 
 words() { # on the CPU
@@ -63,7 +60,10 @@ words() { # on the CPU
 }
 
 prompting() {
-  MODELS=$base TASKS=classification SEEDS="1 2 3" ./baseline_inference.sh "${posts[@]}" "${place[@]}" "$@"
+  local way
+  for way in free constrained; do
+    MODELS=$base TASKS=classification SEEDS="1 2 3" ./baseline_inference.sh --decoding $way "${posts[@]}" "${place[@]}" "$@"
+  done
   MODELS=$base TASKS=summarization SEEDS="1 2 3" ./baseline_inference.sh "${dialogues[@]}" "${place[@]}" "$@"
 }
 
@@ -81,7 +81,7 @@ serving() { # the classifier of all posts behind HTTP
   local run
   run=$(python llama2_classification.py "${tuned[@]}" "${chosen[@]}" --seed 1 "${posts[@]}" "${place[@]}" --dry_run |
     tail -n 1 | cut -f 2)
-  SERVERS="fastapi ray" ./serve_and_load.sh "$run" --rates 50,100,200,400,800,1600 --seconds 15 --slo_seconds 1 \
+  SERVERS="fastapi ray" ./serve_and_load.sh "$run" --rates 100,200,400,800,1600 --seconds 8 --bisections 1 --slo_seconds 1 \
     --repeat_prompts "${price[@]}" --output_dir results/study/experiments/serving "$@"
 }
 

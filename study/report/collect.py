@@ -38,6 +38,7 @@ class Run:
     name: str = ""  # of the model
     way: str = ""  # the method and, of classes that a model was not trained to name, how they are decoded
     label: str = ""  # the model, and the method where others trained it too: a column of what was trained
+    among: int = 1  # of how many settings it has the one that was chosen by its score
     chosen_by: "Run | None" = None  # the same training on the validation split
     examples: metrics.Answers | metrics.Summaries | None = None  # what came of each; None of an older record
 

@@ -3,10 +3,11 @@
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from statistics import mean
 from typing import Any
 
 from study.cli import parse_args
-from study.records.schema import lookup
+from study.records.schema import SCORES, lookup
 from study.report.collect import Run
 
 ORDER = (  # of the models as the published tables have them; all others come after
@@ -46,8 +47,15 @@ def by_column(group: Iterable[Run]) -> dict[str, list[Run]]:
 
 def usual_runs(column: Iterable[Run]) -> list[Run]:
     """A column's runs of one setting of its method's knobs: those that were run with the most training
-    shares, or else seeds; or else its script's defaults, or else the most epochs and the highest rank."""
+    shares, or else seeds. Of several, on validation examples the best; on others, where choosing by the score
+    would flatter it, its script's defaults, or else the most epochs and the highest rank."""
     by_setting = by(lambda run: run.setting, column)
+    if not by_setting:
+        return []
+
+    def often(setting: tuple) -> tuple:
+        same = by_setting[setting]
+        return len({run.share for run in same}), len(same)
 
     def rank(setting: tuple) -> tuple:
         same = by_setting[setting]
@@ -55,9 +63,22 @@ def usual_runs(column: Iterable[Run]) -> list[Run]:
         plain = defaults_of(same[0])
         usual = {name: plain.get(name) for name in knobs}
         size = knobs.get("epochs", 0), knobs.get("lora_r", 0), -knobs.get("dropout", 0), str(setting)
-        return len({run.share for run in same}), len(same), knobs == usual, *size
+        return knobs == usual, *size
 
-    return by_setting[max(by_setting, key=rank)] if by_setting else []
+    most = max(map(often, by_setting))
+    rivals = [setting for setting in by_setting if often(setting) == most]
+    if any(run.config.get("split") != "validation" for setting in rivals for run in by_setting[setting]):
+        return by_setting[max(rivals, key=rank)]
+    chosen = by_setting[max(rivals, key=lambda setting: (mean_score(by_setting[setting]), rank(setting)))]
+    for run in chosen:
+        run.among = len(rivals)
+    return chosen
+
+
+def mean_score(of: Sequence[Run]) -> float:
+    """The task's first metric; less than any score where a run has none."""
+    metric = next(iter(SCORES[of[0].task]))
+    return mean(run.scored["metrics"][metric]["value"] if run.scored else -1 for run in of)
 
 
 def defaults_of(run: Run) -> dict:
@@ -103,7 +124,8 @@ def by_examples(of: Iterable[Run]) -> dict[int, list[Run]]:
 def settings_of(of: Sequence[Run]) -> str:
     """E.g. "rank 8, epochs 5, dropout 0.1"; "" for a method without knobs."""
     knobs = zip(of[0].method.knobs.values(), of[0].setting, strict=True)
-    return ", ".join(f"{title} {value:g}" for title, value in knobs)
+    told = ", ".join(f"{title} {value:g}" for title, value in knobs)
+    return told + (f", the best of {of[0].among} settings by these very scores" if of[0].among > 1 else "")
 
 
 def note_on(settings: dict[str, Sequence[Run]]) -> str:
