@@ -22,7 +22,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
-from study.device import Process
+from study.device import Process, gpu_share
 from study.errors import UserError
 
 DEFAULTS = {  # by task; the other defaults are the same for both and stand at their flag
@@ -616,6 +616,7 @@ def run_together(main: Callable[[Process], None], process: Process) -> NoReturn:
 def run(main: Callable[[Process], None], process: Process) -> int:
     """The exit status of `main`, which has been said on stderr."""
     try:
+        gpu_share()  # what it says is refused before anything is read
         main(process)
     except UserError as error:
         if process.main:

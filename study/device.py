@@ -15,16 +15,36 @@ import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from study.errors import UserError
+
 GIB = 2**30
 KERNELS = 2**28  # bytes for the code of kernels, which CUDA loads at their first use
+CONTEXT = 2**29  # bytes that CUDA takes for each process before its first tensor
 
 
 def name() -> str:
-    """Of this process's GPU, or of the processor where there is none or torch was built for none."""
+    """Of this process's GPU, "0.25 of NVIDIA H200" where others share it, or of the processor where there is
+    none or torch was built for none."""
     torch = sys.modules.get("torch")
     if torch:
-        return torch.cuda.get_device_name(current()) if torch.cuda.is_available() else processor()
-    return gpu_name() or processor()
+        gpu = torch.cuda.get_device_name(current()) if torch.cuda.is_available() else None
+    else:
+        gpu = gpu_name()
+    share = gpu_share()
+    return processor() if gpu is None else gpu if share == 1 else f"{share:g} of {gpu}"
+
+
+def gpu_share() -> float:
+    """What of its GPU, of the memory and of the price, is this process's, so that others can use it at the
+    same time: GPU_SHARE, or all. Raises UserError."""
+    word = os.environ.get("GPU_SHARE") or "1"
+    try:
+        share = float(word)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise UserError(f"GPU_SHARE={word}: it takes a share of a GPU, above 0 and at most 1")
+    return share
 
 
 def gpu_name() -> str | None:
@@ -127,4 +147,14 @@ def free_memory() -> int:
     import torch
 
     torch.cuda.empty_cache()
-    return max(0, torch.cuda.mem_get_info(current())[0] - KERNELS)
+    return max(0, free_bytes() - KERNELS)
+
+
+def free_bytes() -> int:
+    """Of the GPU's memory, and of this process's share of it."""
+    import torch
+
+    share, (free, total) = gpu_share(), torch.cuda.mem_get_info(current())
+    if share == 1:
+        return free
+    return max(0, min(free, int(share * total) - CONTEXT - torch.cuda.memory_reserved(current())))

@@ -186,7 +186,7 @@ def plan_for(
     given = args.max_tokens_per_batch
     wanted = None if given == "auto" else max(longest, min(given, max(tokens)))
     torch.cuda.empty_cache()
-    free = int(0.92 * torch.cuda.mem_get_info()[0])
+    free = int(0.92 * device.free_bytes())
     learned = args.batch_size * max(len(learned_places(example, args.loss_on)) for example in examples)
     most, learned = (math.ceil(count / processes.count()) for count in (max(tokens), learned))  # of a share
     step = min(MOST_TOKENS, most), learned
@@ -243,6 +243,6 @@ def tokens_that_fit(
     if checkpointing:
         model.gradient_checkpointing_disable()
     torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info(where)[0] - trainable * 12  # gradients and two AdamW moments in float32
+    free = device.free_bytes() - trainable * 12  # gradients and two AdamW moments in float32
     torch.cuda.reset_peak_memory_stats(where)
     return int(0.85 * free / (used / count))

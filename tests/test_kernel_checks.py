@@ -138,7 +138,7 @@ EXAMPLES = [Example(list(range(3, 3 + n)), n - 2) for n in (9, 7, 8)]
 
 
 def test_training_whose_kernels_can_not_be_launched_goes_on_with_the_plain_layers(tuned, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2**30, 2**30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2**30, 2**30))
     args = Namespace(max_tokens_per_batch=64, gradient_checkpointing="auto", batch_size=2, loss_on="answer")
     before = [parameter.clone() for parameter in tuned.parameters()]
     fast, slow = paths.fast_path(tuned, EXAMPLES, [16, 8], args)

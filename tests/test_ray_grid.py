@@ -323,6 +323,16 @@ def node(monkeypatch):
     monkeypatch.setattr(on_node, "here", lambda: ("node", "id"))
 
 
+def test_units_that_share_a_gpu_are_told_their_share(monkeypatch):
+    monkeypatch.delenv("GPU_SHARE", raising=False)
+    apart = ("runs", "here"), 0.25, (None, None)
+    job = Job("loop.sh", [], {"SEEDS": "1 2"}, ".", [], on_node.code_of(), *apart)
+    env = on_node.environment(job, "3-8")
+    assert (env["GPU_SHARE"], env["ONLY"], env["SEEDS"]) == ("0.25", "3-8", "1 2")
+    for gpus in (0, 1, 2):
+        assert "GPU_SHARE" not in on_node.environment(job._replace(gpus=gpus), "1")
+
+
 def test_where_the_folder_is_not_shared_a_run_is_brought_back_and_none_is_overwritten(tmp_path, node):
     there, here = tmp_path / "there", tmp_path / "here"
     there.mkdir()

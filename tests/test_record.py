@@ -226,7 +226,8 @@ def test_flags_that_are_newer_than_a_record_leave_its_hash(part):
     for content in found:
         args, settings = runs.flags_of(content), settings_of(content["method"], part)
         assert record.hash_of_settings(args, settings) == content["config_hash"]
-        plain = vars(runs.flags_of(content)) | dict.fromkeys(LATER)
+        unused = [name for name in LATER if content["config"].get(name) is None]
+        plain = vars(runs.flags_of(content)) | dict.fromkeys(unused)
         assert record.hash_of_settings(argparse.Namespace(**plain), settings) == content["config_hash"]
     assert found
 
@@ -1101,6 +1102,46 @@ def test_a_device_is_what_torch_computes_on_and_without_torch_what_the_driver_se
         assert device.name() == name  # a build of torch for no GPU computes on the processor
     monkeypatch.delitem(sys.modules, "torch")
     assert device.name() == "NVIDIA A10G"
+
+
+def test_a_share_of_a_gpu_has_its_share_of_memory_and_price(monkeypatch):
+    import torch
+
+    gib, held = 2**30, 3 * 2**30
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA A100-SXM4-40GB")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (60 * gib, 80 * gib))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: held)
+    assert (device.name(), device.free_bytes()) == ("NVIDIA A100-SXM4-40GB", 60 * gib)
+    monkeypatch.setenv("GPU_SHARE", "0.25")
+    assert (device.name(), device.free_bytes()) == (
+        "0.25 of NVIDIA A100-SXM4-40GB",
+        20 * gib - held - device.CONTEXT,
+    )
+    held = 40 * gib
+    assert device.free_bytes() == 0
+    for words, whole in ([], 3.81), (["--price_per_hour", "2"], 2), (["--gpu_name", "g5.2xlarge"], 1.212):
+        args = cli.parse_args("classification", "", words)
+        own, shared = (cost.of(args, name, 3600) for name in ("NVIDIA A100-SXM4-40GB", device.name()))
+        assert (own["usd"], shared["usd"]) == pytest.approx((whole, whole / 4))
+        assert cost.repriced(shared, []) == pytest.approx(whole / 4)
+    listed = [
+        {"gpu": "A100-SXM4-40GB", "instance": "x", "usd_per_hour": 4, "source": "s", "date": "2026-01-01"}
+    ]
+    args = cli.parse_args("classification", "", [])
+    assert cost.repriced(cost.of(args, device.name(), 1), listed) == 1
+    assert cost.shown(cost.of(args, device.name(), 1)) == "0.25 of NVIDIA A100-SXM4-40GB"
+
+
+@pytest.mark.parametrize("word", ["0", "1.5", "-1", "half", "nan"])
+def test_a_share_that_is_none_is_refused_at_once(word, monkeypatch, capsys):
+    monkeypatch.setenv("GPU_SHARE", word)
+    with pytest.raises(SystemExit) as ended:
+        cli.run_script(lambda process: pytest.fail("it began"))
+    assert ended.value.code == 1
+    assert capsys.readouterr().err == (
+        f"error: GPU_SHARE={word}: it takes a share of a GPU, above 0 and at most 1\n"
+    )
 
 
 def invalid_lines(folder: Path, share: float, **config: object) -> list[str]:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from study import device
 from study.fast import cache, kernels, nf4
 from study.fast.decoder import head_size, linear_groups
 from study.model import base_of
@@ -313,7 +314,7 @@ class Engine:
         """`advance` as a graph. While that is made, no memory is freed to make room. `torch.cuda.graph` would
         always do it before, which takes longer than the rest."""
         needed = count * self.bytes_each(self.cache.shared)[1]
-        if torch.cuda.mem_get_info()[0] < 2 * needed + GRAPH_SPARE:
+        if device.free_bytes() < 2 * needed + GRAPH_SPARE:
             torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self.side):

@@ -41,16 +41,22 @@ def read_prices(path: Path) -> list[dict]:
 
 
 def price(
-    gpu: str, price_per_hour: float | None = None, prices: list[dict] | None = None, gpus: int = 1
+    gpu: str,
+    price_per_hour: float | None = None,
+    prices: list[dict] | None = None,
+    gpus: int = 1,
+    share: float = 1,
 ) -> dict:
-    """The price part of a record's `cost` for `gpus` devices `gpu`, or for a machine at `price_per_hour`; an
-    unknown device has the price None, not 0."""
+    """The price part of a record's `cost` for `gpus` devices `gpu`, or for a machine at `price_per_hour`, or
+    for a `share` of these; an unknown device has the price None, not 0."""
     found = {"usd_per_hour": price_per_hour, "source": "--price_per_hour"}
     if price_per_hour is None:
         entries = listed(gpu, prices)
         found = {} if not entries or ambiguity(gpu, prices) else dict(entries[0])
         if found:
             found["usd_per_hour"] *= gpus
+    if found.get("usd_per_hour") is not None:
+        found["usd_per_hour"] *= share
     per_hour, source, date = map(found.get, ("usd_per_hour", "source", "date"))
     return {"gpu": gpu, "price_per_hour": per_hour, "price_source": source, "price_date": date}
 
@@ -123,6 +129,12 @@ def device_of(cost: dict) -> str:
     return cost.get("device", cost["gpu"])
 
 
+def share_of(device: str) -> float:
+    """Of a device that several processes shared, as device.name says it."""
+    found = re.match(r"(0\.\d+|\d+e-\d+) of ", device)
+    return float(found[1]) if found else 1.0
+
+
 def measured_on(content: dict) -> str | None:
     """The device of a record; None for an older one of a processor that --gpu_name called a card."""
     name, environment = device_of(content["cost"]), content.get("environment", {})
@@ -145,12 +157,13 @@ def of_run(args: argparse.Namespace, device: str, seconds: float, gpus: int = 1)
 
 def of(args: argparse.Namespace, device: str, seconds: float, gpus: int = 1) -> dict:
     """Price and dollars of `seconds` on `gpus` devices `device`, priced as --gpu_name calls them."""
-    cost = price(args.gpu_name or device, args.price_per_hour, gpus=gpus)
+    cost = price(args.gpu_name or device, args.price_per_hour, gpus=gpus, share=share_of(device))
     return {"device": device, "gpus": gpus, **cost, "usd": usd(cost["price_per_hour"], seconds)}
 
 
 def repriced(cost: dict, prices: list[dict], gpus: int = 1) -> float | None:
     """USD per hour of a record's devices: by `prices` where they are listed there, else as recorded."""
     if listed(cost["gpu"], prices):
-        return price(cost["gpu"], prices=prices, gpus=gpus)["price_per_hour"]
+        share = share_of(device_of(cost))
+        return price(cost["gpu"], prices=prices, gpus=gpus, share=share)["price_per_hour"]
     return cost.get("price_per_hour")

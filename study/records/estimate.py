@@ -114,7 +114,8 @@ def priced(args: argparse.Namespace, here: str, seconds: float | None, gpus: int
     """Seconds on so many GPUs, and their USD."""
     if seconds is None:
         return None, None
-    price = cost.price(args.gpu_name or here, args.price_per_hour, gpus=gpus)["price_per_hour"]
+    share = cost.share_of(here)
+    price = cost.price(args.gpu_name or here, args.price_per_hour, gpus=gpus, share=share)["price_per_hour"]
     return seconds, cost.usd(price, seconds)
 
 
