@@ -71,7 +71,7 @@ def usual_runs(column: Iterable[Run]) -> list[Run]:
         return by_setting[max(rivals, key=rank)]
     chosen = by_setting[max(rivals, key=lambda setting: (mean_score(by_setting[setting]), rank(setting)))]
     for run in chosen:
-        run.among = len(rivals)
+        run.among = sum(mean_score(by_setting[setting]) >= 0 for setting in rivals)
     return chosen
 
 
