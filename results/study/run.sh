@@ -5,11 +5,14 @@
 #
 # DATA holds newsgroups_{train,test}.jsonl.gz, samsum_{train,validation,test}.jsonl.gz and more_texts.jsonl.gz (README.md
 # says where they come from), ENCODER the folder of all-MiniLM-L6-v2, SHAPES those of benchmarks/checkpoint.py (7b, 13b).
+# GRID="python scale/ray_grid.py --gpus_per_cell 0.3" does the cells of a loop on all GPUs, three side by side on each
+# (not those of words, which need none, nor those of shapes, which are there for their speed).
 # STEPs: base choose choose_encoder table1 encoder words prompting dialogues grid serving shapes report; without one all
 # but shapes.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 data=${DATA:-data} base=${BASE:-llama-72m} encoder=${ENCODER:-all-MiniLM-L6-v2} shapes=${SHAPES:-shapes}
+read -ra spread <<<"${GRID:-}"
 price=(--price_per_hour "${PRICE_PER_HOUR:-4}")
 posts=(--train_file "$data/newsgroups_train.jsonl.gz" --test_file "$data/newsgroups_test.jsonl.gz" "${price[@]}")
 dialogues=(--train_file "$data/samsum_train.jsonl.gz" --validation_file "$data/samsum_validation.jsonl.gz"
@@ -32,7 +35,7 @@ base() { # six minutes on one GPU
 }
 
 choose() { # learning rate and epochs, on a tenth of the training posts, trained on a tenth of the others
-  TASK=classification RANKS=32 DROPOUTS=0.1 LEARNING_RATES="2e-4 5e-4 1e-3" EPOCHS="4 8 16" ./run_lora.sh \
+  TASK=classification RANKS=32 DROPOUTS=0.1 LEARNING_RATES="2e-4 5e-4 1e-3" EPOCHS="4 8 16" "${spread[@]}" ./run_lora.sh \
     --pretrained_ckpt "$base" --lora_alpha 64 "${posts[@]}" "${held_out[@]}" "$@"
 }
 
@@ -47,11 +50,12 @@ choose_encoder() { # likewise
 }
 
 table1() {
-  SEEDS="${SEEDS:-1 2 3}" ./sample_ablate.sh "${tuned[@]}" "${chosen[@]}" "${posts[@]}" "${place[@]}" "$@"
+  SEEDS="${SEEDS:-1 2 3}" "${spread[@]}" ./sample_ablate.sh "${tuned[@]}" "${chosen[@]}" "${posts[@]}" "${place[@]}" "$@"
 }
 
 encoder() {
-  SEEDS="${SEEDS:-1 2 3}" MODELS="encoder=$encoder" ./compare_models.sh "${chosen_encoder[@]}" "${posts[@]}" "${place[@]}" "$@"
+  SEEDS="${SEEDS:-1 2 3}" MODELS="encoder=$encoder" "${spread[@]}" ./compare_models.sh "${chosen_encoder[@]}" \
+    "${posts[@]}" "${place[@]}" "$@"
 }
 
 words() { # on the CPU
@@ -60,20 +64,20 @@ words() { # on the CPU
 }
 
 prompting() {
-  local way
+  local way ask=("${spread[@]}" ./baseline_inference.sh)
   for way in free constrained; do
-    MODELS=$base TASKS=classification SEEDS="1 2 3" ./baseline_inference.sh --decoding $way "${posts[@]}" "${place[@]}" "$@"
+    MODELS=$base TASKS=classification SEEDS="1 2 3" "${ask[@]}" --decoding $way "${posts[@]}" "${place[@]}" "$@"
   done
-  MODELS=$base TASKS=summarization SEEDS="1 2 3" ./baseline_inference.sh "${dialogues[@]}" "${place[@]}" "$@"
+  MODELS=$base TASKS=summarization SEEDS="1 2 3" "${ask[@]}" "${dialogues[@]}" "${place[@]}" "$@"
 }
 
 dialogues() { # all dialogues; learning rate and epochs by the validation split, the best on the test split
   RANKS=64 DROPOUTS=0.1 LEARNING_RATES="5e-4 1e-3" EPOCHS="2 4" \
-    ./run_lora.sh --pretrained_ckpt "$base" --lora_alpha 128 "${dialogues[@]}" "${place[@]}" "$@"
+    "${spread[@]}" ./run_lora.sh --pretrained_ckpt "$base" --lora_alpha 128 "${dialogues[@]}" "${place[@]}" "$@"
 }
 
 grid() { # the published 72 cells, on a tenth of the dialogues
-  ./run_lora.sh --pretrained_ckpt "$base" --learning_rate 1e-3 --train_sample_fraction 0.1 "${dialogues[@]}" \
+  "${spread[@]}" ./run_lora.sh --pretrained_ckpt "$base" --learning_rate 1e-3 --train_sample_fraction 0.1 "${dialogues[@]}" \
     --output_dir results/study/experiments/grid "$@"
 }
 
