@@ -2,11 +2,11 @@
 
     python -m benchmarks.sharding --model CKPT --train_file FILE --test_file FILE --gib 6.5 --gpus 2
 
-All but --gib of every GPU's memory is held by this process while a training is to have no more; one GPU then
-runs out of it. Two trainings by plain layers on one GPU with all its memory, which differ in the tokens they
-compute at once alone, say how far apart bfloat16's rounding leaves the same training. Beside them stand that
-of --gpus which share the layers, and the same again, killed after its first checkpoint and resumed. The last
-line is all of it as JSON.
+All but --gib of every GPU's memory is held by a process beside it while a training is to have no more; one
+GPU then runs out of it. Two trainings by plain layers on one GPU with all its memory, which differ in the
+tokens they compute at once alone, say how far apart bfloat16's rounding leaves the same training. Beside
+them stand that of --gpus which share the layers, and the same again, killed after its first checkpoint and
+resumed. The last line is all of it as JSON.
 """
 
 import argparse
