@@ -25,7 +25,7 @@ from statistics import median
 
 from benchmarks import inference, training
 from benchmarks.provenance import headline, provenance
-from benchmarks.workers import finish, numbers
+from benchmarks.workers import check_output, finish, numbers
 from study import cli, device
 
 
@@ -48,8 +48,7 @@ def flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, metavar="FILE", help="write the table as JSON here, too")
     add("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
-    if args.output and not args.output.parent.is_dir():
-        parser.error(f"--output {args.output}: there is no folder {args.output.parent}: make it first")
+    check_output(parser, args.output)
     args.max_new_tokens = args.max_new_tokens or cli.DEFAULTS[args.task]["max_new_tokens"]
     args.dataset, args.adapter, args.stop = args.train_file, None, False  # as the other benchmarks know them
     return args

@@ -12,9 +12,7 @@ resumed. The last line is all of it as JSON.
 import argparse
 import contextlib
 import json
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -23,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.provenance import headline, provenance
-from benchmarks.workers import finish
+from benchmarks.workers import check_output, finish
 from study import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,7 +41,9 @@ def flags(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--tokens", type=cli.positive_int, default=1024, help="computed at once (%(default)s)")
     add("--examples", type=cli.positive_int, default=320, help="to train on, once (%(default)s)")
     add("--output", type=Path, metavar="FILE", help="write the table as JSON here, too")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    check_output(parser, args.output)
+    return args
 
 
 @contextlib.contextmanager
@@ -97,13 +97,17 @@ def train(args: argparse.Namespace, folder: Path, gpus: int, tokens: int, killed
 
 def kill_after_checkpoint(words: Sequence[str], folder: Path, log) -> str:
     """Run until there is a checkpoint, kill all its processes, and say which it was."""
-    started = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+    import psutil
+
+    started = psutil.Popen(words, stdout=log, stderr=subprocess.STDOUT)
     while not (found := sorted(folder.glob("checkpoints/checkpoint-*/progress.json"))):
         if started.poll() is not None:
             return "none: it ended before its first checkpoint"
         time.sleep(0.05)
-    os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
+    every = [started, *started.children(recursive=True)]  # a launcher's are in sessions of their own
+    for process in every:
+        process.kill()
+    psutil.wait_procs(every)
     return found[0].parent.name
 
 
@@ -151,8 +155,11 @@ def show(rows: Sequence[dict]) -> str:
 
 
 def main() -> None:
-    args = flags()
-    every, rows = (args.gpus, args.gib), []
+    import torch
+
+    args, rows = flags(), []
+    if torch.cuda.device_count() < args.gpus:
+        sys.exit(f"error: --gpus {args.gpus}: this machine has {torch.cuda.device_count()} GPUs")
     plan = (
         ("one GPU", 1, None, args.tokens, False),
         ("one GPU, other passes", 1, None, 2 * args.tokens, False),
@@ -163,7 +170,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         for number, (what, gpus, gib, tokens, killed) in enumerate(plan):
             folder = Path(work, str(number))
-            with little_memory(*every) if gib else contextlib.nullcontext():
+            with little_memory(args.gpus, gib) if gib else contextlib.nullcontext():
                 row = {"what": what, "gpus": gpus, "gib": gib} | train(args, folder, gpus, tokens, killed)
             if number and "failed" not in row and "failed" not in rows[0]:
                 row |= apart(row, folder, rows[0], Path(work, "0"))

@@ -28,12 +28,17 @@ def numbers(text: str) -> list[int]:
 def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, modes, peers) -> None:
     """Refuse a mode or peer that is not known, and an --output without a folder; a mode may be a number of
     GiB, too."""
-    if args.output and not args.output.parent.is_dir():
-        parser.error(f"--output {args.output}: there is no folder {args.output.parent}: make it first")
+    check_output(parser, args.output)
     for flag, given, known in (("--modes", args.modes, modes), ("--peers", args.peers, peers)):
         for name in given:
             if name not in known and not (flag == "--modes" and name.isdigit()):
                 parser.error(f"{flag} {name}: choose among {', '.join(known)}")
+
+
+def check_output(parser: argparse.ArgumentParser, output: Path | None) -> None:
+    """Refuse an --output without a folder, before anything is measured."""
+    if output and not output.parent.is_dir():
+        parser.error(f"--output {output}: there is no folder {output.parent}: make it first")
 
 
 def installed(peers: Sequence[str], needs: Mapping[str, Sequence[str]]) -> list[str]:

@@ -107,19 +107,14 @@ def run_unit(job: Job, only: str, budget: list[str], folders: list[str], sent: d
     if not shared:
         carry.unpack(sent, Path(job.cwd))
     wait_for_locks([Path(job.cwd, folder) for folder in folders])
-    share = job.gpus if 0 < job.gpus < 1 else 1.0
-    status, said = run_loop([job.loop, *job.flags, *budget], job.cwd, environment(job, only))
+    env = units.environment(job.variables) | {"ONLY": only}
+    status, said = run_loop([job.loop, *job.flags, *budget], job.cwd, env)
     if status and no_gpu(job):
         return Outcome(name, node_id, no_gpu(job))
+    share = float(job.variables.get("GPU_SHARE", 1)) if device.gpu_name() else 1.0
     price = cost.price(job.price[0] or device.name(), job.price[1], share=share)["price_per_hour"]
     left = None if shared else carry.pack(folders, Path(job.cwd))
     return Outcome(name, node_id, "", status, said, time.monotonic() - began, price, left)
-
-
-def environment(job: Job, only: str) -> dict[str, str]:
-    """For the loop that does the cells `only`, with what it may take of a GPU that other units share."""
-    share = {"GPU_SHARE": f"{job.gpus:g}"} if 0 < job.gpus < 1 else {}
-    return units.environment(job.variables) | {"ONLY": only} | share
 
 
 def no_gpu(job: Job) -> str:

@@ -34,9 +34,10 @@ STORE = 200 * 2**20  # bytes of the object store of a Ray that is started here: 
 
 def main(process: device.Process) -> None:
     args = parse()
-    variables = {name: os.environ[name] for name in units.VARIABLES.split() if os.environ.get(name)}
+    variables = variables_of(args.gpus_per_cell)
     if {"--dry_run", "--help", "-h"} & {cli.underscored(word) for word in args.flags}:
-        sys.exit(subprocess.run([args.loop, *args.flags], check=False).returncode)
+        env = units.environment(variables)
+        sys.exit(subprocess.run([args.loop, *args.flags], env=env, check=False).returncode)
     found = listed(args.loop, args.flags, variables)
     budget, grid = Budget(args.budget_hours, args.budget_usd), None
     with record.locked(Path(args.output_dir), process, "--output_dir"):
@@ -53,6 +54,14 @@ def main(process: device.Process) -> None:
                 grid = Grid(ray, job, budget, args.cpus_per_cell, out)
                 grid.do(todo)
     end(args, variables, budget, grid)
+
+
+def variables_of(gpus: float | None) -> dict[str, str]:
+    """Those that say what the loop goes through, and of a GPU that cells share how much is a cell's: its dry
+    runs go by that as the cells do."""
+    names = [*units.VARIABLES.split(), "GPU_SHARE"]
+    found = {name: os.environ[name] for name in names if os.environ.get(name)}
+    return found | ({"GPU_SHARE": f"{gpus:g}"} if gpus and gpus < 1 else {})
 
 
 def parse() -> argparse.Namespace:

@@ -211,14 +211,14 @@ async def cache_counts(server: Server) -> tuple[float, float] | None:
     try:
         async with server.session() as session, session.get(f"{server.url}/metrics") as response:
             lines = (await response.text(errors="replace")).splitlines() if response.status == 200 else []
-        values = {name: 0.0 for name in (LOOKED_UP, FOUND) if any(line.startswith(name) for line in lines)}
-        for line in lines:  # one for each engine
+        counts: dict[str, list[float]] = {LOOKED_UP: [], FOUND: []}
+        for line in lines:
             name = line.partition("{")[0].partition(" ")[0]
-            if name in values:
-                values[name] += float(line.rpartition(" ")[2])
+            if name in counts:  # once for each engine
+                counts[name].append(float(line.rpartition(" ")[2]))
     except (aiohttp.ClientError, OSError, ValueError):
         return None
-    return (values[LOOKED_UP], values[FOUND]) if len(values) == 2 else None
+    return (sum(counts[LOOKED_UP]), sum(counts[FOUND])) if all(counts.values()) else None
 
 
 async def check(server: Server, prompt: str) -> None:

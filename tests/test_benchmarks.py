@@ -3,7 +3,9 @@
 import json
 import re
 import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from conftest import DEMO_DATA, DEMO_MODEL, ROOT
@@ -365,7 +367,7 @@ def test_several_gpus_are_shown_beside_one():
 
 
 ROUND = """
-import json, os, sys
+import sys
 sys.path.insert(0, "{root}")
 from benchmarks import scaling
 from study import cli, device, generation, model, processes
@@ -422,6 +424,29 @@ def test_a_training_that_is_killed_and_resumed_stands_beside_one_that_was_not(tm
     assert lines[0][:3] == ["x", "1", "all"]
     assert lines[1][-1] == killed["resumed_from"]
     assert lines[2][-1] == none["failed"]
+
+
+def test_a_training_is_killed_with_the_processes_that_its_launcher_began_in_sessions_of_their_own(tmp_path):
+    folder = tmp_path / "run"
+    checkpoint = (
+        f"mkdir -p {folder}/checkpoints/checkpoint-7; touch {folder}/checkpoints/checkpoint-7/progress.json"
+    )
+    words = ["bash", "-c", f"setsid sleep 600 & echo $! >{tmp_path}/pid; {checkpoint}; wait"]
+    with (tmp_path / "log").open("w") as log:
+        assert sharding.kill_after_checkpoint(words, folder, log) == "checkpoint-7"
+    state = Path("/proc", (tmp_path / "pid").read_text().strip(), "stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+@pytest.mark.parametrize("module", ["scaling", "sharding", "training"])
+def test_a_benchmark_without_a_place_for_its_result_is_refused_at_once(module, tmp_path):
+    files = ["--dataset=x"] if module == "training" else ["--train_file=x", "--test_file=x"]
+    files += ["--gib=1"] if module == "sharding" else []
+    words = [sys.executable, "-m", f"benchmarks.{module}", "--model=x", *files]
+    words += [f"--output={tmp_path}/none/result.json"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"there is no folder {tmp_path}/none: make it first" in done.stderr
 
 
 def test_a_step_that_all_does_not_have_is_refused(tmp_path):

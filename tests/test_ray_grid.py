@@ -19,10 +19,9 @@ from conftest import DEMO_DATA, ROOT, error_line, run_script, write_rows
 from served_here import until
 from test_loops import FINISH, launcher
 
-from scale import carry, on_node, units
+from scale import carry, on_node, ray_grid, units
 from scale.grid import Grid, last_words
 from scale.on_node import Job, Outcome
-from scale.ray_grid import paths_in
 from scale.units import Budget, Unit
 from study.dry_run import Cell, Sum
 from study.errors import UserError
@@ -324,13 +323,35 @@ def node(monkeypatch):
 
 
 def test_units_that_share_a_gpu_are_told_their_share(monkeypatch):
+    """And so are the dry runs that estimate them."""
     monkeypatch.delenv("GPU_SHARE", raising=False)
-    apart = ("runs", "here"), 0.25, (None, None)
-    job = Job("loop.sh", [], {"SEEDS": "1 2"}, ".", [], on_node.code_of(), *apart)
-    env = on_node.environment(job, "3-8")
-    assert (env["GPU_SHARE"], env["ONLY"], env["SEEDS"]) == ("0.25", "3-8", "1 2")
-    for gpus in (0, 1, 2):
-        assert "GPU_SHARE" not in on_node.environment(job._replace(gpus=gpus), "1")
+    monkeypatch.setenv("SEEDS", "1 2")
+    env = units.environment(ray_grid.variables_of(0.25))
+    assert (env["GPU_SHARE"], env["SEEDS"]) == ("0.25", "1 2")
+    for gpus in (None, 0, 1, 2):
+        assert "GPU_SHARE" not in ray_grid.variables_of(gpus)
+    monkeypatch.setenv("GPU_SHARE", "0.5")
+    assert [ray_grid.variables_of(gpus)["GPU_SHARE"] for gpus in (0.25, 1)] == ["0.25", "0.5"]
+
+
+def test_a_unit_is_told_the_share_and_its_price_is_that_share(tmp_path, node, monkeypatch):
+    loop = tmp_path / "loop.sh"
+    loop.write_text('#!/bin/sh\necho "share $GPU_SHARE of cells $ONLY"\n')
+    loop.chmod(0o755)
+    (tmp_path / "here").write_text("token")
+    whole = Job(str(loop), [], {}, str(tmp_path), [], on_node.code_of(), ("here", "token"), 0, (None, 3.6))
+    shared = whole._replace(variables={"GPU_SHARE": "0.25"})
+    monkeypatch.delenv("GPU_SHARE", raising=False)
+    for gpu, job, said, price in (
+        ("NVIDIA L4", whole, "share  of cells 3-8", 3.6),
+        ("NVIDIA L4", shared, "share 0.25 of cells 3-8", 0.9),
+        (None, shared, "share 0.25 of cells 3-8", 3.6),  # a processor's price is whole
+    ):
+        monkeypatch.setattr(on_node.device, "gpu_name", lambda name=gpu: name)
+        outcome = on_node.run_unit(job, "3-8", [], [], {})
+        assert outcome.status == 0
+        assert said in outcome.said
+        assert outcome.usd_per_hour == pytest.approx(price)
 
 
 def test_where_the_folder_is_not_shared_a_run_is_brought_back_and_none_is_overwritten(tmp_path, node):
@@ -393,7 +414,7 @@ def test_what_the_flags_name_is_looked_for_and_what_runs_leave_is_not(tmp_path, 
         "runs",
         "bert t5=t5",
     ]
-    assert paths_in(words, "runs/") == ["a b.jsonl", "model", "t5"]
+    assert ray_grid.paths_in(words, "runs/") == ["a b.jsonl", "model", "t5"]
 
 
 def test_a_loop_ends_with_the_worker_that_has_started_it(tmp_path):

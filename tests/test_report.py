@@ -15,6 +15,7 @@ import pytest
 from conftest import PROCESS, ROOT, error_line, write_rows
 from matplotlib.colors import to_rgb
 from matplotlib.text import Text
+from PIL import Image
 from sklearn.metrics import confusion_matrix, precision_recall_fscore_support
 
 from study import cli, metrics
@@ -1678,6 +1679,8 @@ def test_every_plot_is_drawn_with_its_axes_named_and_shown_in_the_report(study, 
     for name, labels in PLOTS.items():
         assert (written / f"{name}.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
         assert (written / f"{name}.png").stat().st_size > 3_000
+        with Image.open(written / f"{name}.png") as image:
+            assert (image.mode, image.info["dpi"]) == ("P", pytest.approx((150, 150), abs=0.1))
         assert texts[name] >= set(labels), name
         assert f"({name}.png)" in (written / "report.md").read_text()
 
@@ -1793,6 +1796,17 @@ def test_the_best_cell_on_validation_is_named_and_grids_say_which_split_they_are
     assert validation.rows[-1][2].value == 70
     assert "learning rate 0.0001, the best of 4 settings by these very scores. " in validation.note
     assert "very scores" not in found[TABLE_1].note
+
+
+def test_a_setting_without_a_score_is_not_among_those_that_the_best_is_of(tmp_path):
+    for rate, value in (("1e-4", 70), ("1e-3", 64), ("5e-4", 66)):
+        folder = validated(tmp_path / rate, value, f"--learning_rate {rate}")
+    content = record.read(folder / "eval.json")
+    failed = {"status": "failed", "error": {"type": "X", "message": "x", "advice": "x"}}
+    record.write_json(folder / "eval.json", {k: v for k, v in content.items() if k != "eval"} | failed)
+    [table] = [table for name, table in tables(tmp_path).items() if name.startswith(TABLE_1)]
+    assert table.rows[-1][2].value == 70
+    assert "learning rate 0.0001, the best of 2 settings by these very scores. " in table.note
 
 
 def test_no_setting_is_chosen_by_its_scores_on_the_test_split(tmp_path):
