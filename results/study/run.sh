@@ -31,7 +31,7 @@ base() { # six minutes on one GPU
   for file in newsgroups_test:text samsum_{train,validation,test}:summary samsum_{validation,test}:dialogue; do
     not+=("$data/${file/:/.jsonl.gz:}")
   done
-  python demo/pretrain.py "$base" --passes 12 --dropout 0.2 --block 2048 --rows 32 --texts "${of[@]}" --exclude "${not[@]}"
+  python demo/pretrain.py "$base" --passes 10 --dropout 0.2 --block 2048 --rows 32 --texts "${of[@]}" --exclude "${not[@]}"
 }
 
 choose() { # learning rate and epochs, on a tenth of the training posts, trained on a tenth of the others
