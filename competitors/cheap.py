@@ -86,11 +86,11 @@ def score(task: str, answer, test: data.Split, labels: Sequence[str]) -> tuple[d
 
     texts, references = (list(column) for column in zip(*test.examples, strict=True))
     began = time.monotonic()
-    answers, empty = answer(texts)
+    answers, sure, empty = answer(texts)
     seconds = max(time.monotonic() - began, 1e-9)
     if empty:
         print(f"{'':11}{empty:,} test texts have no word of the training texts: they all get the same class")
-    scores, rows = metrics.score(task, answers, references, labels, test.numbers, test.places)
+    scores, rows = metrics.score(task, answers, references, labels, test.numbers, test.places, sure)
     words = [sum(len(text.split()) for text in column) for column in (texts, answers)]  # between blanks
     return {
         "examples": len(texts),
@@ -131,9 +131,12 @@ def fit(method: str, examples: list[tuple[str, str]]):
     classifier.fit(counts, labels)
     seconds = time.monotonic() - began
 
-    def answer(texts: list[str]) -> tuple[list[str], int]:
+    def answer(texts: list[str]) -> tuple[list[str], list[float] | None, int]:
         counts = words.transform(texts)
-        return list(map(str, classifier.predict(counts))), wordless(counts)
+        sure = None
+        if hasattr(classifier, "predict_proba"):  # a linear SVM has distances alone
+            sure = classifier.predict_proba(counts).max(1).tolist()  # of [texts, classes]
+        return list(map(str, classifier.predict(counts))), sure, wordless(counts)
 
     known = {"vocabulary": len(words.vocabulary_), "without_a_word": wordless(counts)}
     return answer, {"seconds": seconds, **known}
@@ -147,8 +150,8 @@ def wordless(counts) -> int:
 def taken_from(method: str):
     """The first three or the three longest utterances of each dialogue, in their order, as its summary."""
 
-    def answer(texts: list[str]) -> tuple[list[str], int]:
-        return [" ".join(chosen(text)) for text in texts], 0
+    def answer(texts: list[str]) -> tuple[list[str], None, int]:
+        return [" ".join(chosen(text)) for text in texts], None, 0
 
     def chosen(text: str) -> list[str]:
         lines = [line.strip() for line in text.splitlines() if line.strip()]

@@ -49,7 +49,14 @@ def test_a_classifier_trains_and_scores_as_scikit_learn_does(tmp_path, method):
         "tfidf-lr": LogisticRegression(C=10, max_iter=1000),
     }[method].fit(seen, [row["label"] for row in train])
     expected = list(model.predict(words.transform([row["text"] for row in test])))
-    assert [row["parsed"] for row in rows_of(tmp_path)] == expected
+    rows = rows_of(tmp_path)
+    assert [row["parsed"] for row in rows] == expected
+    if method == "tfidf-svm":
+        assert not any("confidence" in row for row in rows)
+    else:
+        shares = model.predict_proba(words.transform([row["text"] for row in test])).max(1)
+        assert [row["confidence"] for row in rows] == pytest.approx(list(shares))
+        assert max(shares) - min(shares) > 0.1
     content, trained = read(tmp_path, "eval"), read(tmp_path, "train")
     right = sum(row["label"] == answer for row, answer in zip(test, expected, strict=True))
     assert content["eval"]["metrics"]["accuracy"]["value"] == pytest.approx(100 * right / len(test))

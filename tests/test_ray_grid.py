@@ -43,6 +43,11 @@ if [[ " $* " == *" --seed 2 "* && ! -e hung ]]; then
 fi
 exec python "$@"
 """
+SEEN_BY_A_WORKER = """
+import sys
+if any("default_worker" in word for word in sys.orig_argv):
+    open(__file__.replace("sitecustomize.py", "seen by a worker"), "w").close()
+"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -111,6 +116,8 @@ def ended(pid: int) -> bool:
 def test_a_node_dies_and_every_cell_is_there_once_as_the_loop_by_itself_leaves_it(tmp_path):
     env, plain = CELLS | launcher(tmp_path, HANG), tmp_path / "plain"
     plain.mkdir()
+    (tmp_path / "sitecustomize.py").write_text(SEEN_BY_A_WORKER)
+    env["PYTHONPATH"] = str(tmp_path)
     with cluster() as made, grid("--address", made.address, *LOOP, cwd=tmp_path, **env) as (process, said):
         until(lambda: (tmp_path / "hung").exists() or process.poll() is not None)
         pid, raylet = map(int, (tmp_path / "hung").read_text().split())
@@ -120,6 +127,7 @@ def test_a_node_dies_and_every_cell_is_there_once_as_the_loop_by_itself_leaves_i
         made.remove_node(node, allow_graceful=False)
         assert process.wait(120) == 0, said()
     assert ended(pid)
+    assert (tmp_path / "seen by a worker").exists()  # what PYTHONPATH names, which may be where Ray itself is
     states = re.findall(r"^cells (\d) +(\w+) +[\d.]+ s  \S+/\w{6}$", said(), re.M)
     assert sorted(states) == [(number, "finished") for number in "1234"]
     sequential = [str(LOOP[0]), *map(str, LOOP[1:])]

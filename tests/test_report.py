@@ -250,7 +250,7 @@ GOLDEN = {
             )
         ),
     ],
-    "Table 3: summarization: models fine-tuned on everything": [
+    "Table 3: summarization: models, each on all that it was fine-tuned on": [
         ["model", "trained on", "ROUGE-1", "ROUGE-2", "ROUGE-L"],
         [
             "a/small",

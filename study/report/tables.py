@@ -136,8 +136,8 @@ def method_table(task: str, group: Sequence[Run], reference: Reference) -> Table
 
 
 def model_table(task: str, group: Sequence[Run], reference: Reference) -> Table:
-    """Table 3: what was trained, on everything."""
-    table = Table("Table 3", "models fine-tuned on everything", ["model", "trained on"], 1)
+    """Table 3: what was trained, on the most that each was trained on."""
+    table = Table("Table 3", "models, each on all that it was fine-tuned on", ["model", "trained on"], 1)
     rows = {}
     for label, column in by_column(group).items():
         of = on_everything(column)
