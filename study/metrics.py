@@ -190,7 +190,7 @@ def summed_up(task: str, rows: Sequence[dict]) -> dict:
             for name, column in (("references", "reference"), ("answers", "parsed"))
         }
         if all("confidence" in row for row in rows):
-            per_example["confidences"] = [row["confidence"] for row in rows]
+            per_example["confidences"] = [round(row["confidence"], 6) for row in rows]
     else:
         per_example = {name: [round(row[name], 4) for row in rows] for name in ROUGE}
     version = f"{VERSION[task]}, rouge-score {importlib.metadata.version('rouge-score')}"

@@ -170,7 +170,7 @@ def test_rescoring_takes_confidences_over_from_the_predictions(tmp_path):
     record.write_rows(path.with_name("predictions.jsonl"), rows)
     assert CONFIDENCE not in tables(tmp_path)
     assert report("--rescore", tmp_path).returncode == 0
-    assert json.loads(path.read_text())["eval"]["per_example"]["confidences"] == SURE.tolist()
+    assert json.loads(path.read_text())["eval"]["per_example"]["confidences"] == SURE.round(6).tolist()
     assert CONFIDENCE in tables(tmp_path)
     del rows[3]["confidence"]
     record.write_rows(path.with_name("predictions.jsonl"), rows)
@@ -178,8 +178,11 @@ def test_rescoring_takes_confidences_over_from_the_predictions(tmp_path):
 
 
 def test_a_score_keeps_its_confidences_in_the_record_and_in_every_row():
-    scores, rows = metrics.score("classification", ["a", "b"], ["a", "a"], ["a", "b"], confidence=[0.9, 0.6])
-    assert scores["per_example"]["confidences"] == [row["confidence"] for row in rows] == [0.9, 0.6]
+    scores, rows = metrics.score(
+        "classification", ["a", "b"], ["a", "a"], ["a", "b"], confidence=[0.9, 0.6000001]
+    )
+    assert [row["confidence"] for row in rows] == [0.9, 0.6000001]
+    assert scores["per_example"]["confidences"] == [0.9, 0.6]
     without, _ = metrics.score("classification", ["a", "b"], ["a", "a"], ["a", "b"])
     assert "confidences" not in without["per_example"]
     assert without["metrics"] == scores["metrics"]

@@ -115,7 +115,7 @@ def test_the_record_says_what_was_trained_and_the_model_loads_in_plain_transform
         assert plain.config.id2label[int(shares.argmax())] == row["prediction"] == row["parsed"]
         assert row["confidence"] == pytest.approx(float(shares.max()), abs=1e-5)
     sure = [json.loads(row)["confidence"] for row in rows]
-    assert scored["eval"]["per_example"]["confidences"] == sure
+    assert scored["eval"]["per_example"]["confidences"] == [round(of, 6) for of in sure]
 
 
 def test_a_finished_run_is_found_and_another_split_of_it_is_scored_without_training(whole, checkpoints):
