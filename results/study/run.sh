@@ -3,8 +3,8 @@
 #
 #   DATA=FOLDER results/study/run.sh [STEP...] [-- FLAG...]     # FLAGs go to every script of a step, e.g. --dry_run
 #
-# DATA holds newsgroups_{train,test}.jsonl.gz, samsum_{train,validation,test}.jsonl.gz and more_texts.jsonl.gz (README.md
-# says where they come from), ENCODER the folder of all-MiniLM-L6-v2, SHAPES those of benchmarks/checkpoint.py (7b, 13b).
+# DATA holds newsgroups_{train,test}.jsonl.gz, samsum_{train,validation,test}.jsonl.gz, more_texts.jsonl.gz and
+# definitions.jsonl.gz (README.md says where they come from), ENCODER the folder of all-MiniLM-L6-v2, SHAPES those of benchmarks/checkpoint.py (7b, 13b).
 # GRID="python scale/ray_grid.py --gpus_per_cell 0.3" does the cells of a loop on all GPUs, three side by side on each
 # (not those of words, which need none, nor those of shapes, which are there for their speed).
 # STEPs: base choose choose_encoder table1 encoder words prompting dialogues grid serving shapes report; without one all
@@ -23,7 +23,7 @@ held_out=(--validation_fraction 0.1 --train_sample_fraction 0.1 --output_dir res
 chosen=(--learning_rate 5e-4 --epochs 16) # by the step choose
 chosen_encoder=(--learning_rate 2e-4 --epochs 8) # by the step choose_encoder
 
-base() { # six minutes on one GPU
+base() { # eight minutes on one GPU
   local of=() not=() file
   for file in newsgroups_train:text samsum_train:dialogue more_texts:text definitions:text; do
     of+=("$data/${file/:/.jsonl.gz:}")
