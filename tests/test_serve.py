@@ -673,15 +673,15 @@ def test_a_worker_whose_model_keeps_failing_is_replaced_twice_within_ten_minutes
 def test_of_two_workers_one_is_killed_and_comes_back_and_both_end_when_all_is_answered(run):
     with serving(run, "--workers", 2) as (process, port, said, faults):
         statuses, over, workers = [], threading.Event(), children_of(process)
-        with ThreadPoolExecutor(4) as pool:
-            load = [pool.submit(keep_asking, port, over, statuses) for _ in range(4)]
+        with ThreadPoolExecutor(2) as pool:
+            load = [pool.submit(keep_asking, port, over, statuses) for _ in range(2)]
             until(lambda: statuses.count(200) > 8)
             os.kill(min(workers), signal.SIGKILL)
             until(lambda: said().count("ready ") == 3, 300)
             over.set()
             assert not [future.exception() for future in load if future.exception()]
         assert {*statuses} <= {200, "failed"}
-        assert statuses.count("failed") <= 4  # what was under way there
+        assert statuses.count("failed") <= 2  # what was under way there
         assert len(children_of(process)) == 2
         until(lambda: "requests_at_work 0.0" in ask(port, "/metrics")[2])  # the killed one is not counted
         assert ends_well(process, port, [begin_stream(port) for _ in range(4)])

@@ -80,8 +80,8 @@ def test_of_two_replicas_one_is_killed_and_comes_back_and_both_end_when_all_is_a
         assert ask(port, "/v1/classify", {"text": 5}, "secret")[2]["error"]["param"] == "text"
         until(lambda: len(replicas_of(process)) == 2)
         statuses, over, before = [], threading.Event(), replicas_of(process)
-        with ThreadPoolExecutor(4) as pool:
-            load = [pool.submit(keep_asking, port, over, statuses, "secret") for _ in range(4)]
+        with ThreadPoolExecutor(2) as pool:
+            load = [pool.submit(keep_asking, port, over, statuses, "secret") for _ in range(2)]
             until(lambda: statuses.count(200) > 8)
             os.kill(min(before), signal.SIGKILL)
             until(lambda: len(replicas_of(process) - {min(before)}) == 2, 300)
@@ -90,7 +90,7 @@ def test_of_two_replicas_one_is_killed_and_comes_back_and_both_end_when_all_is_a
             over.set()
             assert not [future.exception() for future in load if future.exception()]
         assert {*statuses} <= {200, 500, "failed"}  # its own are Ray's to answer
-        assert len(statuses) - statuses.count(200) <= 4
+        assert len(statuses) - statuses.count(200) <= 2
         body = {"prompt": "a", "max_tokens": 60, "stream": True}
         under_way = [begin(port, "/v1/completions", body, "secret") for _ in range(4)]
         assert all(b" 200 " in connection.recv(1024) for connection in under_way)
