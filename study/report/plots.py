@@ -71,26 +71,7 @@ def figures(groups: Sequence[tuple], prices: Sequence[dict], published: bool) ->
     with matplotlib.rc_context(STYLE):
         names = set()
         for task, why, group in meant(groups):
-            score = next(iter(SCORES[task].values()))
-            with_published = published and task == "classification" and not why
-            for kind, figure in (
-                (f"{score} by number of training examples", plot_examples(task, group, with_published)),
-                (f"{score} by training cost", plot_cost(task, group, prices)),
-                *(
-                    ("LoRA grid, " + name, plot_grid(task, cells))
-                    for name, cells in grids(task, group).items()
-                ),
-                *(
-                    ("confusion matrix, " + name, plot_confusion(found))
-                    for name, found in confusions_of(group).items()
-                ),
-                *(
-                    ("reliability of confidence, " + name, plot_reliability(found))
-                    for name, found in confidences_of(group).items()
-                ),
-                ("accuracy over coverage", plot_coverage(confidences_of(group))),
-                ("training loss", plot_loss(group)),
-            ):
+            for kind, figure in figures_of(task, group, prices, published and not why):
                 if figure:
                     title = f"{task}: {kind}" + (f", apart: {why}" if why else "")
                     figure.suptitle(textwrap.fill(title, 90), fontsize=11)
@@ -100,6 +81,23 @@ def figures(groups: Sequence[tuple], prices: Sequence[dict], published: bool) ->
                     names.add(name)
                     yield name, title, figure
                     plt.close(figure)
+
+
+def figures_of(task: str, group: Sequence, prices: Sequence[dict], published: bool) -> Iterator[tuple]:
+    """(what it shows, its figure or None) of each plot of one group, drawn when it is asked for."""
+    score = next(iter(SCORES[task].values()))
+    with_published = published and task == "classification"
+    yield f"{score} by number of training examples", plot_examples(task, group, with_published)
+    yield f"{score} by training cost", plot_cost(task, group, prices)
+    for name, cells in grids(task, group).items():
+        yield f"LoRA grid, {name}", plot_grid(task, cells)
+    for name, confusion in confusions_of(group).items():
+        yield f"confusion matrix, {name}", plot_confusion(confusion)
+    sure = confidences_of(group)
+    for name, confidences in sure.items():
+        yield f"reliability of confidence, {name}", plot_reliability(confidences)
+    yield "accuracy over coverage", plot_coverage(sure)
+    yield "training loss", plot_loss(group)
 
 
 def apart(why: str) -> str:
