@@ -23,7 +23,7 @@ while read -r name kind checkpoint tasks; do
   [[ $name != flan-t5-large ]] || kind=t5-lora # as published
   presets[$name]=$kind=$checkpoint
   [[ " $tasks " != *" $task "* ]] || all+=" $name"
-done < <(PYTHONPATH=$root python -c '
+done < <(own_python -c '
 from study.presets import PRESETS
 
 for name, about in PRESETS.items():

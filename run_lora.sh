@@ -17,7 +17,7 @@ task=${TASK:-summarization}
 }
 
 has_validation() { # has_validation FLAG...
-  PYTHONPATH=$root python -c '
+  own_python -c '
 import sys
 
 from study import cli, data, errors

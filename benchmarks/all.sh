@@ -81,7 +81,7 @@ inference_13b() { infer 13b inference-13b "${posts[@]}" --modes fast --examples 
 inference_samsum() { infer 7b inference-7b-samsum "${dialogues[@]}" --task summarization --modes fast; }
 equality() { # of answers that a model has learned: the demo's small one, and one of full size with random weights
   local small=(--learning_rate 3e-3 --batch_size 8 "${price[@]}") more=$work/more task name count
-  PYTHONPATH=demo python -c "import pathlib, make_data as m
+  PYTHONPATH=demo${PYTHONPATH:+:$PYTHONPATH} python -c "import pathlib, make_data as m
 m.FOLDER, m.POSTS['test'], m.DIALOGUES['test'] = pathlib.Path('$more'), 1000, 400
 m.main()"
   for task in classification:posts:1000 summarization:dialogues:400; do

@@ -192,7 +192,7 @@ def measured(words: Sequence[object], program: Sequence[str] = (sys.executable,)
     largest. Raises UserError where it fails."""
     began = time.monotonic()
     env = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     done = subprocess.Popen(

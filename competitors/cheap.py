@@ -134,7 +134,7 @@ def fit(method: str, examples: list[tuple[str, str]]):
     def answer(texts: list[str]) -> tuple[list[str], list[float] | None, int]:
         counts = words.transform(texts)
         sure = None
-        if hasattr(classifier, "predict_proba"):  # a linear SVM has distances alone
+        if METHODS[method].confident:
             sure = classifier.predict_proba(counts).max(1).tolist()  # of [texts, classes]
         return list(map(str, classifier.predict(counts))), sure, wordless(counts)
 

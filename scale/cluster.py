@@ -22,7 +22,7 @@ def joined(address: str | None, store: int, requirements: str) -> Iterator:
     except ImportError:
         raise UserError(f"Ray is not installed: pip install -r {requirements}") from None
     settings = {"address": address or "local", "log_to_driver": False, "logging_level": "error"}
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # Ray itself may stand in these
+    paths = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))  # where Ray itself may be
     settings["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
     if not address:
         settings |= {

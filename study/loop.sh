@@ -79,6 +79,10 @@ is_ours() { # is_ours NUMBER: whether this start does that cell
   return 1
 }
 
+own_python() { # own_python WORD...: python that finds the modules of this folder, and then those of the user's
+  PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} python "$@"
+}
+
 ask() { asked+=("$@" $'\x1e'); } # ask WHAT [WORD...]: a process for each cell would take most of a dry run's time
 
 look_up() { # look_up SCRIPT FLAG...: sets state, folder, evaluation (its record), seconds, usd, and the seconds of its training
@@ -226,7 +230,7 @@ score_best() { # score_best FLAG...: the cell that is best on the validation spl
     printf '\nthe best is chosen once no cell is left and none has failed\n'
     return
   fi
-  best=$(PYTHONPATH=$root python -m study.report --best "${evaluations[@]}") || {
+  best=$(own_python -m study.report --best "${evaluations[@]}") || {
     fail "no best cell" study.report --best
     return
   }
@@ -328,7 +332,7 @@ cell() { # cell SCRIPT [SCRIPT] -- FLAG...: train and score one cell; the last s
 look_up_others() { # in one process: those that ONLY leaves to other starts
   local list state folder unfinished=0 others=0
   list=$(mktemp)
-  printf '%s\0' "${asked[@]}" | LIST=$list DATA_CHECKED=1 PYTHONPATH=$root PYTHONIOENCODING=utf-8 python -m study.dry_run >/dev/null || true
+  printf '%s\0' "${asked[@]}" | LIST=$list DATA_CHECKED=1 PYTHONIOENCODING=utf-8 own_python -m study.dry_run >/dev/null || true
   while IFS=$'\t' read -r _ state folder _; do
     others=$((others + 1))
     [[ $state == finished ]] || unfinished=$((unfinished + 1))
@@ -341,7 +345,7 @@ look_up_others() { # in one process: those that ONLY leaves to other starts
 finish() { # print the table of all cells and name those that failed or are left
   local report=0 folder path recorded=() i
   if [[ $dry_run ]]; then
-    printf '%s\0' "${asked[@]}" | PYTHONPATH=$root PYTHONIOENCODING=utf-8 python -m study.dry_run
+    printf '%s\0' "${asked[@]}" | PYTHONIOENCODING=utf-8 own_python -m study.dry_run
     exit
   fi
   for ((i = 1; i < ${#ours[@]}; i += 2)); do
@@ -358,7 +362,7 @@ finish() { # print the table of all cells and name those that failed or are left
     done
   done
   if ((${#recorded[@]})); then
-    PYTHONPATH=$root python -m study.report "${recorded[@]}" || report=$?
+    own_python -m study.report "${recorded[@]}" || report=$?
   fi
   if ((${#left[@]})); then
     printf 'the budget ends here: %d of %d cells are left:\n' "${#left[@]}" "$count"

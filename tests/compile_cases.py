@@ -97,11 +97,10 @@ def train_t5() -> None:
 
 
 def main() -> None:
-    capability = int(sys.argv[1])
-    driver.set_active(NoDevice(capability))
+    driver.set_active(NoDevice(int(sys.argv[1])))
     variants: dict = defaultdict(dict)
     collect(variants)
-    for key_heads in (2, 1) if capability < 90 else (2,):  # fewer key heads where a block has the least room
+    for key_heads in (2, 1):
         base = llama(dtype=torch.bfloat16, **SIZES | {"num_key_value_heads": key_heads})
         train(base)
         score(base)

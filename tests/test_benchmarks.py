@@ -414,7 +414,10 @@ def test_a_training_that_is_killed_and_resumed_stands_beside_one_that_was_not(tm
     killed |= sharding.apart(killed, tmp_path / "killed", whole, tmp_path / "whole")
     assert killed["loss_apart"] < 1e-4
     assert killed["adapter_apart"] < 1e-2
-    none = {"failed": "error: it has no room", "exit": 1}
+    args.model = str(tmp_path)
+    none = sharding.train(args, tmp_path / "none", 1, 1024)
+    assert none["exit"] == 1
+    assert none["failed"].startswith("error: --pretrained_ckpt")
     rows = [
         {"what": "x", "gpus": 1, "gib": gib} | row for gib, row in ((None, whole), (4, killed), (4, none))
     ]

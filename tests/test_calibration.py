@@ -12,6 +12,7 @@ from test_report import evaluation, report, tables, tuned
 
 from study import metrics
 from study.records import record
+from study.records.schema import METHODS
 from study.report import plots
 from study.report.calibration import Confidences, auroc, bins_of, calibration_error, surest
 from study.report.collect import comparable, find_runs
@@ -135,6 +136,8 @@ def test_what_says_not_how_sure_it_is_has_no_rows_and_an_older_record_that_shoul
     assert CONFIDENCE not in found
     told = "1 older record without confidences left out: --rescore"
     assert [told in table.note for table in found.values()].count(True) == 1
+    say = [name for name, method in METHODS.items() if method.confident]
+    assert say == ["encoder", "tfidf-nb", "tfidf-lr"]
     sure = np.tile(SURE, 13)[:1000]
     runs_as_sure(tmp_path, sure, words="--pretrained_ckpt b/big --decoding constrained")
     assert told in tables(tmp_path)[CONFIDENCE].note

@@ -429,6 +429,25 @@ def test_a_setting_that_is_listed_twice_is_scored_once(tmp_path):
     assert [sum("_epochs-2_" in word for word in call) for call in scored] == [1]
 
 
+@pytest.mark.parametrize(
+    ("script", "asked"),
+    [
+        ("run_lora.sh", ("from study import cli", "-m study.report", "-m study.dry_run")),
+        ("compare_models.sh", ("from study.presets", "-m study.report")),
+    ],
+)
+def test_what_a_loop_asks_in_between_finds_what_the_user_has_on_pythonpath(tmp_path, script, asked):
+    note = "import sys; print(*sys.orig_argv[1:3], file=open({!r}, 'a'))"
+    (tmp_path / "sitecustomize.py").write_text(note.format(str(tmp_path / "started")))
+    env = launcher(tmp_path, FINISH) | ONE_CELL | {"MODELS": "causal=a/b", "FRACTIONS": "1.0"}
+    env |= {"TASK": "classification", "PYTHONPATH": str(tmp_path), "EPOCHS": "1 2"}
+    env |= {"ONLY": "1"} if "-m study.dry_run" in asked else {}  # which looks the other cells up
+    done = loop(script, "--output_dir", "runs", cwd=tmp_path, **env)
+    assert done.returncode == 0, done.stderr
+    started = (tmp_path / "started").read_text()
+    assert [words for words in asked if words not in started] == []
+
+
 def test_a_folder_that_a_shell_reads_as_a_pattern_has_its_table(tmp_path):
     env = launcher(tmp_path, FINISH) | {"MODELS": "a/b", "TASKS": "summarization"}
     done = loop("baseline_inference.sh", "--output_dir", "[a] runs", cwd=tmp_path, **env)

@@ -4,7 +4,8 @@
 #   DATA=FOLDER results/study/run.sh [STEP...] [-- FLAG...]     # FLAGs go to every script of a step, e.g. --dry_run
 #
 # DATA holds newsgroups_{train,test}.jsonl.gz, samsum_{train,validation,test}.jsonl.gz, more_texts.jsonl.gz and
-# definitions.jsonl.gz (README.md says where they come from), ENCODER the folder of all-MiniLM-L6-v2, SHAPES those of benchmarks/checkpoint.py (7b, 13b).
+# definitions.jsonl.gz (README.md says where they come from), ENCODER the folder of all-MiniLM-L6-v2, SHAPES those of
+# benchmarks/checkpoint.py (7b, 13b).
 # GRID="python scale/ray_grid.py --gpus_per_cell 0.3" does the cells of a loop on all GPUs, three side by side on each
 # (not those of words, which need none, nor those of shapes, which are there for their speed).
 # STEPs: base choose choose_encoder table1 encoder words prompting dialogues grid serving shapes report; without one all

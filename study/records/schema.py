@@ -123,6 +123,7 @@ METHODS = {  # in the order of the tables' rows
             trains=True,
             prompted=False,
             model=f"TF-IDF + {name}",
+            confident=short != "svm",  # which has distances alone
         )
         for short, name in (("nb", "naive Bayes"), ("svm", "linear SVM"), ("lr", "logistic regression"))
     },

@@ -86,8 +86,8 @@ def figures(groups: Sequence[tuple], prices: Sequence[dict], published: bool) ->
 def figures_of(task: str, group: Sequence, prices: Sequence[dict], published: bool) -> Iterator[tuple]:
     """(what it shows, its figure or None) of each plot of one group, drawn when it is asked for."""
     score = next(iter(SCORES[task].values()))
-    with_published = published and task == "classification"
-    yield f"{score} by number of training examples", plot_examples(task, group, with_published)
+    published = published and task == "classification"
+    yield f"{score} by number of training examples", plot_examples(task, group, published)
     yield f"{score} by training cost", plot_cost(task, group, prices)
     for name, cells in grids(task, group).items():
         yield f"LoRA grid, {name}", plot_grid(task, cells)
