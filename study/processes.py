@@ -116,4 +116,4 @@ def add_up(parameters: Sequence[torch.nn.Parameter], total: torch.Tensor) -> tor
     *parts, total = flat.split([*(p.numel() for p in parameters), 1])
     for parameter, part in zip(parameters, parts, strict=True):
         parameter.grad = part.view_as(parameter)
-    return total[0]
+    return total[0].clone()  # a view would keep `flat` for as long as the step's loss is kept

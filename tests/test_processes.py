@@ -178,6 +178,21 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+def test_the_sum_of_losses_keeps_alive_no_gradients_of_its_step(tmp_path):
+    script = tmp_path / "add_up.py"
+    script.write_text(
+        "import torch\n"
+        "from study import processes\n\n"
+        "processes.join()\n"
+        "weight = torch.nn.Parameter(torch.zeros(1000))\n"
+        "weight.grad = torch.ones(1000)\n"
+        "total = processes.add_up([weight], torch.ones(()))\n"
+        "print(weight.grad.sum().item(), total.item(), total.untyped_storage().nbytes())\n"
+    )
+    for done in run_together(2, script):
+        assert done.stdout == "2000.0 2.0 4\n", done.stdout + done.stderr
+
+
 def test_a_process_that_is_out_of_memory_says_so_with_its_number_and_ends_the_others(tmp_path):
     script = tmp_path / TRAINING
     script.write_text(NO_MEMORY.format(script=ROOT / TRAINING))
