@@ -126,7 +126,7 @@ scaling() { # on a machine with several GPUs: GPUS (2) beside one
 
 sharding() { # likewise: a model that has no room in what memory a GPU is left
   checkpoint 13b
-  python -m benchmarks.sharding --model "$model" "${posts[@]}" --gpus "${GPUS:-2}" --gib "${GIB:-6.5}" \
+  python -m benchmarks.sharding --model "$model" "${posts[@]}" --gpus "${GPUS:-2}" --gib "${GIB:-8}" --examples 160 \
     --output "$results/sharding-13b.json"
 }
 

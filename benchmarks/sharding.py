@@ -1,6 +1,6 @@
 """A model that no GPU of the machine has room for, trained by several: the scripts' own path through FSDP2.
 
-    python -m benchmarks.sharding --model CKPT --train_file FILE --test_file FILE --gib 6.5 --gpus 2
+    python -m benchmarks.sharding --model CKPT --train_file FILE --test_file FILE --gib 8 --gpus 2
 
 All but --gib of every GPU's memory is held by a process beside it while a training is to have no more; one
 GPU then runs out of it. Two trainings by plain layers on one GPU with all its memory, which differ in the
