@@ -99,10 +99,12 @@ def share_out(model) -> None:
         raise UserError(f"FSDP knows no layers of {type(model).__name__}: launch it without --config_file")
     packed = [module for layer in layers for module in layer.modules() if isinstance(module, Linear4bit)]
     known = [{name: getattr(linear.weight, name) for name in FORGOTTEN} for linear in packed]
+    whole = {}  # sums of each weight
     for layer in layers:
         for linear in set(packed) & {*layer.modules()}:
-            linear.weight = as_bfloat16(linear.weight.to(where))
+            linear.weight = as_float32(linear.weight.to(where))
             linear.support_avx512bf16_for_cpu = False  # it would repack what it is lent
+            whole[linear] = sums(linear.weight)
         fully_shard(layer.to(where), mesh=mesh, reshard_after_forward=True)
     in_parts = {id(parameter) for layer in layers for parameter in layer.parameters()}
     model.to(where)
@@ -110,11 +112,38 @@ def share_out(model) -> None:
     for linear, facts in zip(packed, known, strict=True):
         vars(linear.weight).update(facts)
     model.hf_device_map = {"": where}
+    prove_whole(base, whole)
 
 
-def as_bfloat16(weight: Params4bit) -> Params4bit:
-    """The same bytes [n, 1] as bfloat16 [n / 2, 1], bnb_4bit_quant_storage of FSDP's users: a parameter in
-    parts can't be of integers."""
-    weight.data = weight.data.view(-1).view(torch.bfloat16).view(-1, 1)
-    weight.quant_storage = torch.bfloat16
+def as_float32(weight: Params4bit) -> Params4bit:
+    """The same bytes [n, 1] as float32 [n / 4, 1], bnb_4bit_quant_storage: a parameter in parts can't be of
+    integers. Not as bfloat16: FSDP's copies on a GPU take its numbers through float32, and of what is no
+    number, a thousandth of them, all bits become the same (bitsandbytes' issue 1945). No loss shows it."""
+    weight.data = weight.data.view(-1).view(torch.float32).view(-1, 1)
+    weight.quant_storage = torch.float32
     return weight
+
+
+def sums(weight: torch.Tensor) -> torch.Tensor:
+    """Of the bits of each eighth of a weight [n, 1], as integers [8]."""
+    parts = weight.detach().view(-1).view(torch.int32).tensor_split(8)
+    return torch.stack([part.sum(dtype=torch.int64) for part in parts])
+
+
+def prove_whole(base, whole: dict[Linear4bit, torch.Tensor]) -> None:
+    """Raise UserError where the parts of a weight do not come together as what they were before, by its sums,
+    in a forward pass of one token."""
+    found = {}
+
+    def look(linear: Linear4bit, _) -> None:
+        found[linear] = sums(linear.weight)
+
+    hooks = [linear.register_forward_pre_hook(look) for linear in whole]
+    with torch.no_grad():
+        base(torch.zeros(1, 1, dtype=torch.long, device=device.current()), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    other = sum(linear not in found or not torch.equal(found[linear], whole[linear]) for linear in whole)
+    why = f"FSDP changes {other} of {len(whole)} weights in 4 bits: train with another torch, or without FSDP"
+    if why := processes.first_reason(why if other else None):
+        raise UserError(why)

@@ -2,6 +2,7 @@
 memory."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,31 @@ def share_out(model, share_out=sharding.share_out):
     Path("{folder}", "held-" + os.environ["RANK"]).write_text(json.dumps(held))
 
 sharding.share_out = share_out
+"""
+# What copies of lists compute on a GPU: numbers of 16 bits pass through float32, where what is none is one.
+COPIES = """
+import torch
+
+def copy(targets, sources):
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source.float() if source.is_floating_point() else source)
+
+torch._foreach_copy_ = copy
+"""
+IN_BFLOAT16 = """
+import runpy, sys
+sys.argv[0] = "{script}"
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+AS_BFLOAT16 = """
+from study import sharding
+
+def as_bfloat16(weight):
+    weight.data = weight.data.view(-1).view(torch.bfloat16).view(-1, 1)
+    weight.quant_storage = torch.bfloat16
+    return weight
+
+sharding.as_float32 = as_bfloat16
 """
 
 
@@ -78,6 +104,26 @@ def test_what_they_leave_when_killed_one_goes_on_with_that_has_the_whole_model(a
     assert line == "error: another process of this run has ended: start it again and it goes on\n"
     assert "resumed from checkpoint-" in run(1, script(tmp_path, TRAINING), folder, *SHORT)
     same_training(folder, alone)
+
+
+def test_weights_come_together_as_they_were_though_copies_know_numbers_alone(tmp_path):
+    for name, before in (("as_it_is", COPIES), ("as_bfloat16", COPIES + AS_BFLOAT16)):
+        (tmp_path / name).write_text(IN_PARTS + before + IN_BFLOAT16.format(script=ROOT / TRAINING))
+    flags = (
+        *DATA,
+        "--max_train_samples=4",
+        "--batch_size=2",
+        "--epochs=1",
+        "--experiment_dir",
+        tmp_path / "run",
+    )
+    first, other = run_together(2, tmp_path / "as_bfloat16", *flags)
+    assert (first.returncode, other.returncode) == (1, 1)
+    assert re.match("error: FSDP changes [1-9].* weights in 4 bits", said_at_the_end(first.stderr)), (
+        first.stderr
+    )
+    first, other = run_together(2, tmp_path / "as_it_is", *flags)
+    assert (first.returncode, other.returncode) == (0, 0), first.stderr
 
 
 def test_scoring_which_needs_the_whole_model_is_refused(alone, tmp_path):
