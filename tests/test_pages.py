@@ -52,6 +52,8 @@ def test_the_readmes_tables_are_of_the_reports():
 
 def test_the_studys_figures_are_those_of_its_report_or_of_two_settings_compared():
     others = [score for _, score in scores((STUDY / "report.md").read_text("utf-8"))]
+    confidence = run_program("-m", "study.report", str(STUDY / "confidence"))
+    others += [score for _, score in scores(confidence.stdout)]
     for pair in (
         ("classification-all-*Fraction-0.025_*", "classification-sampleFraction-0.025_*"),
         ("summarization-*Fraction-1.0_epochs-4*_9b570639", "cheap/summarization/longest-3_*"),

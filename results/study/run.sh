@@ -86,7 +86,7 @@ serving() { # the classifier of all posts behind HTTP
   local run
   run=$(python llama2_classification.py "${tuned[@]}" "${chosen[@]}" --seed 1 "${posts[@]}" "${place[@]}" --dry_run |
     tail -n 1 | cut -f 2)
-  SERVERS="fastapi ray" ./serve_and_load.sh "$run" --rates 100,200,400,800,1600 --seconds 8 --bisections 1 --slo_seconds 1 \
+  SERVERS="fastapi ray" ./serve_and_load.sh "$run" --rates 100,200,400,800,1000 --seconds 20 --bisections 1 --slo_seconds 1 \
     --repeat_prompts "${price[@]}" --output_dir results/study/experiments/serving "$@"
 }
 
