@@ -5,9 +5,9 @@
     python -m benchmarks.inference --model CKPT --adapter DIR --train_file FILE --test_file FILE \\
         --modes fast --equality 500
 
-Every mode and peer runs in a process of its own. A mode is "fast" (whatever fits the card), a number (within
-so many GiB), "few-shot" or "zero-shot" (fast, with the prompts of an untuned model), or "constrained" (fast,
-among the classes). Unless --stop is given, no answer but a constrained one ends before --max_new_tokens. A
+Every mode and peer runs in a process of its own. A mode is "fast" (whatever fits the card), a number (as on
+a card of so many GiB), "few-shot" or "zero-shot" (fast, with the prompts of an untuned model), or
+"constrained" (fast, among the classes). Unless --stop is given, no answer but a constrained one ends before --max_new_tokens. A
 few prompts warm up; then the whole set is timed by the clock on the wall, three times if that is short: the
 median stands in the table. Slow peers take an evenly spaced sample of the prompts, equally long on average.
 The ceiling is what the products of the prompts with the frozen weights alone reach, sustained over seconds,
@@ -33,7 +33,7 @@ from benchmarks.profiling import kinds, show_kinds
 from benchmarks.provenance import headline, provenance
 from benchmarks.workers import (
     GIB,
-    MARGIN,
+    as_a_card_of,
     check_flags,
     finish,
     frozen_products,
@@ -175,6 +175,8 @@ def ends_of(args: argparse.Namespace, tuned, tokenizer) -> list[int]:
 def ours(args: argparse.Namespace, mode: str, count: int) -> dict:
     from study import encoding, model
 
+    if mode.isdigit():
+        as_a_card_of(int(mode))
     tokenizer, tuned = model.load_tokenizer(args.model), load(args, mode not in UNTUNED)
     tests = read_tests(args, tokenizer, count, mode, tuned)
     ends = ends_of(args, tuned, tokenizer)
@@ -192,22 +194,13 @@ def ours(args: argparse.Namespace, mode: str, count: int) -> dict:
 
 
 def make_engine(tuned, mode: str) -> tuple:
-    """The engine within so many GiB, if `mode` is a number, or in what is free, and what its weights are."""
-    import torch
-
+    """The engine in what is free, and what its weights are."""
     from study import model
     from study.fast import decode
 
-    dense = 2 * sum(layer.in_features * layer.out_features for layer in model.four_bit_layers(tuned).values())
-    merged = 1.5 * dense <= int(mode) * GIB if mode.isdigit() else model.should_merge(tuned, "auto")
-    merged = merged and mode != "unmerged"
-    if merged:
-        tuned = model.merge(tuned)
-    engine = decode.Engine(tuned)
+    merged = mode != "unmerged" and model.should_merge(tuned, "auto")
+    engine = decode.Engine(model.merge(tuned) if merged else tuned)
     engine.memory = 0.92 * device.free_memory()
-    if mode.isdigit():
-        beside = 2 * MARGIN  # cuBLAS has workspaces of as much again
-        engine.memory = (int(mode) - beside) * GIB - torch.cuda.memory_allocated()
     return engine, "dense weights" if merged else "weights in 4 bits"
 
 

@@ -4,8 +4,8 @@
     python -m benchmarks.training --model CKPT --dataset FILE --samples 100,400,1600
 
 Every mode and peer runs in a process of its own, on steps of the same examples. A mode is "fast" (whatever
-fits the card), a number (within so many GiB), "dropout" (fast, with dropout 0.1) or "plain" (PEFT and
-bitsandbytes without the fused layers). A step lasts from the end of the one before it to its own, by the
+fits the card), a number (as on a card of so many GiB), "dropout" (fast, with dropout 0.1) or "plain" (PEFT
+and bitsandbytes without the fused layers). A step lasts from the end of the one before it to its own, by the
 GPU's clock, so preparing its data counts. The first fifth of the steps is left out; the median of the others
 stands in the table with their spread. The ceiling is what the products with the frozen weights alone reach,
 sustained over seconds. With --samples the table shows instead how the time of an epoch grows with its
@@ -24,7 +24,7 @@ from benchmarks.profiling import kinds, show_kinds
 from benchmarks.provenance import headline, provenance
 from benchmarks.workers import (
     GIB,
-    MARGIN,
+    as_a_card_of,
     check_flags,
     finish,
     frozen_products,
@@ -35,7 +35,7 @@ from benchmarks.workers import (
     numbers,
     sustained,
 )
-from study import cli, data
+from study import cli, data, device
 
 MODES = ("fast", "dropout", "plain")
 PEERS = {  # and what each needs
@@ -208,6 +208,8 @@ def load(args: argparse.Namespace, mode: str) -> tuple:
 
     from study import model, packing
 
+    if mode.isdigit():
+        as_a_card_of(int(mode))
     base = model.load_base(args.model, nf4(), packing.training_attention("auto"))
     dropout = 0.1 if mode == "dropout" else 0.0
     lora = LoraConfig(
@@ -239,7 +241,7 @@ def trainer(tuned, mode: str, tokens: int, length: int, steps: Sequence) -> tupl
 
 
 def path_for(tuned, mode: str, tokens: int, length: int, learned: int):
-    """The plain path, or the fast one within `mode` GiB or in what is free."""
+    """The plain path, or the fast one in what is free."""
     import torch
 
     from study import packing, paths
@@ -249,9 +251,7 @@ def path_for(tuned, mode: str, tokens: int, length: int, learned: int):
         padded = packing.choose_batching(tuned.get_base_model(), "auto", torch.device("cuda"))
         tuned.train()  # the choice was made without dropout
         return paths.PlainPath(tuned, "answer", padded, "as asked for", tokens, False)
-    free = 0.92 * torch.cuda.mem_get_info()[0]
-    if mode.isdigit():
-        free = (int(mode) - MARGIN) * GIB - torch.cuda.memory_allocated()
+    free = 0.92 * device.free_bytes()
     return paths.FastPath(tuned, "answer", choose_plan(tuned, free, length, (tokens, learned)))
 
 

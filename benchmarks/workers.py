@@ -3,6 +3,7 @@ do without."""
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,10 +12,9 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
-from study import cli
+from study import cli, device
 
 GIB = 2**30
-MARGIN = 0.06  # GiB by which a run may exceed what its plan counts
 
 
 def names(text: str) -> list[str]:
@@ -33,6 +33,16 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, modes
         for name in given:
             if name not in known and not (flag == "--modes" and name.isdigit()):
                 parser.error(f"{flag} {name}: choose among {', '.join(known)}")
+
+
+def as_a_card_of(gib: int) -> None:
+    """Let this process have what a card of so many GiB would give it, and plan for that as the scripts do:
+    PyTorch's blocks, with the gaps between them, take no more than CUDA leaves of it."""
+    import torch
+
+    total = torch.cuda.mem_get_info()[1]
+    os.environ["GPU_SHARE"] = f"{gib * GIB / total}"
+    torch.cuda.set_per_process_memory_fraction((gib * GIB - device.CONTEXT) / total)
 
 
 def check_output(parser: argparse.ArgumentParser, output: Path | None) -> None:
