@@ -7,9 +7,10 @@
 
 Every mode and peer runs in a process of its own. A mode is "fast" (whatever fits the card), a number (as on
 a card of so many GiB), "few-shot" or "zero-shot" (fast, with the prompts of an untuned model), or
-"constrained" (fast, among the classes). Unless --stop is given, no answer but a constrained one ends before --max_new_tokens. A
-few prompts warm up; then the whole set is timed by the clock on the wall, three times if that is short: the
-median stands in the table. Slow peers take an evenly spaced sample of the prompts, equally long on average.
+"constrained" (fast, among the classes). Unless --stop is given, no answer but a constrained one ends before
+--max_new_tokens. A few prompts warm up; then the whole set is timed by the clock on the wall, three times if
+that is short: the median stands in the table. Slow peers take an evenly spaced sample of the prompts, equally
+long on average.
 The ceiling is what the products of the prompts with the frozen weights alone reach, sustained over seconds,
 for the mean length of the tuned prompts; few-shot prompts are longer, and read what they share only once.
 With --equality the answers are compared, token by token, with those that `generate` gives one by one, and
