@@ -6,7 +6,8 @@ All but --gib of every GPU's memory is held by a process beside it while a train
 GPU then runs out of it. Two trainings by plain layers on one GPU with all its memory, which differ in the
 tokens they compute at once alone, say how far apart bfloat16's rounding leaves the same training. Beside
 them stand that of --gpus which share the layers, and the same again, killed after its first checkpoint and
-resumed. The last line is all of it as JSON.
+resumed. The last line is all of it as JSON; an adapter that is further apart than rounding explains ends the
+benchmark with an error behind it.
 """
 
 import argparse
@@ -129,6 +130,16 @@ def apart(row: dict, folder: Path, reference: dict, other: Path) -> dict:
     return {"loss_apart": max(losses), "adapter_apart": (off / size) ** 0.5}
 
 
+def too_far(rows: Sequence[dict]) -> str | None:
+    """The trainings whose adapters are more than three times as far from the first row's as that of the
+    second, which differs by rounding alone; None without any."""
+    rounding, *others = (row.get("adapter_apart", 0.0) for row in rows[1:])
+    found = [row["what"] for row, apart in zip(rows[2:], others, strict=True) if apart > 3 * rounding > 0]
+    return (
+        f"{' and '.join(found)}: another adapter than rounding explains ({rounding:.1e})" if found else None
+    )
+
+
 def show(rows: Sequence[dict]) -> str:
     from tabulate import tabulate
 
@@ -180,6 +191,8 @@ def main() -> None:
     result = provenance() | {"rows": rows}
     print(f"{headline(result)}\n\n{show(rows)}\n")
     finish(result, rows, args.output)
+    if why := too_far(rows):
+        sys.exit(f"error: {why}")
 
 
 if __name__ == "__main__":

@@ -429,6 +429,16 @@ def test_a_training_that_is_killed_and_resumed_stands_beside_one_that_was_not(tm
     assert lines[2][-1] == none["failed"]
 
 
+def test_an_adapter_that_is_further_apart_than_rounding_explains_is_an_error():
+    rows = [{"what": "one GPU"}] + [
+        {"what": name, "adapter_apart": 0.12} for name in ("other passes", "shared")
+    ]
+    rows.insert(2, {"what": "in little memory", "failed": "error: out of memory"})
+    assert sharding.too_far(rows) is None
+    rows[-1]["adapter_apart"] = 1.1
+    assert sharding.too_far(rows) == "shared: another adapter than rounding explains (1.2e-01)"
+
+
 def test_a_training_is_killed_with_the_processes_that_its_launcher_began_in_sessions_of_their_own(tmp_path):
     folder = tmp_path / "run"
     checkpoint = (
