@@ -1729,6 +1729,22 @@ def test_a_picture_of_what_stands_apart_is_named_after_that(tmp_path):
     ]
 
 
+def test_the_confusion_matrix_is_not_drawn_of_what_stands_beside_the_test_split_to_choose_by(tmp_path):
+    validation = {"validation": {"source": "v.csv", "rows": 1000, "sha256": "7" * 64}}
+    for rank in (8, 16):
+        words = f"--split validation --validation_fraction 0.1 --lora_r {rank}"
+        tuned(tmp_path / f"chosen {rank}", 50, words, data=validation)
+
+    def matrices() -> list[str]:
+        groups = comparable(find_runs([tmp_path])[0])
+        return [name for name, *_ in plots.figures(groups, [], published=False) if "matrix" in name]
+
+    assert len(matrices()) == 1
+    tuned(tmp_path / "one", 50, "--seed 1")
+    tuned(tmp_path / "two", 50, "--seed 2")
+    assert matrices() == ["classification-confusion-matrix-a-small"]
+
+
 def test_plots_with_long_titles_have_files_of_their_own_and_no_loss_is_no_plot(tmp_path):
     for rank in (8, 16):
         for column in "ab":

@@ -71,7 +71,8 @@ def figures(groups: Sequence[tuple], prices: Sequence[dict], published: bool) ->
     with matplotlib.rc_context(STYLE):
         names = set()
         for task, why, group in meant(groups):
-            for kind, figure in figures_of(task, group, prices, published and not why):
+            chosen_on = bool(why) and group[0].config.get("split") == "validation"
+            for kind, figure in figures_of(task, group, prices, published and not why, chosen_on):
                 if figure:
                     title = f"{task}: {kind}" + (f", apart: {why}" if why else "")
                     figure.suptitle(textwrap.fill(title, 90), fontsize=11)
@@ -83,7 +84,9 @@ def figures(groups: Sequence[tuple], prices: Sequence[dict], published: bool) ->
                     plt.close(figure)
 
 
-def figures_of(task: str, group: Sequence, prices: Sequence[dict], published: bool) -> Iterator[tuple]:
+def figures_of(
+    task: str, group: Sequence, prices: Sequence[dict], published: bool, chosen_on: bool
+) -> Iterator[tuple]:
     """(what it shows, its figure or None) of each plot of one group, drawn when it is asked for."""
     score = next(iter(SCORES[task].values()))
     published = published and task == "classification"
@@ -91,8 +94,9 @@ def figures_of(task: str, group: Sequence, prices: Sequence[dict], published: bo
     yield f"{score} by training cost", plot_cost(task, group, prices)
     for name, cells in grids(task, group).items():
         yield f"LoRA grid, {name}", plot_grid(task, cells)
-    for name, confusion in confusions_of(group).items():
-        yield f"confusion matrix, {name}", plot_confusion(confusion)
+    if not chosen_on:  # large pictures: of what chose settings alone the tables say enough
+        for name, confusion in confusions_of(group).items():
+            yield f"confusion matrix, {name}", plot_confusion(confusion)
     sure = confidences_of(group)
     for name, confidences in sure.items():
         yield f"reliability of confidence, {name}", plot_reliability(confidences)
