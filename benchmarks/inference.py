@@ -11,6 +11,7 @@ a card of so many GiB), "few-shot" or "zero-shot" (fast, with the prompts of an 
 --max_new_tokens. A few prompts warm up; then the whole set is timed by the clock on the wall, three times if
 that is short: the median stands in the table. Slow peers take an evenly spaced sample of the prompts, equally
 long on average.
+
 The ceiling is what the products of the prompts with the frozen weights alone reach, sustained over seconds,
 for the mean length of the tuned prompts; few-shot prompts are longer, and read what they share only once.
 With --equality the answers are compared, token by token, with those that `generate` gives one by one, and
@@ -34,11 +35,11 @@ from benchmarks.profiling import kinds, show_kinds
 from benchmarks.provenance import headline, provenance
 from benchmarks.workers import (
     GIB,
-    as_a_card_of,
     check_flags,
     finish,
     frozen_products,
     installed,
+    limit_memory,
     measure,
     names,
     nf4,
@@ -176,8 +177,7 @@ def ends_of(args: argparse.Namespace, tuned, tokenizer) -> list[int]:
 def ours(args: argparse.Namespace, mode: str, count: int) -> dict:
     from study import encoding, model
 
-    if mode.isdigit():
-        as_a_card_of(int(mode))
+    limit_memory(mode)
     tokenizer, tuned = model.load_tokenizer(args.model), load(args, mode not in UNTUNED)
     tests = read_tests(args, tokenizer, count, mode, tuned)
     ends = ends_of(args, tuned, tokenizer)

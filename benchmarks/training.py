@@ -24,11 +24,11 @@ from benchmarks.profiling import kinds, show_kinds
 from benchmarks.provenance import headline, provenance
 from benchmarks.workers import (
     GIB,
-    as_a_card_of,
     check_flags,
     finish,
     frozen_products,
     installed,
+    limit_memory,
     measure,
     names,
     nf4,
@@ -208,8 +208,7 @@ def load(args: argparse.Namespace, mode: str) -> tuple:
 
     from study import model, packing
 
-    if mode.isdigit():
-        as_a_card_of(int(mode))
+    limit_memory(mode)
     base = model.load_base(args.model, nf4(), packing.training_attention("auto"))
     dropout = 0.1 if mode == "dropout" else 0.0
     lora = LoraConfig(

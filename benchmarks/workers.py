@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from study import cli, device
+from study.errors import UserError
 
 GIB = 2**30
 
@@ -35,14 +36,19 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, modes
                 parser.error(f"{flag} {name}: choose among {', '.join(known)}")
 
 
-def as_a_card_of(gib: int) -> None:
-    """Let this process have what a card of so many GiB would give it, and plan for that as the scripts do:
-    PyTorch's blocks, with the gaps between them, take no more than CUDA leaves of it."""
+def limit_memory(mode: str) -> None:
+    """If `mode` is a number, let this process have what a card of so many GiB would give it, and plan for it
+    as the scripts do: PyTorch's blocks, with the gaps between them, take no more than CUDA leaves of it.
+    Raises UserError for more than this card has, or for nothing."""
     import torch
 
-    total = torch.cuda.mem_get_info()[1]
-    os.environ["GPU_SHARE"] = f"{gib * GIB / total}"
-    torch.cuda.set_per_process_memory_fraction((gib * GIB - device.CONTEXT) / total)
+    if not mode.isdigit():
+        return
+    size, total = int(mode) * GIB, torch.cuda.mem_get_info()[1]
+    if not device.CONTEXT < size <= total:
+        raise UserError(f"--modes {mode}: it takes 1 to {total // GIB} GiB on this card")
+    os.environ["GPU_SHARE"] = f"{size / total}"
+    torch.cuda.set_per_process_memory_fraction((size - device.CONTEXT) / total)
 
 
 def check_output(parser: argparse.ArgumentParser, output: Path | None) -> None:

@@ -132,7 +132,7 @@ def sums(weight: torch.Tensor) -> torch.Tensor:
 
 def prove_whole(base, whole: dict[Linear4bit, torch.Tensor]) -> None:
     """Raise UserError where the parts of a weight do not come together as what they were before, by its sums,
-    in a forward pass of one token: of all that it passes through, which of experts is a part."""
+    in a forward pass of one token. It may pass through some experts alone, but not through nothing."""
     found = {}
 
     def look(linear: Linear4bit, _) -> None:
@@ -143,7 +143,11 @@ def prove_whole(base, whole: dict[Linear4bit, torch.Tensor]) -> None:
         base(torch.zeros(1, 1, dtype=torch.long, device=device.current()), use_cache=False)
     for hook in hooks:
         hook.remove()
-    other = sum(not torch.equal(now, whole[linear]) for linear, now in found.items())
-    why = f"FSDP changes {other} of {len(found)} weights in 4 bits: train with another torch, or without FSDP"
-    if why := processes.first_reason(why if other else None):
+    why, other = None, sum(not torch.equal(now, whole[linear]) for linear, now in found.items())
+    if other:
+        changed = f"FSDP changes {other} of {len(found)} weights in 4 bits"
+        why = f"{changed}: train with another torch, or without FSDP"
+    elif whole and not found:
+        why = f"a token passes through none of {len(whole)} weights in 4 bits: launch it without FSDP"
+    if why := processes.first_reason(why):
         raise UserError(why)

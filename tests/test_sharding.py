@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
 from conftest import DEMO_DATA, ROOT
 from preloaded import run_preloaded, run_together
 from test_processes import (
@@ -21,7 +23,7 @@ from test_processes import (
     same_training,
 )
 
-from study import sharding
+from study import device, sharding
 from study.errors import UserError
 
 LAUNCHED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}  # by docs/fsdp2.yaml
@@ -154,3 +156,26 @@ def test_the_pages_config_file_asks_for_it():
     words = ["--config_file", str(ROOT / "docs" / "fsdp2.yaml"), "--num_processes", "3", TRAINING]
     args, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(words))
     assert LAUNCHED.items() <= prepare_multi_gpu_env(args).items()
+
+
+class Passed(torch.nn.Module):
+    """A linear layer in 4 bits, through which a token passes, or not."""
+
+    def __init__(self, passes: bool):
+        super().__init__()
+        self.passes, self.linear = passes, Linear4bit(64, 64, quant_type="nf4").to(device.current())
+        self.linear.weight = sharding.as_float32(self.linear.weight)
+
+    def forward(self, tokens, use_cache):
+        return self.linear(torch.zeros(1, 64, device=tokens.device)) if self.passes else tokens
+
+
+def test_a_weight_that_is_another_or_that_no_token_passes_through_is_refused():
+    model = Passed(True)
+    as_it_is = sharding.sums(model.linear.weight)
+    sharding.prove_whole(model, {model.linear: as_it_is})
+    with pytest.raises(UserError, match="FSDP changes 1 of 1 weights"):
+        sharding.prove_whole(model, {model.linear: as_it_is + torch.tensor([0] * 7 + [1])})
+    model.passes = False
+    with pytest.raises(UserError, match="a token passes through none of 1 weights"):
+        sharding.prove_whole(model, {model.linear: as_it_is})
