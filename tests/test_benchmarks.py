@@ -8,8 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import DEMO_DATA, DEMO_MODEL, ROOT
 from preloaded import run_together
+from test_processes import IN_FLOAT32
 
 from benchmarks import (
     checkpoint,
@@ -22,7 +24,7 @@ from benchmarks import (
     training,
     workers,
 )
-from study import cli, data, encoding
+from study import cli, data, device, encoding
 from study.errors import UserError
 
 KERNELS = {  # of libraries, as an H200 names them
@@ -403,7 +405,11 @@ def test_several_processes_answer_each_its_share_of_a_round(count, tmp_path):
     assert all(own)
 
 
-def test_a_training_that_is_killed_and_resumed_stands_beside_one_that_was_not(tmp_path):
+def test_a_training_that_is_killed_and_resumed_stands_beside_one_that_was_not(tmp_path, monkeypatch):
+    script = tmp_path / "training.py"  # whose first checkpoint comes at once, not after two seconds
+    script.write_text(IN_FLOAT32.format(script=sharding.SCRIPT))
+    monkeypatch.setattr(sharding, "SCRIPT", str(script))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     posts = [f"--{split}_file={DEMO_DATA}/posts_{split}.jsonl" for split in ("train", "test")]
     args = sharding.flags([f"--model={DEMO_MODEL}", *posts, "--gib=1", "--examples=64"])
     whole = sharding.train(args, tmp_path / "whole", 1, 1024)
@@ -427,6 +433,22 @@ def test_a_training_that_is_killed_and_resumed_stands_beside_one_that_was_not(tm
     assert lines[0][:3] == ["x", "1", "all"]
     assert lines[1][-1] == killed["resumed_from"]
     assert lines[2][-1] == none["failed"]
+
+
+def test_a_mode_in_gib_is_a_card_of_that_size(monkeypatch):
+    card, shares = 80 * workers.GIB, []
+    monkeypatch.setenv("GPU_SHARE", "1")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (card - workers.GIB, card))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 3 * workers.GIB)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", shares.append)
+    workers.limit_memory("fast")
+    assert not shares
+    workers.limit_memory("8")
+    assert shares == [7.5 / 80]  # CUDA takes half a GiB
+    assert device.free_bytes() == 4.5 * workers.GIB
+    for mode in ("0", "81"):
+        with pytest.raises(UserError, match=f"--modes {mode}: it takes 1 to 80 GiB"):
+            workers.limit_memory(mode)
 
 
 def test_an_adapter_that_is_further_apart_than_rounding_explains_is_an_error():
