@@ -51,7 +51,7 @@ tune() { # tune NAME FLAG...: 200 steps on posts
 }
 
 training() {
-  train 7b training-7b --modes fast,22,7,dropout --peers unsloth-fast,unsloth,trl,published --profile
+  train 7b training-7b --modes fast,22,8,dropout --peers unsloth-fast,unsloth,trl,published --profile
 }
 training_13b() { train 13b training-13b --modes fast,22; }
 training_samsum() {

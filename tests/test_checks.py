@@ -377,6 +377,13 @@ def test_a_proof_is_made_once_and_changes_neither_modes_nor_random_numbers_nor_w
     checks.prove_attention(made)
 
 
+def test_a_proof_starts_no_gpu_that_the_model_is_not_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda gpu: pytest.fail(f"GPU {gpu} was started"))
+    with checks.still(torch.nn.Linear(2, 2)):
+        pass
+
+
 def test_dropout_of_attention_is_not_packed_away():
     still, drops = (make(LlamaConfig(**WIDE, attention_dropout=share)) for share in (0.0, 0.3))
     assert not packing.choose_batching(still, "auto", CPU)

@@ -2,7 +2,10 @@
 
 import importlib
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import fields
 from itertools import pairwise
 from types import SimpleNamespace
@@ -274,3 +277,23 @@ def test_arrows_in_the_folder_go_one_way():
         words = " ".join(re.findall(r"from study\.fast import ([\w, ]+)", source)).replace(",", " ").split()
         read = {*words, *re.findall(r"from study\.fast\.(\w+) import", source)}
         assert read <= {*order[: order.index(name)]}, name
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "None"),
+    ],
+)
+def test_blocks_of_memory_grow_in_place_unless_the_user_says_otherwise(given, taken):
+    names = [path.stem for path in ROOT.glob("*.py") if path.stem != "prompts"]
+    code = f"import {', '.join(names)}, os, sys\n"
+    code += "print(os.environ.get('PYTORCH_ALLOC_CONF'), 'torch' in sys.modules)"
+    env = {name: value for name, value in os.environ.items() if "ALLOC_CONF" not in name} | given
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert len(names) == 5
+    assert done.stdout.split() == [taken, "False"]  # PyTorch, which reads it, comes later
