@@ -21,8 +21,8 @@ GIB = 2**30
 KERNELS = 2**28  # bytes for the code of kernels, which CUDA loads at their first use
 CONTEXT = 2**29  # bytes that CUDA takes for each process before its first tensor
 
-# PyTorch's blocks grow in place, so that passes of unlike sizes leave no gaps between them, which can take an
-# eighth of the memory (benchmarks/README.md, "Small cards"). PyTorch reads this when CUDA starts.
+# PyTorch's blocks grow in place, so that passes of unlike sizes leave no gaps between them: with gaps, a
+# training of 7B ran out of 8 GiB (benchmarks/README.md, "Small cards"). PyTorch reads this when CUDA starts.
 if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}:
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
