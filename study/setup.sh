@@ -15,7 +15,7 @@ find_python() {
 }
 
 set_up() { # set_up REQUIREMENTS_FILE...
-  local python file stamp
+  local python file stamp installed=
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # none yet, or one that was interrupted
     python=$(find_python)
     "$python" -m venv .venv
@@ -28,8 +28,11 @@ set_up() { # set_up REQUIREMENTS_FILE...
     stamp=.venv/installed-${file//\//-}
     if ! cmp -s "$file" "$stamp"; then
       echo "installing $file into .venv (once)"
-      python -m pip install --quiet --disable-pip-version-check -r "$file"
+      python -m pip install --quiet --disable-pip-version-check --no-compile -r "$file"
       cp "$file" "$stamp"
+      installed=1
     fi
   done
+  # To bytecode on all cores, where pip takes one; files for other versions of Python fail and are not imported.
+  [[ ! $installed ]] || python -m compileall -qq -j 0 .venv/lib >/dev/null || true
 }
