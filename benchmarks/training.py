@@ -1,6 +1,6 @@
 """Training speed, beside the alternatives: real tokens per second and peak memory, on the same examples.
 
-    python -m benchmarks.training --model CKPT --dataset FILE --modes fast,22,7,dropout,plain --peers trl
+    python -m benchmarks.training --model CKPT --dataset FILE --modes fast,22,8,dropout,plain --peers trl
     python -m benchmarks.training --model CKPT --dataset FILE --samples 100,400,1600
 
 Every mode and peer runs in a process of its own, on steps of the same examples. A mode is "fast" (whatever

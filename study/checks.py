@@ -226,7 +226,7 @@ def still(model, training: bool = False) -> Iterator[None]:
     modes = {module: module.training for module in model.modules()}
     for module in modes:
         module.training = training or hasattr(module, "quant_state")
-    gpus = {place for part in model.parameters() if (place := part.device).type == "cuda"}
+    gpus = {part.device for part in model.parameters() if part.is_cuda}
     try:
         with torch.no_grad(), torch.random.fork_rng(gpus):  # of all others none is started
             yield

@@ -15,7 +15,7 @@ find_python() {
 }
 
 set_up() { # set_up REQUIREMENTS_FILE...
-  local python file stamp installed=
+  local python file missing=()
   if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then # none yet, or one that was interrupted
     python=$(find_python)
     "$python" -m venv .venv
@@ -25,14 +25,16 @@ set_up() { # set_up REQUIREMENTS_FILE...
   PATH=$PWD/.venv/bin:$PATH
   export PATH
   for file in "$@"; do
-    stamp=.venv/installed-${file//\//-}
-    if ! cmp -s "$file" "$stamp"; then
-      echo "installing $file into .venv (once)"
-      python -m pip install --quiet --disable-pip-version-check --no-compile -r "$file"
-      cp "$file" "$stamp"
-      installed=1
-    fi
+    cmp -s "$file" ".venv/installed-${file//\//-}" || missing+=("$file")
+  done
+  ((${#missing[@]})) || return 0
+  for file in "${missing[@]}"; do
+    echo "installing $file into .venv (once)"
+    python -m pip install --quiet --disable-pip-version-check --no-compile -r "$file"
   done
   # To bytecode on all cores, where pip takes one; files for other versions of Python fail and are not imported.
-  [[ ! $installed ]] || python -m compileall -qq -j 0 .venv/lib >/dev/null || true
+  python -m compileall -qq -j 0 .venv/lib >/dev/null || true
+  for file in "${missing[@]}"; do # done only now: without bytecode every start would take twice as long
+    cp "$file" ".venv/installed-${file//\//-}"
+  done
 }
