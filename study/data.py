@@ -81,9 +81,9 @@ class Split:
         }
 
     def sha256(self) -> str:
-        digest, write = hashlib.sha256(), json.JSONEncoder(ensure_ascii=False).encode
-        for example in self.examples:
-            digest.update(f"{write(example)}\n".encode("utf-8", "surrogatepass"))
+        digest, quoted = hashlib.sha256(), json.JSONEncoder(ensure_ascii=False).encode
+        for text, answer in self.examples:  # each as JSON; the pair at once would take twice as long
+            digest.update(f"[{quoted(text)}, {quoted(answer)}]\n".encode("utf-8", "surrogatepass"))
         return digest.hexdigest()
 
     def hashes(self) -> list[int]:

@@ -20,9 +20,10 @@ from transformers.masking_utils import sdpa_mask
 
 from prompts import defuse
 from study import checks, device, model
-from study.encoding import TOGETHER, special_tokens
+from study.encoding import special_tokens
 from study.errors import UserError
 from study.loop import Examples
+from study.reading import TOGETHER
 from study.training import save_whole
 
 SCORED_TOKENS = {"cuda": 65_536, "cpu": 4_096}  # in a pass of scoring

@@ -5,17 +5,14 @@ import argparse
 import random
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
-from functools import partial
-from itertools import chain, islice, tee
 
 from prompts import build_prompt, defuse, parse_label
 from study.errors import UserError
+from study.reading import Reader
 from study.tokens import TokenRows, listed
 
-TOGETHER = 256  # texts that are tokenized at once: the tokenizer's notes on them take memory
 TODAY = datetime(2024, 7, 26)  # for chat templates that write the date: prompts must not change by the day
 
 
@@ -59,40 +56,6 @@ def lengths(examples: Sequence[Example]) -> list[int]:
     return [len(example.ids) for example in examples]
 
 
-def batched(tokenizer, texts: Iterable[str]) -> Iterator[list[int]]:
-    """The tokens of every text, without those that begin or end one. A fast tokenizer takes several at once,
-    on all cores, and the next ones while these are used."""
-    texts = iter(texts)
-    chunks = iter(lambda: list(islice(texts, TOGETHER)), [])
-    first, second = next(chunks, []), next(chunks, None)
-    if second is None:
-        yield from tokenizer(first, add_special_tokens=False)["input_ids"] if first else ()
-        return
-    read = quick_reader(tokenizer, first[0])
-    with ThreadPoolExecutor(1) as beside:
-        reading = beside.submit(read, first)
-        for chunk in chain([second], chunks):
-            following = beside.submit(read, chunk)
-            yield from (found if isinstance(found, list) else found.ids for found in reading.result())
-            reading = following
-        yield from (found if isinstance(found, list) else found.ids for found in reading.result())
-
-
-def quick_reader(tokenizer, text: str) -> Callable[[list[str]], list]:
-    """What reads several texts: the tokenizer, or where it adds nothing to it (`text` says) what it is made
-    of, which then leaves out the places of tokens in their texts. Of each it gives the tokens, or what has
-    them as `ids`."""
-    from transformers import PreTrainedTokenizerFast
-
-    slow = lambda some: tokenizer(some, add_special_tokens=False)["input_ids"]
-    known, backend = slow([text])[0], getattr(tokenizer, "backend_tokenizer", None)
-    plain = getattr(type(tokenizer), "_encode_plus", None) is PreTrainedTokenizerFast._encode_plus
-    if not plain or backend is None:
-        return slow
-    quick = partial(backend.encode_batch_fast, add_special_tokens=False)
-    return quick if quick([text])[0].ids == known else slow
-
-
 def beginning(tokenizer) -> list[int]:
     """The tokens that the tokenizer itself puts before a text: none, a BOS, or others ([gMASK]<sop>)."""
     bare, whole = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True))
@@ -100,15 +63,15 @@ def beginning(tokenizer) -> list[int]:
     return whole[: places[0]] if places else []
 
 
-def prompts_ids(tokenizer, prompts: Iterable[str]) -> Iterator[list[int]]:
+def prompts_ids(reader: Reader, prompts: Iterable[str]) -> Iterator[array]:
     """Prompts as the model sees them, in training and inference alike: with the tokenizer's own beginning,
     unless a chat template has written one, and no EOS."""
-    begins = beginning(tokenizer)
-    return (ids if ids[:1] and ids[0] in begins else begins + ids for ids in batched(tokenizer, prompts))
+    begins = array("i", beginning(reader.tokenizer))
+    return (ids if ids[:1] and ids[0] in begins else begins + ids for ids in reader.rows(prompts))
 
 
 def prompt_ids(tokenizer, prompt: str) -> list[int]:
-    return next(prompts_ids(tokenizer, [prompt]))
+    return next(prompts_ids(Reader(tokenizer), [prompt])).tolist()
 
 
 def answer_ids(tokenizer, task: str, answer: str, cue: str | None = None) -> list[int]:
@@ -162,25 +125,30 @@ def label_answers(
 
 def fit(
     tokenizer, texts: Iterable[str], write: Callable[[str], str], budgets: Sequence[int]
-) -> Iterator[tuple[str, bool, list[int]]]:
+) -> Iterator[tuple[str, bool, array]]:
     """For each text its longest beginning whose prompt `write(text)` has at most so many tokens, whether it
     was cut, and that prompt's tokens.
 
     Only the text gives way: instruction, labels and cue stay whole. Raises UserError where these alone exceed
     the budget.
     """
+    reader = Reader(tokenizer)
+    return reader.over(lambda some: fit_some(reader, some, write), zip(texts, budgets, strict=True))
+
+
+def fit_some(
+    reader: Reader, some: Sequence[tuple[str, int]], write: Callable[[str], str]
+) -> Iterator[tuple[str, bool, array]]:
+    """`fit` for these texts and budgets together."""
     # A token is rarely longer than 40 characters: cut a giant text before it is tokenized over and over.
-    begun = ((text, text[: 40 * max(budget, 1)], budget) for text, budget in zip(texts, budgets, strict=True))
-    both, again = tee(begun)
-    rows = prompts_ids(tokenizer, (write(beginning) for _, beginning, _ in again))
-    while some := list(islice(both, TOGETHER)):
-        kept, ids = [beginning for _, beginning, _ in some], list(islice(rows, len(some)))
-        shorten(tokenizer, kept, ids, write, [budget for *_, budget in some])
-        yield from ((now, now != text, row) for (text, *_), now, row in zip(some, kept, ids, strict=True))
+    kept = [text[: 40 * max(budget, 1)] for text, budget in some]
+    rows = list(prompts_ids(reader, map(write, kept)))
+    shorten(reader, kept, rows, write, [budget for _, budget in some])
+    return zip(kept, (now != text for (text, _), now in zip(some, kept, strict=True)), rows, strict=True)
 
 
 def shorten(
-    tokenizer, kept: list[str], rows: list[list[int]], write: Callable[[str], str], budgets: Sequence[int]
+    reader: Reader, kept: list[str], rows: list[array], write: Callable[[str], str], budgets: Sequence[int]
 ) -> None:
     """Cut those of the texts `kept` whose prompts, of the tokens `rows`, have more than `budgets`, until they
     fit."""
@@ -191,10 +159,9 @@ def shorten(
                     f"the prompt without its text has {len(rows[i])} tokens and only {max(budgets[i], 0)} "
                     "fit: raise --max_seq_length, lower --max_new_tokens or --shots, or take a longer context"
                 )
-        places = places_of_tokens(tokenizer, [kept[i] for i in long])
-        for i, where in zip(long, places, strict=True):
-            kept[i] = cut_behind(kept[i], where, len(where) - (len(rows[i]) - budgets[i]))
-        for i, ids in zip(long, prompts_ids(tokenizer, [write(kept[i]) for i in long]), strict=True):
+        for i, found in zip(long, reader.encodings([kept[i] for i in long]), strict=True):
+            kept[i] = cut_behind(kept[i], found, len(found) - (len(rows[i]) - budgets[i]))
+        for i, ids in zip(long, prompts_ids(reader, [write(kept[i]) for i in long]), strict=True):
             rows[i] = ids
 
 
@@ -210,21 +177,19 @@ def token_count(tokenizer, text: str) -> int:
 
 def first_tokens(tokenizer, text: str, count: int) -> str:
     """The beginning of `text` that its first `count` tokens cover."""
-    return cut_behind(text, *places_of_tokens(tokenizer, [text]), count)
+    return cut_behind(text, *Reader(tokenizer).encodings([text]), count)
 
 
-def places_of_tokens(tokenizer, texts: list[str]) -> list[list[tuple[int, int]]]:
-    """Where each token begins and ends in each of the texts."""
-    return tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-
-
-def cut_behind(text: str, places: Sequence[tuple[int, int]], count: int) -> str:
-    return text if count >= len(places) else text[: places[count][0]].rstrip() if count > 0 else ""
+def cut_behind(text: str, found, count: int) -> str:
+    """The beginning of `text`, of which `found` is the `tokenizers.Encoding`, that so many tokens cover."""
+    if count >= len(found):
+        return text
+    return text[: found.token_to_chars(count)[0]].rstrip() if count > 0 else ""
 
 
 def fit_tuning(
     tokenizer, task: str, texts: Iterable[str], rooms: Sequence[int], max_seq_length: int
-) -> Iterator[tuple[str, bool, list[int]]]:
+) -> Iterator[tuple[str, bool, array]]:
     """The texts as every prompt of their task shows them: shortened so that their tuning prompts, returned
     too, leave so much room."""
     special = special_tokens(tokenizer)
@@ -389,7 +354,7 @@ def encode_baseline(
     if shown:
         # A text's tokens change a little at its borders; what that takes comes off the query below.
         room = budget - len(prompt_ids(tokenizer, write("", [("", answer) for answer in answers])))
-        longest = max(map(len, batched(tokenizer, kept)))
+        longest = max(map(len, Reader(tokenizer).rows(kept)))
         shown, cut = shorten_examples(tokenizer, shown, room - min(longest, room // 2))
     prompts, cut["texts"] = TokenRows(), 0
     fitted = fit(tokenizer, kept, lambda text: write(text, shown), [budget] * len(kept))

@@ -92,7 +92,7 @@ def opened(path: Path, flag: str) -> Iterator[BinaryIO]:
                     f"{where} is a Git LFS pointer, not the file itself: fetch it with git lfs pull"
                 )
             packed.seek(0)
-            yield gzip.GzipFile(fileobj=packed) if path.suffix == ".gz" else packed
+            yield io.BufferedReader(gzip.GzipFile(fileobj=packed), 2**17) if path.suffix == ".gz" else packed
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{where} is damaged or half-written ({error}): fetch or write it again") from None
     except OSError as error:

@@ -11,7 +11,7 @@ from conftest import DEMO_MODEL
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 import prompts
-from study import cli, data, encoding
+from study import cli, data, encoding, reading
 from study.errors import UserError
 
 LABELS = ["rec.autos", "sci.space", "C++"]
@@ -93,7 +93,7 @@ def test_a_long_text_is_cut_to_fill_the_budget_and_instruction_label_and_cue_sta
 
 
 def test_many_texts_are_cut_together_as_each_would_be_alone(tokenizer, monkeypatch):
-    monkeypatch.setattr(encoding, "TOGETHER", 8)
+    monkeypatch.setattr(reading, "TOGETHER", 8)
     texts = [long_text(words % 37) for words in range(50)]
     rooms = [20 + i % 3 for i in range(50)]
     together = [*encoding.fit_tuning(tokenizer, "classification", texts, rooms, 200)]

@@ -14,7 +14,7 @@ from conftest import DEMO_MODEL, ROOT, write_rows
 from test_loops import loop
 from test_report import evaluation, tuned
 
-from study import classes, cli, data, encoding, files, tokens
+from study import classes, cli, data, encoding, files, reading, tokens
 from study.dry_run import DryRun
 from study.model import load_tokenizer
 from study.records import record, runs
@@ -151,17 +151,18 @@ def test_many_examples_have_the_fingerprint_of_their_lists_and_take_5_bytes_a_to
 
 def test_texts_are_tokenized_some_at_a_time_in_their_order_each_once(monkeypatch):
     tokenizer, seen = load_tokenizer(str(DEMO_MODEL)), []
-    texts = [f"text {i} of several" for i in range(600)]
+    texts = [f"text {i} of several" for i in range(9 * reading.TOGETHER)]
 
     def counting() -> Iterator[str]:
         for text in texts:
             seen.append(text)
             yield text
 
-    found = encoding.batched(tokenizer, counting())
+    found = reading.Reader(tokenizer).rows(counting())
     first = next(found)
-    assert len(seen) <= 3 * encoding.TOGETHER  # the others have not been asked for
-    assert [first, *found] == tokenizer(texts, add_special_tokens=False)["input_ids"]
+    assert len(seen) <= (2 + reading.AHEAD) * reading.TOGETHER  # the others have not been asked for
+    rows = [first.tolist(), *(row.tolist() for row in found)]
+    assert rows == tokenizer(texts, add_special_tokens=False)["input_ids"]
     assert seen == texts
 
 

@@ -191,7 +191,7 @@ def test_batches_are_packed_or_padded_and_lose_nothing_by_it(made):
 def test_an_answer_stops_at_its_end_beside_one_that_goes_on(made):
     base, tokenizer = model.load_base(str(made), NF4).eval(), model.load_tokenizer(str(made))
     prompts, end = (
-        list(encoding.prompts_ids(tokenizer, ["the lamp", "a much longer prompt"])),
+        [encoding.prompt_ids(tokenizer, prompt) for prompt in ("the lamp", "a much longer prompt")],
         tokenizer.eos_token_id,
     )
     whole = generation.continue_batch(base, prompts, 6, [end], None)
