@@ -7,9 +7,7 @@ from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice, pairwise
-
-import numpy as np
+from itertools import chain, islice
 
 from study.errors import UserError
 
@@ -111,14 +109,8 @@ def gigatoken_of(backend):
 
 
 def by_gigatoken(giga, texts: list[str]) -> list[array]:
-    import awkward
-
-    if not texts:
-        return []
-    found = giga.encode_batch(texts)
-    ids = awkward.to_numpy(awkward.flatten(found)).astype(np.int32)
-    ends = np.cumsum(awkward.to_numpy(awkward.num(found)))
-    return [array("i", ids[start:end].tobytes()) for start, end in pairwise([0, *ends.tolist()])]
+    rows, counts = giga.encode_batch_padded(texts, 0)  # [texts, tokens] uint32, filled up with zeros; [texts]
+    return [array("i", row[:count].tobytes()) for row, count in zip(rows, counts.tolist(), strict=True)]
 
 
 def probes(added: Sequence[str]) -> list[str]:
