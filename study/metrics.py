@@ -251,7 +251,8 @@ def check(scored: dict, where: object) -> Answers | Summaries:
     try:
         lengths = {len(column) for name, column in per_example.items() if name != "classes"}
         named = all(isinstance(label, str) for label in per_example.get("classes", []))
-        sure = all(0 <= confidence <= 1 for confidence in per_example.get("confidences") or [])
+        confidences = per_example.get("confidences") or [0]
+        sure = min(confidences) >= 0 and max(confidences) <= 1
         examples = examples_of(per_example)
         found = points_of(examples) if named and sure and lengths == {number} else {}
         fits = all(

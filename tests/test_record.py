@@ -326,6 +326,20 @@ def test_a_number_that_is_none_is_refused_wherever_it_stands(tmp_path):
         record.read(path)
 
 
+@pytest.mark.parametrize("number", ["NaN", "1e999"])
+@pytest.mark.parametrize("missing", [False, True])
+def test_orjson_and_the_standard_library_read_a_record_alike(tmp_path, monkeypatch, number, missing):
+    if missing:
+        monkeypatch.setitem(sys.modules, "orjson", None)
+    path = tmp_path / "eval.json"
+    text = '{"schema": 1, "status": "finished", "eval": {"a": [0.1, -0.0, 1e-7, 9223372036854775807, "\\u00e9"]}}'
+    path.write_text(text)
+    assert record.read(path) == json.loads(text)
+    path.write_text(text.replace("0.1", number))
+    with pytest.raises(UserError, match=rf"{number} is no measurement"):
+        record.read(path)
+
+
 def test_no_file_is_no_record(tmp_path):
     assert record.read(tmp_path / "train.json") is None
 

@@ -15,7 +15,7 @@ from study.report.selection import by_method, note_on
 
 COVERAGES = (1.0, 0.9, 0.75, 0.5)
 BINS, LEAST = 10, 20  # bins of equal mass, each of so many examples or more
-DRAWS = 1000
+DRAWS, AT_ONCE = 1000, 50
 
 
 @dataclass(frozen=True)
@@ -111,18 +111,20 @@ def calibration_error(
     would be by chance, were every confidence the probability of being right."""
     generator, number = np.random.default_rng(seed), len(seeds[0][0])
     bins = [np.eye(BINS)[bins_of(sure)] for sure, _ in seeds]  # [examples, bins]
+    gaps = [(right - sure)[:, None] * of for (sure, right), of in zip(seeds, bins, strict=True)]
 
-    def error(gaps: Iterable[np.ndarray], weights: np.ndarray | None = None) -> list[float]:
-        """Of each seed, of right - sure [examples]."""
-        gaps = (gap if weights is None else weights * gap for gap in gaps)
-        return [float(np.abs(gap @ of).sum() / number) for gap, of in zip(gaps, bins, strict=True)]
+    def error(sums: np.ndarray) -> np.ndarray:
+        """Of the sums of right - sure in each bin, [..., bins]."""
+        return np.abs(sums).sum(axis=-1) / number
 
-    each, drawn, chance = error(right - sure for sure, right in seeds), [], []
-    for _ in range(DRAWS):
-        weights = np.bincount(generator.integers(0, number, number), minlength=number)
-        drawn.append(np.mean(error((right - sure for sure, right in seeds), weights)))
-        below = generator.random(number)  # the same of all seeds, which err on the same examples
-        chance.append(np.mean(error((below < sure) - sure for sure, _ in seeds)))
+    each, drawn, chance = [float(error(gap.sum(axis=0))) for gap in gaps], [], []
+    for _ in range(DRAWS // AT_ONCE):
+        draws = [(generator.integers(0, number, number), generator.random(number)) for _ in range(AT_ONCE)]
+        weights = np.stack([np.bincount(chosen, minlength=number) for chosen, _ in draws]).astype(float)
+        below = np.stack([uniform for _, uniform in draws])  # of all seeds, which err on the same examples
+        drawn += [*np.mean([error(weights @ gap) for gap in gaps], axis=0)]
+        by_chance = ((below < sure) @ of - sure @ of for (sure, _), of in zip(seeds, bins, strict=True))
+        chance += [*np.mean([error(sums) for sums in by_chance], axis=0)]
     mean = sum(each) / len(each)
     reach = math.hypot(max(float(np.quantile(drawn, 0.975)) - mean, 0), reach_of_seeds(each))
     low = mean - reach if mean > np.quantile(chance, 0.975) else 0.0
