@@ -332,7 +332,7 @@ def test_orjson_and_the_standard_library_read_a_record_alike(tmp_path, monkeypat
     if missing:
         monkeypatch.setitem(sys.modules, "orjson", None)
     path = tmp_path / "eval.json"
-    text = '{"schema": 1, "status": "finished", "eval": {"a": [0.1, -0.0, 1e-7, 9223372036854775807, "\\u00e9"]}}'
+    text = '{"schema": 1, "status": "finished", "eval": {"a": [0.1, -0.0, 1e-7, 2147483648, "\\u00e9"]}}'
     path.write_text(text)
     assert record.read(path) == json.loads(text)
     path.write_text(text.replace("0.1", number))
