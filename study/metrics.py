@@ -1,6 +1,7 @@
 """Accuracy, F1 and ROUGE in percent, with 95 % intervals (intervals.py), from the answer to each example."""
 
 import importlib.metadata
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 
@@ -209,10 +210,16 @@ def examples_of(per_example: dict) -> Answers | Summaries:
     """Of what a record says of each example."""
     if "answers" not in per_example:
         return Summaries({name: np.array(per_example[name], dtype=float) / 100 for name in ROUGE})
-    named = per_example["answers"]
-    if None in named:
-        named = [-1 if answer is None else answer for answer in named]
-    return Answers(len(per_example["classes"]), np.array(per_example["references"]), np.array(named))
+    try:
+        named = whole_numbers(per_example["answers"])
+    except TypeError:
+        named = whole_numbers([-1 if answer is None else answer for answer in per_example["answers"]])
+    return Answers(len(per_example["classes"]), whole_numbers(per_example["references"]), named)
+
+
+def whole_numbers(column: Sequence[int]) -> np.ndarray:
+    """As int64; NumPy takes a list half as fast. Raises TypeError for what is none."""
+    return np.frombuffer(array("q", column), np.int64)
 
 
 def metrics_of(per_example: dict) -> dict[str, dict]:

@@ -110,7 +110,8 @@ def calibration_error(
     """The expected calibration error of each seed, as a share of 1, the interval of their mean, and what it
     would be by chance, were every confidence the probability of being right."""
     generator, number = np.random.default_rng(seed), len(seeds[0][0])
-    bins = [np.eye(BINS)[bins_of(sure)] for sure, _ in seeds]  # [examples, bins]
+    bins = [np.eye(BINS, dtype=np.float32)[bins_of(sure)] for sure, _ in seeds]  # [examples, bins]
+    expected = [sure @ of for (sure, _), of in zip(seeds, bins, strict=True)]  # hits, [bins]
     gaps = [(right - sure)[:, None] * of for (sure, right), of in zip(seeds, bins, strict=True)]
 
     def error(sums: np.ndarray) -> np.ndarray:
@@ -123,8 +124,8 @@ def calibration_error(
         weights = np.stack([np.bincount(chosen, minlength=number) for chosen, _ in draws]).astype(float)
         below = np.stack([uniform for _, uniform in draws])  # of all seeds, which err on the same examples
         drawn += [*np.mean([error(weights @ gap) for gap in gaps], axis=0)]
-        by_chance = ((below < sure) @ of - sure @ of for (sure, _), of in zip(seeds, bins, strict=True))
-        chance += [*np.mean([error(sums) for sums in by_chance], axis=0)]
+        hits = ((below < sure).astype(np.float32) @ of for (sure, _), of in zip(seeds, bins, strict=True))
+        chance += [*np.mean([error(of - sums) for of, sums in zip(hits, expected, strict=True)], axis=0)]
     mean = sum(each) / len(each)
     reach = math.hypot(max(float(np.quantile(drawn, 0.975)) - mean, 0), reach_of_seeds(each))
     low = mean - reach if mean > np.quantile(chance, 0.975) else 0.0
