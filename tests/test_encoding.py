@@ -92,6 +92,16 @@ def test_a_long_text_is_cut_to_fill_the_budget_and_instruction_label_and_cue_sta
     assert 180 - 12 <= example.answer_start <= 180
 
 
+def test_a_text_is_cut_where_its_next_token_begins(tokenizer):
+    text = f"Grüße, 漢字\n\n  {long_text(9)}"
+    begins = [begin for begin, _ in tokenizer(text, return_offsets_mapping=True)["offset_mapping"] if begin]
+    assert len(begins) > 50
+    for count, begin in enumerate(begins, 1):
+        assert encoding.first_tokens(tokenizer, text, count) == text[:begin].rstrip()
+    assert encoding.first_tokens(tokenizer, text, 0) == ""
+    assert encoding.first_tokens(tokenizer, text, len(begins) + 1) == text
+
+
 def test_many_texts_are_cut_together_as_each_would_be_alone(tokenizer, monkeypatch):
     monkeypatch.setattr(reading, "TOGETHER", 8)
     texts = [long_text(words % 37) for words in range(50)]
