@@ -41,7 +41,8 @@ class Reader:
             return
         self.hurry()
         ahead = deque()
-        with ThreadPoolExecutor(AHEAD) as beside:
+        threads = 1 if self.backend is None else AHEAD  # nobody knows what a class of its own shares
+        with ThreadPoolExecutor(threads) as beside:
             for chunk in chain([first, second], chunks):
                 ahead.append(beside.submit(work, chunk))
                 if len(ahead) > AHEAD:

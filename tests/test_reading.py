@@ -3,6 +3,8 @@
 import gzip
 import json
 import sys
+import threading
+import time
 
 import pytest
 from conftest import DEMO_MODEL
@@ -72,6 +74,25 @@ def test_a_tokenizer_that_draws_is_read_by_itself():
     reader = reading.Reader(changed(model={"dropout": 0.2}))
     assert len([*reader.rows(texts())]) == MANY
     assert reader.backend is None
+
+
+class Own(PreTrainedTokenizerFast):
+    """One whose class has a say, and code that two threads at once would upset."""
+
+    def _encode_plus(self, *args, **options):
+        assert self.free.acquire(blocking=False)
+        time.sleep(0.001)
+        self.free.release()
+        return super()._encode_plus(*args, **options)
+
+
+def test_a_tokenizer_of_a_class_of_its_own_is_called_by_one_thread_at_a_time():
+    tokenizer = Own.from_pretrained(DEMO_MODEL)
+    tokenizer.free = threading.Lock()
+    some = [f"{text} {'and on ' * (i % 40)}" for i, text in enumerate(texts())]
+    assert check(tokenizer, some).backend is None
+    fitted = list(encoding.fit_tuning(tokenizer, "classification", some, [20] * MANY, 80))
+    assert sum(cut for _, cut, _ in fitted) > MANY / 5
 
 
 @pytest.mark.parametrize("missing", [True, False])

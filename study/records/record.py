@@ -38,8 +38,10 @@ LESS_MEMORY = {  # what helps, by the flag that a script must have
     "gradient_checkpointing": "train with --gradient_checkpointing on",
     "eval_batch_size": "score with a smaller --eval_batch_size or --max_seq_length",
 }
-PACKAGES = "torch transformers tokenizers gigatoken peft bitsandbytes accelerate datasets rouge-score numpy "
-PACKAGES += "flash-attn"
+PACKAGES = (
+    "torch transformers tokenizers gigatoken peft bitsandbytes accelerate datasets rouge-score numpy "
+    "flash-attn"
+)
 
 
 def short_hash(settings: dict) -> str:

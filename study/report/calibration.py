@@ -110,6 +110,7 @@ def calibration_error(
     """The expected calibration error of each seed, as a share of 1, the interval of their mean, and what it
     would be by chance, were every confidence the probability of being right."""
     generator, number = np.random.default_rng(seed), len(seeds[0][0])
+    # Of ones: float32 counts them without an error, up to 2^24 examples.
     bins = [np.eye(BINS, dtype=np.float32)[bins_of(sure)] for sure, _ in seeds]  # [examples, bins]
     expected = [sure @ of for (sure, _), of in zip(seeds, bins, strict=True)]  # hits, [bins]
     gaps = [(right - sure)[:, None] * of for (sure, right), of in zip(seeds, bins, strict=True)]
